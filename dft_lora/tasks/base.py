@@ -1,0 +1,79 @@
+"""The first narrow waist: what is asked, what was answered, how it was judged."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Status = Literal["correct", "wrong", "unparsable", "timed_out"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem, for training, evaluation and the page alike.
+
+    `messages` are the turns before the answer ({"role", "content"}, the last one the user's);
+    `solution` is the worked text a model is trained on, `answer` the short reference
+    it is judged by; `tags` hold what a report may group by (level, subject, steps).
+    """
+
+    id: str
+    messages: tuple[Mapping[str, str], ...]
+    solution: str | None = None
+    answer: str | None = None
+    tags: Mapping[str, str | int] = field(default_factory=dict)
+
+    @classmethod
+    def ask(cls, id: str, question: str, **rest) -> Problem:
+        """A problem of one user turn."""
+        return cls(id, ({"role": "user", "content": question},), **rest)
+
+    @property
+    def question(self) -> str:
+        """The last user turn."""
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one answer was judged, and the part of it that was judged."""
+
+    status: Status
+    extracted: str | None = None
+
+    @property
+    def correct(self) -> bool:
+        return self.status == "correct"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One sampled answer: a line of `evaluation/TASK.jsonl`.
+
+    `sample` counts from 0 at the task's temperature; -1 is the greedy answer.
+    `truncated`: generation ended at max_new_tokens, not at an end token.
+    """
+
+    problem: str
+    sample: int
+    text: str
+    tokens: int
+    truncated: bool
+    verdict: Verdict
+
+
+class Task(ABC):
+    """A named set of problems. A new one costs tens of lines."""
+
+    name: str
+    description: str
+    max_new_tokens: int
+
+    @abstractmethod
+    def problems(self, split: str = "test") -> list[Problem]:
+        """The problems of a split, in a fixed order.
+
+        Raises DataError when the split or its file does not exist, saying where it comes from.
+        """
