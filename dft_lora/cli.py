@@ -1,0 +1,208 @@
+"""The commands: thin, each a few lines around one function of the package.
+
+Progress goes to stderr, results to stdout. Exit codes: 0 done, 2 the request was wrong,
+1 the run failed; the errors of this package end in one line without a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .config import load_recipe, shipped_recipes
+from .errors import DftLoraError, RequestError, did_you_mean
+
+
+class Commands(click.Group):
+    """A group that turns our errors into one line and an exit code, and knows near names."""
+
+    def resolve_command(self, context, arguments):
+        name = arguments[0] if arguments else ""
+        if name and not name.startswith("-") and self.get_command(context, name) is None:
+            raise click.UsageError(f"no command {name!r}{did_you_mean(name, self.commands)}")
+        return super().resolve_command(context, arguments)
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except DftLoraError as error:
+            click.echo(f"error: {error}", err=True)
+            context.exit(error.exit_code)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="dft-lora")
+def main() -> None:
+    """Fine-tune a 4-bit base with LoRA by Dynamic Fine-Tuning (DFT), and compare it with SFT."""
+
+
+set_option = click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Change a recipe field, such as train.seed=1.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+runs_argument = click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR...", type=click.Path())
+
+
+@main.command()
+@click.option(
+    "--out", default="runs/demo", show_default=True, type=click.Path(), help="Where everything is written."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of training and sampling.")
+@click.option("--quick", is_flag=True, help="A few steps and problems, to see that it works.")
+@json_option
+def demo(out: str, seed: int, quick: bool, as_json: bool) -> None:
+    """Train SFT and DFT adapters on the embedded base and compare them.
+
+    Example: dft-lora demo --out runs/demo
+    """
+    from .demo import run_demo
+
+    show_report(run_demo(Path(out), seed=seed, quick=quick), as_json)
+
+
+@main.command()
+@click.argument("recipe")
+@set_option
+@click.option("--resume", is_flag=True, help="Go on from the newest valid checkpoint.")
+def train(recipe: str, changes: tuple[str, ...], resume: bool) -> None:
+    """Train one adapter. RECIPE is a file or the name of a shipped recipe.
+
+    Example: dft-lora train tiny_dft --set train.max_steps=20
+    """
+    chosen = load_recipe(recipe, changes)
+    from .train.loop import train as run
+
+    click.echo(run(chosen).path)
+
+
+@main.command()
+@runs_argument
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Task to answer; repeat for more.")
+@click.option("--samples", type=click.IntRange(1), help="Samples a problem, beside the greedy answer.")
+@click.option("--temperature", type=float, help="Sampling temperature.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first N problems of each task.")
+@click.option("--overwrite", is_flag=True, help="Replace answers made under another protocol.")
+@set_option
+@json_option
+def evaluate(run_dirs, tasks, samples, temperature, limit, overwrite, changes, as_json) -> None:
+    """Answer and judge tasks with one or more runs of the same base.
+
+    Example: dft-lora evaluate runs/tiny_dft --task arithmetic --samples 4
+    """
+    from .evaluate.report import write_report
+    from .evaluate.sampling import evaluate as run
+
+    given = {"samples": samples, "temperature": temperature}
+    changes = (*changes, *(f"{name}={value}" for name, value in given.items() if value is not None))
+    folders = run(run_dirs, tasks, limit=limit, changes=changes, overwrite=overwrite)
+    for folder in folders:
+        write_report([folder], folder.path, tasks=tasks)
+    show_report(write_report(folders, None, tasks=tasks), as_json)
+
+
+@main.command()
+@runs_argument
+@click.option("--out", type=click.Path(), help="Write report.json, report.md and plots here.")
+@json_option
+def compare(run_dirs, out, as_json) -> None:
+    """Compare runs evaluated on the same problems.
+
+    Example: dft-lora compare runs/demo/sft runs/demo/dft --out runs/comparison
+    """
+    from .evaluate.report import write_report
+    from .run_folder import RunFolder
+
+    show_report(
+        write_report([RunFolder.open(path) for path in run_dirs], Path(out) if out else None), as_json
+    )
+
+
+@main.group(cls=Commands)
+def recipes() -> None:
+    """The recipes that come with the package."""
+
+
+@recipes.command("list")
+def list_recipes() -> None:
+    """Names and first lines.
+
+    Example: dft-lora recipes list
+    """
+    for name, path in shipped_recipes().items():
+        click.echo(f"{name:28} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+
+
+@recipes.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """Print a recipe.
+
+    Example: dft-lora recipes show tiny_dft
+    """
+    click.echo(_shipped(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes.command()
+@click.argument("name")
+@click.argument("path", type=click.Path())
+def copy(name: str, path: str) -> None:
+    """Copy a recipe to PATH, to change it there.
+
+    Example: dft-lora recipes copy tiny_dft mine.yaml
+    """
+    source, target = _shipped(name), Path(path)
+    if target.is_dir():
+        target = target / source.name
+    if target.exists():
+        raise RequestError(f"{target} exists; name another file")
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise RequestError(f"cannot write {target}: {error.strerror}") from None
+    click.echo(target)
+
+
+@main.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Versions, device, dtype rule, what is installed and what is missing.
+
+    Example: dft-lora doctor
+    """
+    from .doctor import examine
+
+    found = examine()
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        for part, value in found.items():
+            click.echo(f"{part:22} {value}")
+
+
+def _shipped(name: str) -> Path:
+    known = shipped_recipes()
+    if name not in known:
+        raise RequestError(
+            f"no shipped recipe {name!r}{did_you_mean(name, known)}; see dft-lora recipes list"
+        )
+    return known[name]
+
+
+def show_report(report: dict[str, Any], as_json: bool) -> None:
+    from .evaluate.report import table
+
+    click.echo(json.dumps(report, indent=1) if as_json else table(report))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

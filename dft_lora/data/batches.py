@@ -1,0 +1,83 @@
+"""From rendered examples to padded batches, in an order that a seed fixes.
+
+Legend: B rows of a micro-batch, L its longest row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .templates import Example
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded rows. `labels_BL` holds the id at solution and end positions, -100 elsewhere.
+
+    Padding is masked by length, never by id: pad may equal eos.
+    """
+
+    input_ids_BL: torch.Tensor
+    attention_mask_BL: torch.Tensor
+    labels_BL: torch.Tensor
+    ids: tuple[str, ...]
+
+    @property
+    def supervised(self) -> int:
+        """Label tokens; the first position has no prediction, so it never counts."""
+        return int((self.labels_BL[:, 1:] != IGNORE).sum())
+
+    @property
+    def tokens(self) -> int:
+        return int(self.attention_mask_BL.sum())
+
+    def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Keyword arguments for the model's forward."""
+        return {
+            "input_ids": self.input_ids_BL.to(device, non_blocking=True),
+            "attention_mask": self.attention_mask_BL.to(device, non_blocking=True),
+        }
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+    """Pad examples on the right into one batch."""
+    longest = max(len(example.ids) for example in examples)
+    input_ids_BL = torch.full((len(examples), longest), pad_id)
+    mask_BL = torch.zeros_like(input_ids_BL)
+    labels_BL = torch.full_like(input_ids_BL, IGNORE)
+    for row, example in enumerate(examples):
+        ids, length = torch.tensor(example.ids), len(example.ids)
+        input_ids_BL[row, :length] = ids
+        mask_BL[row, :length] = 1
+        labels_BL[row, example.prompt_length : length] = ids[example.prompt_length :]
+    return Batch(input_ids_BL, mask_BL, labels_BL, tuple(example.id for example in examples))
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The permutation of an epoch."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def step_examples(count: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Indices of one optimizer step's examples; a pure function of its arguments.
+
+    Epochs follow each other without a gap: a step at the seam takes the end of one permutation
+    and the start of the next, so every step holds exactly `batch_size` examples.
+    """
+    first, last = step * batch_size, (step + 1) * batch_size
+    orders = {
+        epoch: epoch_order(count, seed, epoch) for epoch in range(first // count, (last - 1) // count + 1)
+    }
+    return [orders[i // count][i % count] for i in range(first, last)]
+
+
+def micro_batches(examples: Sequence[Example], size: int, pad_id: int) -> list[Batch]:
+    """One step's examples as micro-batches of rows of similar length (less padding, same sum)."""
+    by_length = sorted(examples, key=lambda example: len(example.ids))
+    return [collate(by_length[i : i + size], pad_id) for i in range(0, len(by_length), size)]

@@ -1,0 +1,167 @@
+"""One renderer, from messages to ids, for training, evaluation and the page.
+
+A training sequence is `prompt ids + solution ids + end token`. The prompt part is made by the
+same call that makes a generation prompt, so the two cannot drift apart; prompt and solution are
+tokenised apart, so the ids of one do not depend on the other. The end token is the tokenizer's own
+eos (a base model's `<|endoftext|>`); generation also stops at the chat template's end-of-turn token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..config import digest
+from ..errors import DataError, RecipeError, did_you_mean
+from ..tasks.base import Problem
+
+Messages = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a prompt is written. `text` holds one `{question}`; without it the tokenizer's chat template is used.
+
+    `suffix` is added to the last user turn, `system` put before the first where there is none.
+    `stop` is text that ends an answer although the model did not end it (base models run on).
+    """
+
+    name: str
+    text: str | None = None
+    system: str | None = None
+    suffix: str = ""
+
+
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+
+TEMPLATES = {
+    template.name: template
+    for template in (
+        Template("chat"),
+        Template("plain", text="Question: {question}\nAnswer:\n"),
+        Template("chat-boxed", suffix=f"\n{BOXED}"),
+        # The three protocols of the paper's evaluation, as text, whatever the tokenizer's own template.
+        Template(
+            "qwen-boxed",
+            text="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{question}\n"
+            + BOXED
+            + "<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        Template("llama-base-boxed", text="{question}\n" + BOXED + "\n"),
+        Template("deepseek-math", text="User: {question}\n" + BOXED + "\n\nAssistant:"),
+    )
+}
+
+
+def get_template(name: str, tokenizer: Any) -> Template:
+    """A template by name; `auto` is `chat` where the tokenizer has a chat template, else `plain`.
+
+    Raises RecipeError for an unknown name, or for `chat` without a chat template.
+    """
+    if name == "auto":
+        name = "chat" if tokenizer.chat_template else "plain"
+    if name not in TEMPLATES:
+        raise RecipeError(
+            f"template {name!r} is unknown{did_you_mean(name, TEMPLATES)}; known: {', '.join(TEMPLATES)}"
+        )
+    if TEMPLATES[name].text is None and not tokenizer.chat_template:
+        raise RecipeError(
+            f"template {name!r} needs a tokenizer with a chat template; use data.template: plain"
+        )
+    return TEMPLATES[name]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One rendered example: `ids[:prompt_length]` is the prompt, the rest solution and end token."""
+
+    id: str
+    ids: tuple[int, ...]
+    prompt_length: int
+
+
+class Renderer:
+    """A template bound to a tokenizer.
+
+    Raises ModelError when the tokenizer has no end token.
+    """
+
+    def __init__(self, tokenizer: Any, template: str = "auto"):
+        self.tokenizer = tokenizer
+        self.template = get_template(template, tokenizer)
+        if tokenizer.eos_token_id is None:
+            from ..errors import ModelError
+
+            raise ModelError(
+                f"tokenizer {tokenizer.name_or_path!r} has no eos token: an answer could never end"
+            )
+        self.eos_id: int = tokenizer.eos_token_id
+        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_id
+
+    def prompt_text(self, messages: Messages) -> str:
+        """The prompt as text, up to where the answer begins."""
+        template, turns = self.template, [dict(turn) for turn in messages]
+        if template.text is not None:
+            if len(turns) != 1:
+                raise DataError(
+                    f"template {template.name!r} holds one user turn, not {len(turns)}; use template: chat"
+                )
+            return template.text.replace("{question}", turns[0]["content"])
+        if template.system and turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": template.system})
+        turns[-1]["content"] += template.suffix
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        """The prompt's ids, with the tokenizer's BOS exactly once where it uses one."""
+        ids = self._encode(self.prompt_text(messages))
+        return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
+
+    def completion_ids(self, text: str) -> list[int]:
+        """The solution's ids and the end token."""
+        return [*self._encode(text), self.eos_id]
+
+    def render(self, problem: Problem) -> Example:
+        """A training sequence. The problem must have a solution."""
+        assert problem.solution is not None
+        prompt = self.prompt_ids(problem.messages)
+        return Example(problem.id, (*prompt, *self.completion_ids(problem.solution)), len(prompt))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """An answer's text, without end tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end an answer: eos, and the token with which the chat template closes a turn."""
+        return frozenset({self.eos_id, *self._turn_end})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over what the template makes of a probe, and how answers end; equal means same prompts."""
+        probe = ({"role": "user", "content": "What is 2 + 3?"},)
+        return digest([self.prompt_ids(probe), self.completion_ids("It is 5."), sorted(self.stop_ids)])
+
+    @cached_property
+    def _bos(self) -> list[int]:
+        """[bos] where the tokenizer puts one before plain text by itself."""
+        bos, ids = self.tokenizer.bos_token_id, self.tokenizer("a")["input_ids"]
+        return [bos] if bos is not None and ids[:1] == [bos] else []
+
+    @cached_property
+    def _turn_end(self) -> set[int]:
+        if not self.tokenizer.chat_template:
+            return set()
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        closing = self._encode(text[text.rindex("b") + 1 :].lstrip())[:1]
+        return {
+            i
+            for i in closing
+            if i in self.tokenizer.all_special_ids or i in self.tokenizer.added_tokens_decoder
+        }
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]

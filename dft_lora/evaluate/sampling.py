@@ -1,0 +1,281 @@
+"""Sample, judge and keep: `evaluation/TASK.jsonl` in each run folder.
+
+Runs of one base are answered in the same batches, each with its own adapter. Every sample is
+drawn from a random stream of its own, named by (seed, problem, sample): all runs see the same
+streams, and a killed evaluation goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import EvaluateConfig, Recipe, digest
+from ..data.templates import Renderer
+from ..errors import RequestError
+from ..model.generate import Completion, Request, generate
+from ..model.load import load_adapters, load_base, load_tokenizer
+from ..provenance import certificate
+from ..run_folder import RunFolder, read_json, read_lines, write_json
+from ..tasks import get_task
+from ..tasks.base import Attempt, Problem, Verdict
+from ..tasks.judge import judge_many
+
+GREEDY = -1
+CHUNK = 256  # answers judged and written at a time
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """All that must be equal for two evaluations to be comparable."""
+
+    task: str
+    problems: int
+    problems_hash: str
+    samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    template: str
+    template_hash: str
+    seed: int
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        return [f"{k}: {other.get(k)!r} -> {v!r}" for k, v in asdict(self).items() if other.get(k) != v]
+
+
+def evaluate(
+    run_dirs: Sequence[str | Path],
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    changes: Sequence[str] = (),
+    overwrite: bool = False,
+) -> list[RunFolder]:
+    """Answer and judge `tasks` with every run, over one base loaded once.
+
+    `tasks` default to the recipes' own; `limit` takes the first problems of each; `changes` are
+    `evaluate.field=value` (or `field=value`) and apply to all runs. An interrupted evaluation
+    with the same protocol is completed; another protocol is refused unless `overwrite`.
+
+    Raises RequestError before a model is loaded when runs, tasks or templates do not fit together.
+    """
+    folders = [RunFolder.open(path) for path in run_dirs]
+    if not folders:
+        raise RequestError("name at least one run folder")
+    changes = [change if change.startswith("evaluate.") else f"evaluate.{change}" for change in changes]
+    recipes = [folder.recipe().override(changes) for folder in folders]
+    settings, names = recipes[0].evaluate, _unique_names(folders)
+    _same_base(folders, recipes)
+    task_list = tasks or settings.tasks
+    if not task_list:
+        raise RequestError("no task: give --task NAME, or evaluate.tasks in the recipe")
+    problems = {name: get_task(name).problems()[:limit] for name in task_list}
+
+    renderer = _renderer(folders, recipes)
+    work = {}
+    for task, its_problems in problems.items():
+        protocol = _protocol(task, its_problems, settings, renderer)
+        for name, folder in zip(names, folders, strict=True):
+            work[task, name] = Answers(folder, protocol, its_problems, overwrite)
+    if all(answers.missing() == [] for answers in work.values()):
+        return folders
+
+    base, hardware = load_base(recipes[0].model)
+    model = load_adapters(base, {n: f.adapter for n, f in zip(names, folders, strict=True) if f.has_adapter})
+    birth = certificate(device=hardware.name, dtype=str(hardware.dtype).removeprefix("torch."))
+    for task in problems:
+        mine = {name: answers for (t, name), answers in work.items() if t == task}
+        for answers in mine.values():
+            answers.begin(birth)
+        _answer(model, renderer, mine, settings, task)
+    return folders
+
+
+class Answers:
+    """One run's answers to one task: what is on disk, what is missing, and the way to add."""
+
+    def __init__(self, folder: RunFolder, protocol: Protocol, problems: Sequence[Problem], overwrite: bool):
+        self.folder, self.protocol, self.problems = folder, protocol, problems
+        self.file = folder.evaluation(protocol.task)
+        self.facts_file = self.file.with_suffix(".json")
+        if overwrite:
+            self.file.unlink(missing_ok=True)
+            self.facts_file.unlink(missing_ok=True)
+        elif self.facts_file.is_file():
+            differences = protocol.differences(read_json(self.facts_file)["protocol"])
+            if differences:
+                raise RequestError(
+                    f"{self.file}: made under another protocol ({'; '.join(differences)}); "
+                    "use the same, or --overwrite to replace it"
+                )
+        self.done = {(a.problem, a.sample) for a in read_attempts(self.file)}
+
+    def missing(self) -> list[tuple[Problem, int]]:
+        """(problem, sample) pairs still to be answered; sample -1 is the greedy answer."""
+        samples = (GREEDY, *range(self.protocol.samples))
+        return [(p, s) for p in self.problems for s in samples if (p.id, s) not in self.done]
+
+    def begin(self, birth: dict[str, Any]) -> None:
+        """Record the protocol, before the first answer."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        if not self.facts_file.is_file():
+            write_json(self.facts_file, {"protocol": asdict(self.protocol), "provenance": birth})
+
+    def add(self, attempts: Iterable[Attempt]) -> None:
+        with self.file.open("a", encoding="utf-8") as file:
+            file.writelines(attempt_line(attempt) for attempt in attempts)
+
+
+def _answer(
+    model: Any, renderer: Renderer, work: dict[str, Answers], settings: EvaluateConfig, title: str
+) -> None:
+    """Generate and judge all that is missing, run by run in the same batches, and write it in chunks."""
+    from tqdm import tqdm
+
+    prompts: dict[str, tuple[int, ...]] = {}
+    jobs: list[tuple[str, Problem, int]] = []
+    for name, answers in work.items():
+        jobs += [(name, problem, sample) for problem, sample in answers.missing()]
+    for _, problem, _ in jobs:
+        if problem.id not in prompts:
+            prompts[problem.id] = tuple(renderer.prompt_ids(problem.messages))
+    limit = next(iter(work.values())).protocol.max_new_tokens
+    requests = [
+        Request(
+            prompt_ids=prompts[problem.id],
+            adapter=name if work[name].folder.has_adapter else None,
+            seed=settings.seed * 1_000_003 + sample + 1,
+            temperature=0.0 if sample == GREEDY else settings.temperature,
+            top_p=settings.top_p,
+            max_new_tokens=limit,
+        )
+        for name, problem, sample in jobs
+    ]
+    pending: list[tuple[int, Completion]] = []
+
+    def flush() -> None:
+        texts = [renderer.decode(completion.ids) for _, completion in pending]
+        verdicts = judge_many(
+            [(text, jobs[i][1].answer) for (i, _), text in zip(pending, texts, strict=True)]
+        )
+        for (i, completion), text, verdict in zip(pending, texts, verdicts, strict=True):
+            name, problem, sample = jobs[i]
+            made = len(completion.ids)
+            work[name].add([Attempt(problem.id, sample, text, made, not completion.finished, verdict)])
+        pending.clear()
+
+    with tqdm(total=len(requests), desc=title, unit="answer") as bar:
+
+        def on_progress(i: int, completion: Completion) -> None:
+            pending.append((i, completion))
+            bar.update()
+            if len(pending) >= CHUNK:
+                flush()
+
+        generate(model, requests, stop_ids=renderer.stop_ids, pad_id=renderer.pad_id, on_progress=on_progress)
+    flush()
+
+
+def attempt_line(attempt: Attempt) -> str:
+    import json
+
+    values = asdict(attempt) | {"verdict": attempt.verdict.status, "extracted": attempt.verdict.extracted}
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def read_attempts(file: Path) -> list[Attempt]:
+    """The attempts of a file, none when it does not exist. A line cut off by a kill is dropped from the file."""
+    if not file.is_file():
+        return []
+    text = file.read_bytes()
+    if not text.endswith(b"\n"):
+        file.write_bytes(text[: text.rfind(b"\n") + 1])
+    return [
+        Attempt(
+            line["problem"],
+            line["sample"],
+            line["text"],
+            line["tokens"],
+            line["truncated"],
+            Verdict(line["verdict"], line["extracted"]),
+        )
+        for line in read_lines(file)
+    ]
+
+
+def base_run(recipe: Recipe, path: str | Path) -> RunFolder:
+    """A run folder for the untouched base of a recipe: no adapter, so that it is evaluated like any run."""
+    folder = RunFolder.create(path)
+    renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
+    folder.write_run(
+        recipe=recipe.model_copy(update={"name": folder.name, "output": str(path)}).as_dict(),
+        template=renderer.template.name,
+        template_hash=renderer.fingerprint,
+        provenance=certificate(),
+    )
+    return folder
+
+
+def _protocol(
+    task: str, problems: Sequence[Problem], settings: EvaluateConfig, renderer: Renderer
+) -> Protocol:
+    return Protocol(
+        task=task,
+        problems=len(problems),
+        problems_hash=digest([[p.id, [dict(m) for m in p.messages], p.answer] for p in problems]),
+        samples=settings.samples,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        max_new_tokens=min(settings.max_new_tokens, get_task(task).max_new_tokens),
+        template=renderer.template.name,
+        template_hash=renderer.fingerprint,
+        seed=settings.seed,
+    )
+
+
+def _renderer(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> Renderer:
+    """The renderer of all runs: the training template, unless evaluate.template names another.
+
+    Raises RequestError when the template now renders other ids than it did in training.
+    """
+    wanted = recipes[0].evaluate.template
+    tokenizer = load_tokenizer(recipes[0].model)
+    for folder in folders:
+        trained = folder.run()
+        renderer = Renderer(tokenizer, trained["template"] if wanted == "same" else wanted)
+        if wanted == "same" and renderer.fingerprint != trained["template_hash"]:
+            raise RequestError(
+                f"{folder.path}: template {trained['template']!r} renders other ids today than in training "
+                "(tokenizer or template changed); name one with --set template=NAME to evaluate all the same"
+            )
+    return renderer
+
+
+def _same_base(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> None:
+    for folder, recipe in zip(folders[1:], recipes[1:], strict=True):
+        if recipe.model != recipes[0].model:
+            raise RequestError(
+                f"{folder.path} has the base {recipe.model.name!r}, {folders[0].path} has {recipes[0].model.name!r}: "
+                "evaluate them apart"
+            )
+        if (
+            recipe.evaluate.template == "same"
+            and folder.run()["template_hash"] != folders[0].run()["template_hash"]
+        ):
+            raise RequestError(
+                f"{folder.path} was trained with template {folder.run()['template']!r}, {folders[0].path} with "
+                f"{folders[0].run()['template']!r}: name one with --set template=NAME"
+            )
+
+
+def _unique_names(folders: Sequence[RunFolder]) -> list[str]:
+    """The folder names, made unique; they name adapters, so dots (module paths to peft) are replaced."""
+    names: list[str] = []
+    for folder in folders:
+        name = candidate = folder.name.replace(".", "_")
+        while candidate in names:
+            candidate = f"{name}-{sum(n.startswith(name) for n in names) + 1}"
+        names.append(candidate)
+    return names

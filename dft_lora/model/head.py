@@ -1,0 +1,122 @@
+"""The last hidden state and the head that turns it into logits, without patching a model.
+
+The loss engine needs h_BLD and the head's weight, never [B, L, V] logits. A forward hook on the
+decoder catches h while the model runs as it is, keeping logits for one position only; that
+position then proves that the head we read equals the head the model applies.
+
+Legend: B rows, L positions, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import ModelError
+
+
+@dataclass(frozen=True)
+class Head:
+    """z = softcap * tanh(logit_scale * (h @ weight_VD.T + bias_V) / softcap); tanh only with a softcap."""
+
+    weight_VD: torch.Tensor
+    bias_V: torch.Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `token_logps` beyond hidden states and targets."""
+        return {
+            "weight": self.weight_VD,
+            "bias": self.bias_V,
+            "logit_scale": self.logit_scale,
+            "softcap": self.softcap,
+        }
+
+    def logits(self, h_ND: torch.Tensor) -> torch.Tensor:
+        """Full logits [N, V] in float32, for a few positions only."""
+        z_NV = torch.nn.functional.linear(h_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V).float()
+        z_NV = z_NV * self.logit_scale
+        return z_NV if self.softcap is None else self.softcap * torch.tanh(z_NV / self.softcap)
+
+
+def bare(model: Any) -> Any:
+    """The transformers model inside peft and DDP wrappers."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head_of(model: Any) -> Head:
+    """Read the head of a causal LM.
+
+    Raises ModelError for a head that is not one linear map (an adapter on `lm_head` included).
+    """
+    model = bare(model)
+    linear = model.get_output_embeddings()
+    kind = type(linear).__name__
+    if (
+        not isinstance(linear, torch.nn.Linear)
+        or linear.weight.dim() != 2
+        or kind.endswith(("4bit", "8bitLt"))
+    ):
+        raise ModelError(
+            f"{type(model).__name__}: its output head is a {kind}, not a plain linear layer; "
+            "take 'lm_head' out of adapter.target_modules and out of quantization"
+        )
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", None) or 1.0
+    )
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(linear.weight, linear.bias, scale, float(softcap) if softcap else None)
+
+
+@contextmanager
+def catch_hidden(model: Any) -> Iterator[list[torch.Tensor]]:
+    """While open, each forward of `model` leaves its last hidden state in the list, replacing the one before."""
+    caught: list[torch.Tensor] = []
+
+    def keep(_module, _arguments, output):
+        caught[:] = [output[0] if isinstance(output, tuple) else output.last_hidden_state]
+
+    handle = bare(model).get_decoder().register_forward_hook(keep)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+def hidden_states(model: Any, **inputs: Any) -> torch.Tensor:
+    """h_BLD of one forward pass, connected to the graph. The call goes through all wrappers of `model`."""
+    with catch_hidden(model) as caught:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+        return caught[0]
+
+
+def check_head(model: Any, tolerance: float = 0.05) -> Head:
+    """The head of a model, proven on three tokens against the logits that the model itself gives.
+
+    Raises ModelError when the model does something to its logits, or to h, that the head does not say.
+    """
+    core = bare(model)
+    if "logits_to_keep" not in inspect.signature(core.forward).parameters:
+        raise ModelError(
+            f"{type(core).__name__}: its forward takes no logits_to_keep, so it is not supported"
+        )
+    head = head_of(model)
+    probe_BL = torch.arange(3, device=head.weight_VD.device)[None] + 5
+    with torch.no_grad(), catch_hidden(model) as caught:
+        theirs_BV = core(input_ids=probe_BL, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+        ours_BV = head.logits(caught[0][:, -1])
+    error = float((ours_BV - theirs_BV).abs().max() / theirs_BV.abs().max().clamp_min(1e-6))
+    if not error <= tolerance:
+        raise ModelError(
+            f"{type(core).__name__}: its logits are not its head applied to its last hidden state "
+            f"(relative difference {error:.2g}); this head is not supported"
+        )
+    return head

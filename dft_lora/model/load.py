@@ -1,0 +1,181 @@
+"""A base model in 4-bit (nf4, double quantisation) with LoRA adapters over it.
+
+The output head stays in the compute dtype, frozen and never copied to float32: at a vocabulary of
+152k that copy alone takes 0.9 GB. LoRA weights are float32 from the start, which is what makes a
+resumed run bit-exact. This is the one file that knows bitsandbytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import AdapterConfig, ModelConfig
+from ..errors import ModelError
+from .hardware import Hardware, choose
+from .head import bare
+from .tiny import TINY_DIR
+
+CHECKPOINTING_FROM = (
+    300_000_000  # parameters; below, activations are small and recomputing them costs a third
+)
+
+
+def resolve(config: ModelConfig) -> str:
+    """Path or Hub id of a model; `tiny` is the embedded base.
+
+    Raises ModelError for a path that holds no model.
+    """
+    if config.name == "tiny":
+        return str(TINY_DIR)
+    path = Path(config.name)
+    if path.exists() and not (path / "config.json").is_file():
+        raise ModelError(f"model.name: {config.name!r} holds no config.json")
+    if not path.exists() and (config.name.startswith((".", "/", "~")) or config.name.count("/") != 1):
+        raise ModelError(
+            f"model.name: no folder {config.name!r}, and it is not a Hub id of the form owner/name"
+        )
+    return config.name
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer. Raises ModelError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve(config), revision=config.revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model.name: no tokenizer for {config.name!r} ({_first_line(error)})") from None
+
+
+def load_model_config(config: ModelConfig) -> Any:
+    """The transformers config of a model, read without its weights. Raises ModelError when there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolve(config), revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.name: no model {config.name!r} ({_first_line(error)})") from None
+
+
+def count_parameters(model_config: Any) -> int:
+    """Parameters of a model, from its config alone (built on the meta device)."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def load_base(config: ModelConfig, device: torch.device | None = None) -> tuple[Any, Hardware]:
+    """A frozen causal LM in eval mode on its device, and the hardware rule that was applied.
+
+    Raises ModelError when there is no such model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model_config = load_model_config(config)
+    hardware = choose(config.dtype, count_parameters(model_config), device)
+    arguments: dict[str, Any] = {
+        "dtype": hardware.dtype,
+        "revision": config.revision,
+        "attn_implementation": "sdpa",
+    }
+    if config.quantization == "nf4":
+        arguments |= {"quantization_config": _nf4(hardware.dtype)}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve(config), device_map={"": hardware.device}, **arguments
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.name: cannot load {config.name!r} ({_first_line(error)})") from None
+    _keep_differentiable(model)
+    model.requires_grad_(False)
+    return model.eval(), hardware
+
+
+def _nf4(dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _keep_differentiable(model: Any) -> None:
+    """Close bitsandbytes' re-packing trap.
+
+    On CPUs with AVX512-BF16 the first forward in eval mode without gradients re-packs each 4-bit
+    layer in place; from then on the gradient through it is None, silently, and the LoRA layers
+    below stop learning. Keeping the common layout costs some speed of CPU inference.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def add_lora(base: Any, config: AdapterConfig) -> Any:
+    """A peft model with one new trainable adapter (named `default`, float32) over a frozen base.
+
+    Raises ModelError when target_modules match nothing.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = config.target_modules
+    lora = LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        model = get_peft_model(base, lora)
+    except ValueError as error:
+        raise ModelError(f"adapter.target_modules {targets!r}: {_first_line(error)}") from None
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
+    """A peft model with the named adapters over one base, in eval mode; the base itself when there are none.
+
+    Raises ModelError for a folder without a readable adapter.
+    """
+    from peft import PeftModel
+
+    model = base
+    for name, path in adapters.items():
+        if not (path / "adapter_config.json").is_file():
+            raise ModelError(f"{path}: no adapter there (adapter_config.json is missing)")
+        try:
+            if model is base:
+                model = PeftModel.from_pretrained(base, path, adapter_name=name)
+            else:
+                model.load_adapter(path, adapter_name=name)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelError(f"{path}: the adapter does not fit this base ({_first_line(error)})") from None
+    return model.eval()
+
+
+def use_checkpointing(model: Any, wanted: bool | str) -> bool:
+    """Recompute activations in the backward pass where wanted; `auto`: on a GPU, from 300 M parameters."""
+    core = bare(model)
+    if wanted == "auto":
+        # 4-bit weights hold two parameters an element; the count is only a threshold.
+        wanted = core.device.type == "cuda" and core.num_parameters() >= CHECKPOINTING_FROM
+    if wanted:
+        core.gradient_checkpointing_enable({"use_reentrant": False})
+    return bool(wanted)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,127 @@
+"""The third narrow waist: a run as files.
+
+    adapter/                 the trained adapter, peft format, safetensors (absent for a bare base)
+    run.json                 resolved recipe, versions, commit, device, hashes, command, figures
+    metrics.jsonl            one line a logged step
+    checkpoints/             where training goes on from
+    evaluation/TASK.jsonl    one line a sample
+    report.json
+
+Training writes it, evaluation adds to it, reports and the page read it. JSON, YAML and
+safetensors only: nothing in a run folder is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .config import Recipe, parse_recipe
+from .errors import DataError, RequestError
+
+
+class RunFolder:
+    """One run's folder; attributes are paths and readers."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.adapter = self.path / "adapter"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.report_file = self.path / "report.json"
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def has_adapter(self) -> bool:
+        return (self.adapter / "adapter_config.json").is_file()
+
+    @classmethod
+    def create(cls, path: str | Path) -> RunFolder:
+        """A new, empty folder.
+
+        Raises RequestError when it already holds anything, or cannot be written.
+        """
+        folder = cls(path)
+        try:
+            if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+                raise RequestError(
+                    f"output: {folder.path} exists; name another folder, or go on with --resume"
+                )
+            folder.path.mkdir(parents=True, exist_ok=True)
+            probe = folder.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise RequestError(f"output: cannot write {folder.path}: {error.strerror}") from None
+        return folder
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """An existing run. Raises RequestError when there is none."""
+        folder = cls(path)
+        if not (folder.path / "run.json").is_file():
+            raise RequestError(f"{folder.path}: not a run folder (no run.json)")
+        return folder
+
+    def write_run(self, **facts: Any) -> None:
+        """Add facts to `run.json`."""
+        file = self.path / "run.json"
+        before = self.run() if file.is_file() else {}
+        write_json(file, before | facts)
+
+    def run(self) -> dict[str, Any]:
+        return read_json(self.path / "run.json")
+
+    def recipe(self) -> Recipe:
+        """The recipe this run was made with."""
+        return parse_recipe(self.run()["recipe"], where=str(self.path / "run.json"))
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append one step to `metrics.jsonl`."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return list(read_lines(self.metrics_file)) if self.metrics_file.is_file() else []
+
+    def evaluation(self, task: str) -> Path:
+        return self.path / "evaluation" / f"{task}.jsonl"
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: broken JSON ({error})") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}: line {number} is broken ({error})") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write whole or not at all: a temporary file, flushed to disk, then renamed over the old one."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
