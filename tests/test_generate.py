@@ -1,0 +1,357 @@
+"""Laws of generation: a row's answer is its own, whatever company it keeps and however the loop ends."""
+
+import os
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import BitsAndBytesConfig, Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from dft_lora.errors import ModelError, RequestError, RunError
+from dft_lora.model.adapters import adapter_layers, mixed
+from dft_lora.model.generate import Request, draw, generate, stream
+
+VOCABULARY, PAD, STOPS = 64, 0, {1, 2, 3}
+ADAPTERS = (None, "sft", "dft")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random Qwen2 shape in nf4 with two adapters of different rank, sharp enough that greedy has no ties."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.2,
+            tie_word_embeddings=True,
+        )
+    ).save_pretrained(folder)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    base = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=nf4)
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # see model/load.py
+            module.support_avx512bf16_for_cpu = False
+    lora = {"target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base, LoraConfig(r=4, **lora), adapter_name="sft")
+    model.add_adapter("dft", LoraConfig(r=8, **lora))
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def no_hook_left(model):
+    yield
+    assert hooks(model) == 0
+
+
+def hooks(model) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    ids = torch.randint(4, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed + 1000 * length))
+    return tuple(ids.tolist())
+
+
+def run(model, requests, **more):
+    return generate(model, requests, **{"stop_ids": STOPS, "pad_id": PAD, **more})
+
+
+def mixed_requests(samples: int = 4, prompts: int = 6) -> list[Request]:
+    """Prompts of 3 to 23 tokens, all adapters, greedy and sampled, whole distribution and nucleus."""
+    kinds = [(0.0, 1.0), (1.0, 1.0), (0.7, 0.9), (1.3, 0.5)]
+    return [
+        Request(prompt(3 + 4 * p), adapter, seed=s, temperature=t, top_p=top_p, max_new_tokens=8 + 5 * p)
+        for p in range(prompts)
+        for adapter in ADAPTERS
+        for s, (t, top_p) in zip(range(samples), kinds, strict=False)
+    ]
+
+
+class ForwardCount:
+    """Rows and columns of every forward of `model`, in order."""
+
+    def __init__(self, model):
+        self.model, self.shapes = model, []
+
+    def __enter__(self):
+        embedding = self.model.get_input_embeddings()
+        self.hook = embedding.register_forward_pre_hook(lambda _, args: self.shapes.append(tuple(args[0].shape)))
+        return self.shapes
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+
+@pytest.mark.parametrize("batch_rows", [5, 24, 100])
+def test_a_row_in_a_mixed_batch_equals_the_row_alone(model, batch_rows):
+    requests = mixed_requests()
+    together = run(model, requests, batch_rows=batch_rows)
+    assert together == [run(model, [request])[0] for request in requests]
+    assert {c.finished for c in together} == {True, False}
+
+
+def test_adapters_differ_so_that_mixing_them_up_would_show(model):
+    answers = [run(model, [Request(prompt(9), a, seed=0, temperature=0, max_new_tokens=20)])[0] for a in ADAPTERS]
+    assert len({tuple(answer.ids) for answer in answers}) == 3
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_greedy_equals_transformers_generate(model, adapter):
+    names = ["__base__" if adapter is None else adapter]
+    for length in (3, 10, 30):
+        ids = torch.tensor([prompt(length)])
+        theirs = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            adapter_names=names,
+            do_sample=False,
+            max_new_tokens=25,
+            eos_token_id=sorted(STOPS),
+            pad_token_id=PAD,
+        )[0, length:].tolist()
+        ours = run(model, [Request(prompt(length), adapter, seed=0, temperature=0, max_new_tokens=25)])[0]
+        assert ours.ids == [token for token in theirs if token not in STOPS]
+        assert ours.finished == (theirs[-1] in STOPS)
+
+
+def test_a_sliding_window_is_kept_while_rows_of_other_ages_join():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Gemma2Config(
+        vocab_size=VOCABULARY, num_key_value_heads=1, head_dim=16, sliding_window=8, initializer_range=0.3, **shape
+    )
+    gemma = Gemma2ForCausalLM(config).eval()
+    requests = [Request(prompt(n), None, seed=0, temperature=0, max_new_tokens=5 + n) for n in (20, 14, 9, 3)]
+    for request, answer in zip(requests, run(gemma, requests, stop_ids=(), batch_rows=2), strict=True):
+        ids = torch.tensor([request.prompt_ids])
+        theirs = gemma.generate(ids, do_sample=False, max_new_tokens=request.max_new_tokens, eos_token_id=None)
+        assert answer.ids == theirs[0, ids.shape[1] :].tolist()
+
+
+def test_samples_follow_the_softmax(model):
+    """Chi-square of 4000 first tokens against softmax(logits / T), for each adapter; fixed seeds."""
+    ids = torch.tensor([prompt(7)])
+    for adapter in ADAPTERS:
+        with torch.no_grad(), mixed(adapter_layers(model), [adapter]):
+            p = torch.softmax(model(input_ids=ids).logits[0, -1].double(), -1)
+        requests = [Request(prompt(7), adapter, seed=s, max_new_tokens=1) for s in range(4000)]
+        answers = run(model, requests, stop_ids=(), batch_rows=1000)
+        seen = torch.bincount(torch.tensor([a.ids[0] for a in answers]), minlength=VOCABULARY)
+        often = 4000 * p >= 5  # the rest is one cell, where there is a rest
+        observed = torch.cat([seen[often], seen[~often].sum()[None]])
+        expected = torch.cat([4000 * p[often], 4000 * p[~often].sum()[None]])
+        cells = expected > 0
+        assert cells.sum() > 10
+        assert chisquare(observed[cells], expected[cells]).pvalue > 0.01
+
+
+def test_draw_is_the_inverse_of_the_cumulative_distribution():
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(6, 4)
+    u = torch.tensor([0.0, 0.099, 0.101, 0.299, 0.601, 1 - 2**-53], dtype=torch.float64)
+    ones = torch.ones(6, dtype=torch.float64)
+    assert draw(logits, u, ones, ones).tolist() == [0, 0, 1, 1, 3, 3]
+
+
+def test_an_impossible_token_is_never_drawn():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(1000, 5)
+    u = torch.linspace(0, 1 - 2**-53, 1000, dtype=torch.float64)
+    ones = torch.ones(1000, dtype=torch.float64)
+    assert set(draw(logits, u, ones, ones).tolist()) == {1, 3}
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.75, 0.95])
+def test_top_p_draws_from_the_nucleus_in_proportion(top_p):
+    torch.manual_seed(0)
+    logits, draws = 2 * torch.randn(50), 20_000
+    p, order = torch.softmax(logits, -1).double().sort(descending=True)
+    size = int((p.cumsum(0) < top_p).sum()) + 1
+    u = torch.rand(draws, dtype=torch.float64)
+    ones = torch.ones(draws, dtype=torch.float64)
+    seen = torch.bincount(draw(logits.expand(draws, -1), u, ones, top_p * ones), minlength=50)[order]
+    assert seen[size:].sum() == 0
+    if size > 1:
+        assert chisquare(seen[:size], draws * p[:size] / p[:size].sum()).pvalue > 0.01
+
+
+def test_temperature_0_is_the_arg_max_beside_sampled_rows():
+    torch.manual_seed(0)
+    logits, u = torch.randn(200, 30), torch.rand(200, dtype=torch.float64)
+    temperature = torch.arange(200, dtype=torch.float64) % 2
+    ids = draw(logits, u, temperature, torch.ones(200))
+    assert torch.equal(ids[::2], logits.argmax(-1)[::2])
+    assert not torch.equal(ids[1::2], logits.argmax(-1)[1::2])
+
+
+def test_streams_belong_to_seed_and_prompt(model):
+    def first(**change):
+        request = Request(prompt(5), None, seed=1, temperature=3.0, max_new_tokens=12)
+        return run(model, [replace(request, **change)], stop_ids=())[0].ids
+
+    assert first() == first()
+    assert first() != first(seed=2)
+    assert first(max_new_tokens=5) == first()[:5]
+
+
+def test_each_prompt_and_adapter_is_prefilled_once(model):
+    """Five prompts of one length, all adapters, eight samples each: 15 rows of prefill, not 120."""
+    requests = [
+        Request(prompt(6, seed=p), a, seed=s, max_new_tokens=9) for s in range(8) for p in range(5) for a in ADAPTERS
+    ]
+    for batch_rows in (8, 30, 120):
+        with ForwardCount(model) as shapes:
+            run(model, requests, batch_rows=batch_rows)
+        assert sum(rows for rows, columns in shapes if columns > 1) == 15
+        assert max(rows for rows, _ in shapes) <= batch_rows
+
+
+def test_finished_rows_leave_the_batch(model):
+    limits = range(1, 21)
+    with ForwardCount(model) as shapes:
+        run(model, [Request(prompt(6), None, seed=n, max_new_tokens=n) for n in limits], stop_ids=())
+    assert shapes[0] == (1, 6)
+    assert shapes[1:] == [(rows, 1) for rows in range(19, 0, -1)]
+
+
+def test_columns_of_a_row_that_left_are_cut(model):
+    """The long prompt stops first; the short one goes on with a cache of its own width."""
+    long, short = Request(prompt(40), None, 0, max_new_tokens=2), Request(prompt(4), None, 0, max_new_tokens=8)
+    widths = []
+    decoder = model.get_base_model().model
+    hook = decoder.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["attention_mask"].shape[1]), with_kwargs=True
+    )
+    try:
+        run(model, [long, short], stop_ids=())
+    finally:
+        hook.remove()
+    assert widths == [40, 41, *range(6, 12)]
+
+
+def test_stop_ids_end_a_row_and_are_not_given(model):
+    requests = [Request(prompt(5), a, seed=s, temperature=2.0, max_new_tokens=60) for s in range(6) for a in ADAPTERS]
+    free = run(model, requests, stop_ids=())
+    stopped = run(model, requests)
+    for whole, part in zip(free, stopped, strict=True):
+        end = next((i for i, token in enumerate(whole.ids) if token in STOPS), None)
+        assert part.ids == whole.ids[:end]
+        assert part.finished == (end is not None)
+    assert all(not c.finished and len(c.ids) == 60 for c in free)
+    assert any(c.finished for c in stopped)
+
+
+def test_progress_reports_every_completion_once(model):
+    requests, seen = mixed_requests(samples=2), {}
+    answers = run(model, requests, batch_rows=7, on_progress=lambda i, c: seen.setdefault(i, []).append(c))
+    assert seen == {i: [answer] for i, answer in enumerate(answers)}
+
+
+def test_no_requests_no_work(model):
+    assert run(model, []) == []
+    assert list(stream(model, [], stop_ids=STOPS, pad_id=PAD)) == []
+
+
+def test_stream_gives_the_tokens_of_generate_row_by_row(model):
+    requests = [Request(prompt(4 + i), a, seed=3, max_new_tokens=15) for i, a in enumerate(ADAPTERS)]
+    ids = {i: [] for i in range(3)}
+    for step in stream(model, requests, stop_ids=STOPS, pad_id=PAD):
+        for i, token in step:
+            ids[i].append(token)
+    assert list(ids.values()) == [c.ids for c in run(model, requests)]
+
+
+def test_between_two_steps_the_model_is_untouched(model):
+    """No hook lives while the caller holds the generator, gradients are on, and other answers do not disturb it."""
+    requests = mixed_requests(samples=2, prompts=2)
+    reference = list(stream(model, requests, stop_ids=STOPS, pad_id=PAD))
+    steps = []
+    for step in stream(model, requests, stop_ids=STOPS, pad_id=PAD):
+        steps.append(step)
+        assert hooks(model) == 0
+        assert torch.is_grad_enabled()
+        run(model, requests[:1])
+    assert steps == reference
+
+
+def test_closing_mid_stream_stops_the_work_and_leaves_nothing(model):
+    requests = mixed_requests()
+    reference = run(model, requests)
+    with ForwardCount(model) as shapes:
+        steps = stream(model, requests, stop_ids=STOPS, pad_id=PAD)
+        assert len(list(islice(steps, 3))) == 3
+        steps.close()
+        assert len(shapes) == 3
+    assert hooks(model) == 0
+    assert run(model, requests) == reference
+
+
+@pytest.mark.parametrize("nth", [0, 3])
+def test_an_exception_in_a_forward_leaves_nothing(model, nth):
+    requests = mixed_requests(samples=2)
+    reference = run(model, requests)
+    calls = iter(range(100))
+
+    def fail(*_):
+        if next(calls) == nth:
+            raise MemoryError("no room")
+
+    hook = model.get_base_model().model.layers[1].mlp.register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        run(model, requests)
+    hook.remove()
+    assert hooks(model) == 0
+    assert run(model, requests) == reference
+
+
+def test_training_is_possible_after_generation(model):
+    run(model, mixed_requests(samples=1))
+    parameters = [p for name, p in model.named_parameters() if "lora_A.sft" in name]
+    for p in parameters:
+        p.requires_grad_(True)
+    model(input_ids=torch.tensor([prompt(8)])).logits.logsumexp(-1).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
+    model.zero_grad()
+
+
+def test_requests_that_cannot_be_answered_are_refused(model):
+    good = Request(prompt(4), None, seed=0)
+    for field, value in [
+        ("prompt_ids", ()),
+        ("seed", -1),
+        ("temperature", -0.5),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("max_new_tokens", 0),
+    ]:
+        with pytest.raises(RequestError, match=field):
+            replace(good, **{field: value})
+    with pytest.raises(ModelError, match=r"'sfft' is not loaded .*did you mean 'sft'"):
+        run(model, [replace(good, adapter="sfft")])
+    with pytest.raises(ModelError, match="training mode"):
+        try:
+            run(model.train(), [good])
+        finally:
+            model.eval()
+    with model.disable_adapter(), pytest.raises(ModelError, match="switched off"):
+        run(model, [good])
+
+
+def test_logits_that_are_not_finite_are_an_error(model):
+    layer = model.get_base_model().model.norm
+    hook = layer.register_forward_hook(lambda _, args, out: out * float("nan"))
+    try:
+        for temperature in (0.0, 1.0):
+            with pytest.raises(RunError, match="not finite"):
+                run(model, [Request(prompt(4), None, seed=0, temperature=temperature)])
+    finally:
+        hook.remove()
