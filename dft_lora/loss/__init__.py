@@ -1,0 +1,16 @@
+"""The loss engine: differentiable log-probabilities in two GEMMs, and objectives on them. Imports torch alone."""
+
+from .naive import naive_token_logps
+from .objectives import Objective, gradient_weights, objective, objective_names
+from .token_logps import REFERENCE_NEEDS, TokenScores, token_logps
+
+__all__ = [
+    "REFERENCE_NEEDS",
+    "Objective",
+    "TokenScores",
+    "gradient_weights",
+    "naive_token_logps",
+    "objective",
+    "objective_names",
+    "token_logps",
+]

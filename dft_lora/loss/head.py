@@ -1,0 +1,124 @@
+"""The output layer as a value: z = softcap * tanh(scale * (h @ W.T + bias) / softcap), tanh only with a softcap.
+
+Shapes: C rows of a chunk, D hidden width, V vocabulary, R rank of a LoRA adapter on the head.
+The effective weight of a head with LoRA is W + s * B @ A; it is never built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Sums, weights and log-probabilities are float32, or float64 where the model is."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Lora(NamedTuple):
+    """The rank-r term of an adapted head: `scaling * B @ A`."""
+
+    a_RD: Tensor
+    b_VR: Tensor
+    scaling: float = 1.0
+
+
+class Target(NamedTuple):
+    """What a chunk needs of its target entries; float32 or float64, whatever the model's dtype."""
+
+    row_CD: Tensor  # d z_t / d h: the effective weight row, times scale and the softcap's slope
+    raw_C: Tensor  # scale * (h . W_t + bias_t), before the softcap
+    logit_C: Tensor  # z_t
+
+
+@dataclass(frozen=True)
+class Head:
+    """Weight, bias, logit scale, soft-cap and LoRA term of one head."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    lora: Lora | None = None
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """(weight, bias, A, B), None where absent."""
+        return self.weight_VD, self.bias_V, *((self.lora.a_RD, self.lora.b_VR) if self.lora else (None, None))
+
+    @property
+    def trainable(self) -> bool:
+        return any(tensor is not None and tensor.requires_grad for tensor in self.parameters)
+
+    def cap(self, raw: Tensor) -> Tensor:
+        return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+
+    def slope(self, logit: Tensor) -> Tensor:
+        """d z / d raw at a capped logit: 1 - tanh^2; ones without a softcap."""
+        return torch.ones_like(logit) if self.softcap is None else 1 - (logit / self.softcap) ** 2
+
+    def targets(self, h_CD: Tensor, y_C: Tensor) -> Target:
+        """The target's row and logit, by an exact row dot product instead of the GEMM's rounded entry."""
+        dtype = accumulator(h_CD.dtype)
+        row_CD = self.weight_rows(y_C, dtype)
+        raw_C = (h_CD.to(dtype) * row_CD).sum(-1)
+        if self.bias_V is not None:
+            raw_C += self.bias_V[y_C]
+        raw_C *= self.scale
+        logit_C = self.cap(raw_C)
+        row_CD.mul_((self.scale * self.slope(logit_C))[:, None])
+        return Target(row_CD, raw_C, logit_C)
+
+    def weight_rows(self, y_C: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the effective weight, a new tensor [C, D]."""
+        row_CD = self.weight_VD.detach()[y_C].to(dtype)
+        if self.lora:
+            row_CD.addmm_(self.lora.b_VR[y_C].to(dtype), self.lora.a_RD.to(dtype), alpha=self.lora.scaling)
+        return row_CD
+
+    def target_rows(self, y_C: Tensor, logit_C: Tensor) -> Tensor:
+        """d z_t / d h at capped target logits: the effective row times scale and slope."""
+        return self.weight_rows(y_C, logit_C.dtype).mul_((self.scale * self.slope(logit_C))[:, None])
+
+    def shifted_logits_(self, out_CV: Tensor, h_CD: Tensor, shift_C: Tensor) -> None:
+        """out = scale * h @ W.T - shift, before bias and softcap, rounded once.
+
+        Subtracting inside the GEMM (beta = 1) rounds z - z_t instead of z: near the target's logit, where
+        the probability is, a 16-bit logit keeps 3 to 5 bits more. A bias is added later, in float32:
+        folded into the fill it would be rounded together with the large shift.
+        """
+        out_CV.copy_(shift_C[:, None]).neg_()
+        torch.addmm(out_CV, h_CD, self.weight_VD.t(), alpha=self.scale, out=out_CV)
+        if self.lora:
+            h_CR = h_CD @ self.lora.a_RD.t()
+            torch.addmm(out_CV, h_CR, self.lora.b_VR.t(), alpha=self.scale * self.lora.scaling, out=out_CV)
+
+    def mix(self, q_CV: Tensor) -> Tensor:
+        """scale * q @ W, the mean row under the weights q; float32 or float64 [C, D]."""
+        dtype = accumulator(q_CV.dtype)
+        mean_CD = (q_CV @ self.weight_VD).to(dtype)
+        if self.lora:
+            q_CR = (q_CV @ self.lora.b_VR).to(dtype)
+            mean_CD.addmm_(q_CR, self.lora.a_RD.to(dtype), alpha=self.lora.scaling)
+        return mean_CD.mul_(self.scale)
+
+    def largest_row_norm(self) -> float:
+        """An upper bound of |scale| * max_j ||W_j||, for the error bound of skipped rows."""
+        norm = _largest_row_norm(self.weight_VD)
+        if self.lora:
+            norm += abs(self.lora.scaling) * _largest_row_norm(self.lora.b_VR) * float(self.lora.a_RD.norm())
+        return abs(self.scale) * norm
+
+
+_norms = WeakTensorKeyDictionary()  # weight -> (version, norm): a frozen head is read once, not once a step
+
+
+def _largest_row_norm(weight_VD: Tensor) -> float:
+    version = None if weight_VD.is_inference() else weight_VD._version
+    if weight_VD not in _norms or _norms[weight_VD][0] != version:
+        _norms[weight_VD] = version, float(torch.linalg.vector_norm(weight_VD.detach(), dim=1).max())
+    return _norms[weight_VD][1]

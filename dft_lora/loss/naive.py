@@ -1,0 +1,56 @@
+"""The slow twin: what `token_logps` equals, in plain autograd over the whole [N, V] tensor. The tests' oracle."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .token_logps import TokenScores
+
+
+def naive_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    sequence: Tensor | None = None,
+    reference_hidden: Tensor | None = None,
+    ignore_index: int = -100,
+) -> TokenScores:
+    """Every field of TokenScores, the slow way; `reference_hidden` [N, D] stands for the base model's pass."""
+    index = (targets != ignore_index).nonzero()[:, 0]
+    y_M1 = targets[index, None].long()
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+
+    def logits(h_ND: Tensor) -> Tensor:
+        z_MV = h_ND[index] @ weight.t()
+        if lora is not None:
+            z_MV = z_MV + lora[2] * (h_ND[index] @ lora[0].t() @ lora[1].t())
+        z_MV = logit_scale * (z_MV if bias is None else z_MV + bias)
+        return (z_MV if softcap is None else softcap * torch.tanh(z_MV / softcap)).to(dtype)
+
+    z_MV = logits(hidden)
+    logp_MV = z_MV.log_softmax(-1)
+    p_MV = logp_MV.detach().exp()
+    top_MK = z_MV.detach().topk(min(20, len(weight))).values.log_softmax(-1)
+    scores = TokenScores(
+        logp=logp_MV.gather(1, y_M1)[:, 0],
+        lse=z_MV.logsumexp(-1),
+        entropy=-(p_MV * logp_MV.detach()).sum(-1),
+        is_top1=(z_MV.gather(1, y_M1) >= z_MV.amax(-1, keepdim=True))[:, 0],
+        index=index,
+        sum_p_squared=(p_MV**2).sum(-1),
+        top_k_entropy=-(top_MK.exp() * top_MK).sum(-1),
+        sequence=None if sequence is None else sequence[index],
+    )
+    if reference_hidden is None:
+        return scores
+    reference_MV = logits(reference_hidden).log_softmax(-1).detach()
+    return scores.replace(
+        reference_logp=reference_MV.gather(1, y_M1)[:, 0],
+        reference_kl=(reference_MV.exp() * (reference_MV - logp_MV)).sum(-1),
+    )

@@ -1,0 +1,404 @@
+"""Objectives: functions from `TokenScores` to a loss, summed over tokens. One small value each.
+
+    loss = objective("dft")(scores)             # divide by the supervised tokens of the whole step
+    loss = objective("power", a=0.5)(scores)
+    loss = objective(lambda s: -(s.logp * s.entropy).sum())(scores)     # any function of the scores
+
+p is the probability of the target token, sg() stops the gradient. `needs` names the optional fields of TokenScores
+an objective reads: pass it to `token_logps`. `token_weight(logp)`, where the weight of a token's gradient depends
+on its own logp alone, is -d loss / d logp, detached: what `token_logps(skip=...)` relies on. `gradient_weights`
+gives the same for any objective, on scores at hand.
+
+The value of a weighted loss is no measure of progress: it falls while cross-entropy rises. Compare runs by plain NLL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from math import isfinite, log
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import RecipeError, did_you_mean
+from .token_logps import TokenScores
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A named loss with its numbers. Subclasses are registered under `name`."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    token_weight: ClassVar[Callable[..., Tensor] | None] = None
+    uses_batch_statistics: ClassVar[bool] = False
+    """The loss of a batch is not the sum of its parts' losses: gradient accumulation changes it slightly."""
+
+    def __call__(self, scores: TokenScores) -> Tensor:
+        raise NotImplementedError
+
+
+class Weighted(Objective):
+    """- sum sg(w_t) log p_t."""
+
+    def weight(self, scores: TokenScores) -> Tensor:
+        """w [M]; a function of logp alone unless overridden."""
+        return self.token_weight(scores.logp)
+
+    def __call__(self, scores: TokenScores) -> Tensor:
+        return -(self.weight(scores).detach() * scores.logp).sum()
+
+
+class Sft(Weighted):
+    """- log p. Cross-entropy: a policy gradient of reward 1 weighted by 1/p (arXiv 2508.05629, eq. 5).
+
+    Fails by its largest gradients coming from the least probable tokens.
+    """
+
+    name = "sft"
+
+    def token_weight(self, logp: Tensor) -> Tensor:
+        return torch.ones_like(logp)
+
+
+class Dft(Weighted):
+    """- sg(p) log p. Dynamic Fine-Tuning, arXiv 2508.05629, eq. 9: SFT with its weight 1/p cancelled.
+
+    Fails where the prior is weak: it does not teach new facts (Natural Questions 30.1 against SFT's 36.6).
+    """
+
+    name = "dft"
+
+    def token_weight(self, logp: Tensor) -> Tensor:
+        return logp.detach().exp()
+
+
+class DftSentence(Weighted):
+    """- sg(product of the sequence's p) log p. The ablation of arXiv 2508.05629 by sentence.
+
+    Fails: weights of long sequences underflow to zero (average 15.75 against 31.58 by token).
+    """
+
+    name = "dft-sentence"
+    needs = frozenset({"sequence"})
+
+    def weight(self, scores: TokenScores) -> Tensor:
+        return _Sequences(scores.sequence).sum(scores.logp.detach()).exp()
+
+
+class DftGeometric(Weighted):
+    """- sg(geometric mean of the sequence's p) log p. The same ablation, length-normalised (17.21)."""
+
+    name = "dft-geometric"
+    needs = frozenset({"sequence"})
+
+    def weight(self, scores: TokenScores) -> Tensor:
+        return _Sequences(scores.sequence).mean(scores.logp.detach()).exp()
+
+
+@dataclass(frozen=True)
+class IwSft(Weighted):
+    """- sg(clamp(exp(mean_t(log p - log p_ref)), low, high)) log p. iw-SFT, arXiv 2507.12856, by sequence.
+
+    Fails by variance: weights grow with the distance from the reference until the clamp holds them.
+    """
+
+    name = "iw-sft"
+    needs = frozenset({"sequence", "reference_logp"})
+    low: float = 0.0
+    high: float = 16.0
+
+    def __post_init__(self) -> None:
+        _check_clamp(self)
+
+    def weight(self, scores: TokenScores) -> Tensor:
+        log_ratio_M = scores.logp.detach() - scores.reference_logp
+        return _Sequences(scores.sequence).mean(log_ratio_M).exp().clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class IwSftToken(Weighted):
+    """- sg(clamp(p / p_ref, low, high)) log p. iw-SFT, arXiv 2507.12856, by token."""
+
+    name = "iw-sft-token"
+    needs = frozenset({"reference_logp"})
+    low: float = 0.2
+    high: float = 1.8
+
+    def __post_init__(self) -> None:
+        _check_clamp(self)
+
+    def weight(self, scores: TokenScores) -> Tensor:
+        return (scores.logp.detach() - scores.reference_logp).exp().clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Power(Objective):
+    """(1 - p^a) / a. Beyond Log Likelihood, arXiv 2510.00526; gradient weight p^a: a -> 0 is SFT, a = 1 DFT.
+
+    Fails where the prior is weak, the more the larger a (Figfont 35.2 -> 0.0 at a = 1).
+    """
+
+    name = "power"
+    a: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self, "a", lambda a: a > 0, "must be positive (a -> 0 is the objective 'sft')")
+
+    def token_weight(self, logp: Tensor) -> Tensor:
+        return (self.a * logp.detach()).exp()
+
+    def __call__(self, scores: TokenScores) -> Tensor:
+        return -torch.expm1(self.a * scores.logp).sum() / self.a
+
+
+@dataclass(frozen=True)
+class Threshold(Weighted):
+    """- 1[sg(p) >= tau] log p. ProFit, arXiv 2601.09195, tau 0.1; arXiv 2510.00526 has 0.2.
+
+    Fails to learn any token the base model does not already expect.
+    """
+
+    name = "threshold"
+    tau: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check(self, "tau", lambda tau: 0 < tau < 1, "must lie between 0 and 1 (0 is the objective 'sft')")
+
+    def token_weight(self, logp: Tensor) -> Tensor:
+        return (logp.detach() >= log(self.tau)).to(logp.dtype)
+
+
+@dataclass(frozen=True)
+class Asft(Dft):
+    """- sg(p) log p + lam * KL(base || model). ASFT, arXiv 2509.23753; lam 0.03 to 0.1.
+
+    Costs one more pass of the backbone with the adapter off. Fails to move far from the base where it should.
+    """
+
+    name = "asft"
+    needs = frozenset({"reference_kl"})
+    token_weight = None
+    lam: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check(self, "lam", lambda lam: lam > 0, "must be positive (0 is the objective 'dft')")
+
+    def weight(self, scores: TokenScores) -> Tensor:
+        return scores.logp.detach().exp()
+
+    def __call__(self, scores: TokenScores) -> Tensor:
+        return super().__call__(scores) + self.lam * scores.reference_kl.sum()
+
+
+class Cadft(Weighted):
+    """- sg(p * exp(-max(0, z))) log p, z the standard score of the sequence's mean NLL in its batch. CADFT, arXiv
+    2606.11206: samples harder than the batch's average count less.
+
+    Depends on the batch: one sequence alone is plain DFT.
+    """
+
+    name = "cadft"
+    needs = frozenset({"sequence"})
+    uses_batch_statistics = True
+
+    def weight(self, scores: TokenScores) -> Tensor:
+        sequences, logp_M = _Sequences(scores.sequence), scores.logp.detach()
+        nll_S = -sequences.mean_S(logp_M)
+        z_S = (nll_S - nll_S.mean()) / nll_S.std(correction=0).clamp_min(torch.finfo(nll_S.dtype).eps)
+        return logp_M.exp() * (-z_S.clamp_min(0)).exp()[sequences.of_M]
+
+
+class Eaft(Weighted):
+    """- sg(H_20 / 3) log p, H_20 the entropy of the 20 most probable tokens (3 is about ln 20). EAFT, arXiv
+    2601.02151: a token the model is sure about is not forced to change.
+
+    Keeps SFT's score and forgets less; fails to sharpen, for confident right tokens get no weight either.
+    """
+
+    name = "eaft"
+    needs = frozenset({"top_k_entropy"})
+
+    def weight(self, scores: TokenScores) -> Tensor:
+        return scores.top_k_entropy / 3
+
+
+class Deft(Objective):
+    """(1 - p^a) / a with a = sg(sum_v P_v^2) of each token. DEFT, arXiv 2602.11424: SFT where the model is
+    uncertain, DFT where it is sure.
+
+    Fails as DFT does on tokens the model is sure about and wrong.
+    """
+
+    name = "deft"
+    needs = frozenset({"sum_p_squared"})
+
+    def __call__(self, scores: TokenScores) -> Tensor:
+        a_M = scores.sum_p_squared.detach()
+        return -(torch.expm1(a_M * scores.logp) / a_M).sum()
+
+
+@dataclass(frozen=True)
+class InfoSft(Weighted):
+    """- sg(w / mean w) log p, w = p * max(0, logit(ceiling) - logit(p)). InfoSFT, arXiv 2605.14967: neither known
+    nor hopeless tokens.
+
+    Depends on the batch through the mean weight.
+    """
+
+    name = "infosft"
+    uses_batch_statistics = True
+    ceiling: float = 0.93
+
+    def __post_init__(self) -> None:
+        _check(self, "ceiling", lambda c: 0 < c < 1, "must lie between 0 and 1")
+
+    def weight(self, scores: TokenScores) -> Tensor:
+        logp_M = scores.logp.detach()
+        logit_M = logp_M - torch.log(-torch.expm1(logp_M))
+        w_M = logp_M.exp() * (log(self.ceiling / (1 - self.ceiling)) - logit_M).clamp_min(0)
+        return w_M / w_M.mean().clamp_min(torch.finfo(w_M.dtype).tiny)
+
+
+class ChordPhi(Weighted):
+    """- sg(p (1 - p)) log p. The phi of CHORD, arXiv 2508.11408: tokens the model is undecided about.
+
+    Made to be mixed with RL; alone it learns slowly (the weight is at most 1/4).
+    """
+
+    name = "chord-phi"
+
+    def token_weight(self, logp: Tensor) -> Tensor:
+        return -logp.detach().exp() * torch.expm1(logp.detach())
+
+
+@dataclass(frozen=True)
+class Focal(Objective):
+    """- (1 - p)^gamma log p, with its full gradient. Focal loss, arXiv 1708.02002.
+
+    The opposite design, kept as the contrast: it turns to the improbable tokens that DFT leaves alone.
+    """
+
+    name = "focal"
+    gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check(self, "gamma", lambda g: g > 0, "must be positive (0 is the objective 'sft')")
+
+    def token_weight(self, logp: Tensor) -> Tensor:
+        logp = logp.detach()
+        q = _complement(logp)
+        return q**self.gamma - self.gamma * logp * logp.exp() * q ** (self.gamma - 1)
+
+    def __call__(self, scores: TokenScores) -> Tensor:
+        return -(_complement(scores.logp) ** self.gamma * scores.logp).sum()
+
+
+@dataclass(frozen=True)
+class Custom(Objective):
+    """Any function of the scores; its attribute `needs`, where it has one, names the fields it reads."""
+
+    function: Callable[[TokenScores], Tensor]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset(getattr(self.function, "needs", ()))
+
+    def __call__(self, scores: TokenScores) -> Tensor:
+        loss = self.function(scores)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            raise ValueError(f"objective: {self.name} must return a scalar tensor, a sum over tokens")
+        return loss
+
+
+_REGISTRY: dict[str, type[Objective]] = {
+    kind.name: kind
+    for kind in (
+        Sft, Dft, DftSentence, DftGeometric, IwSft, IwSftToken, Power, Threshold, Asft, Cadft, Eaft, Deft, InfoSft,
+        ChordPhi, Focal,
+    )
+}  # fmt: skip
+
+
+def objective_names() -> list[str]:
+    """The names `objective` knows."""
+    return list(_REGISTRY)
+
+
+def objective(name: str | Callable[[TokenScores], Tensor], **numbers: Any) -> Objective:
+    """An objective by name with its own numbers, or any function of the scores.
+
+    Raises RecipeError naming the field: unknown objective, unknown number, or a number out of range.
+    """
+    if isinstance(name, Objective) and not numbers:
+        return name
+    if not isinstance(name, str):
+        if numbers or not callable(name):
+            raise RecipeError("objective.name: must be a name, or a function of the scores without numbers")
+        return Custom(name)
+    if name not in _REGISTRY:
+        near = did_you_mean(name, _REGISTRY) or f"; known: {', '.join(_REGISTRY)}"
+        raise RecipeError(f"objective.name: there is no objective {name!r}{near}")
+    kind = _REGISTRY[name]
+    known = [field.name for field in fields(kind)]
+    for key, value in numbers.items():
+        if key not in known:
+            owners = [other for other, k in _REGISTRY.items() if key in (f.name for f in fields(k))]
+            hint = did_you_mean(key, known) or (f" ({', '.join(owners)} does)" if owners else "")
+            raise RecipeError(f"objective.{key}: {name!r} has no such number{hint}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+            raise RecipeError(f"objective.{key}: must be a finite number, got {value!r}")
+    return kind(**numbers)
+
+
+def gradient_weights(wanted: Objective, scores: TokenScores) -> Tensor:
+    """-d loss / d logp of each token, detached [M]: its weight relative to SFT's 1 (a KL anchor not included)."""
+    logp_M = scores.logp.detach().requires_grad_()
+    with torch.enable_grad():
+        kl = None if scores.reference_kl is None else scores.reference_kl.detach()
+        loss = wanted(scores.replace(logp=logp_M, reference_kl=kl))
+    return -torch.autograd.grad(loss, logp_M)[0]
+
+
+class _Sequences:
+    """Sums over the tokens of each of S sequences."""
+
+    def __init__(self, sequence_M: Tensor):
+        ids_S, self.of_M = sequence_M.unique(return_inverse=True)
+        self.count_S = torch.bincount(self.of_M, minlength=len(ids_S))
+
+    def sum_S(self, values_M: Tensor) -> Tensor:
+        return values_M.new_zeros(len(self.count_S)).index_add_(0, self.of_M, values_M)
+
+    def mean_S(self, values_M: Tensor) -> Tensor:
+        return self.sum_S(values_M) / self.count_S
+
+    def sum(self, values_M: Tensor) -> Tensor:
+        """Each token's sequence sum, [M]."""
+        return self.sum_S(values_M)[self.of_M]
+
+    def mean(self, values_M: Tensor) -> Tensor:
+        """Each token's sequence mean, [M]."""
+        return self.mean_S(values_M)[self.of_M]
+
+
+def _complement(logp: Tensor) -> Tensor:
+    """1 - p without cancellation; kept off zero, where a fractional power has no derivative."""
+    return (-torch.expm1(logp)).clamp_min(torch.finfo(logp.dtype).tiny)
+
+
+def _check(value: Objective, field: str, fits: Callable[[float], bool], remedy: str) -> None:
+    number = getattr(value, field)
+    if not fits(number):
+        raise RecipeError(f"objective.{field}: {remedy}, got {number}")
+
+
+def _check_clamp(value: IwSft | IwSftToken) -> None:
+    _check(value, "low", lambda low: low >= 0, "must not be negative")
+    _check(value, "high", lambda high: high > value.low, f"must be larger than low = {value.low}")

@@ -1,0 +1,281 @@
+"""`token_logps`: differentiable log-probabilities of target tokens, without the logits.
+
+The computation it equals (`naive.py`):
+
+    z = hidden @ weight.T + bias                # [N, V], the tensor that is never built
+    z = softcap * tanh(logit_scale * z / softcap)
+    logp = z.float().log_softmax(-1)[arange(N), targets][targets != -100]
+
+One training step, whatever the objective:
+
+    wanted = objective("asft")
+    reference = None
+    if wanted.needs & REFERENCE_NEEDS:          # the base model: adapter off, no second model
+        with torch.no_grad():
+            reference = token_logps(hidden_of_base, weight, targets, keep_jacobian=True)
+    scores = token_logps(hidden, weight, targets, needs=wanted.needs, sequence=sequence_ids, reference=reference)
+    loss = wanted(scores)                       # a sum; divide by the supervised tokens of the whole step
+
+Shapes: N tokens, M supervised tokens, D hidden width, V vocabulary, R rank of a LoRA adapter on the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from .head import Head, Lora
+from .jacobian import Pass, RowJacobian, Skip, score_rows
+
+REFERENCE_NEEDS = frozenset({"reference_logp", "reference_kl"})
+STATISTICS = frozenset({"sum_p_squared", "top_k_entropy"})
+FLOOR_ROWS, CEILING_ROWS = 512, 4096  # below 512 rows the GEMMs slow down (256: 1.08x, 128: 1.36x)
+CHUNK_BYTES = {"cpu": 128 * 2**20}  # the workspace; on any other device:
+DEVICE_CHUNK_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """`logp`, differentiable, and its company, one entry a supervised token (M of them).
+
+    Float32 (float64 for a float64 model). Only `logp`, `lse` and `reference_kl` carry gradients. Optional
+    fields are None unless they were asked for by name in `needs`, or given.
+    """
+
+    logp: Tensor
+    """log p of the target token."""
+    lse: Tensor
+    """log sum exp of the logits; detached when rows were skipped (its gradient would need them)."""
+    entropy: Tensor
+    """Entropy of the predicted distribution, nats."""
+    is_top1: Tensor
+    """Whether the target is the most probable token; bool."""
+    index: Tensor
+    """Position of each supervised token among the N."""
+    sum_p_squared: Tensor | None = None
+    """Sum over the vocabulary of p^2."""
+    top_k_entropy: Tensor | None = None
+    """Entropy of the 20 most probable tokens, renormalised among themselves."""
+    sequence: Tensor | None = None
+    """Which sequence a token belongs to; integers, equal within a sequence."""
+    reference_logp: Tensor | None = None
+    """logp of the same tokens under the reference (the base model)."""
+    reference_kl: Tensor | None = None
+    """KL(reference || model), differentiable."""
+    hidden: Tensor | None = None
+    """With keep_jacobian: the supervised hidden states [M, D]."""
+    jacobian: Tensor | None = None
+    """With keep_jacobian: d logp / d hidden [M, D]."""
+    skipped_rows: int = 0
+    """Rows left out of the gradient by `skip`."""
+    skip_bound: float = 0.0
+    """Upper bound of the Frobenius norm of the error in the gradient of `sum(w * logp)` that skipping caused."""
+
+    @property
+    def probability(self) -> Tensor:
+        """p of the target token, detached."""
+        return self.logp.detach().exp()
+
+    def replace(self, **fields) -> TokenScores:
+        """A copy with some fields replaced."""
+        return replace(self, **fields)
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_bytes: int | None = None,
+    skip: float = 0.0,
+    token_weight: Callable[[Tensor], Tensor] | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    needs: Iterable[str] = (),
+    sequence: Tensor | None = None,
+    reference: TokenScores | None = None,
+    keep_jacobian: bool = False,
+    ignore_index: int = -100,
+    check_values: bool = True,
+) -> TokenScores:
+    """Scores of the supervised tokens, differentiable with respect to whatever requires grad.
+
+    hidden [N, D], weight [V, D], targets [N] (`ignore_index` where unsupervised), bias [V].
+    z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), tanh only with a softcap.
+
+    lora: (A [R, D], B [V, R], scaling), an adapter on the head: the weight becomes W + scaling * B @ A, never built.
+    needs: names of optional fields of TokenScores that the objective reads (`objective.needs`).
+    sequence [N]: ids of the sequences tokens belong to. reference: the scores of the same targets under the
+    base model; with its `keep_jacobian`, `reference_kl` becomes available for a frozen head without soft-cap.
+    chunk_bytes: size of the workspace; given explicitly it overrides the floor of 512 rows.
+    skip, token_weight: leave rows out of the gradient, the smallest first, while their part of the summed
+    `2 * token_weight(logp) * (1 - p)` stays under `skip`; see `TokenScores.skip_bound`. token_weight is the
+    objective's own detached weight, a function of logp alone (`objective.token_weight`).
+    check_values: refuse targets outside [0, V) and non-finite hidden states; off, they are undefined behaviour.
+
+    Cost: two GEMMs of 2 M D V flops (one if nothing requires grad; four with a trainable weight, three with LoRA on
+    a frozen weight); memory: J [M, D] and one workspace [chunk, V].
+
+    Raises ValueError naming the argument that does not fit.
+    """
+    needs = frozenset(needs)
+    head = Head(weight, bias, logit_scale, softcap, None if lora is None else Lora(*lora))
+    _check_shapes(hidden, head, targets, chunk_bytes, sequence)
+    index = (targets != ignore_index).nonzero()[:, 0]
+    everything = len(index) == len(targets)
+    h_MD = hidden if everything else hidden.index_select(0, index)
+    y_M = targets.index_select(0, index).long()
+    if check_values:
+        _check_values(h_MD, y_M, len(weight))
+    _check_modes(head, needs, skip, token_weight, sequence, reference, index)
+
+    wants_hidden = torch.is_grad_enabled() and hidden.requires_grad
+    wants_grad = wants_hidden or (torch.is_grad_enabled() and head.trainable)
+    rows = _chunk_rows(hidden, len(weight), len(index), chunk_bytes)
+    with torch.autocast(hidden.device.type, enabled=False):
+        done = score_rows(
+            head,
+            h_MD.detach(),
+            y_M,
+            rows,
+            jacobian=wants_hidden or keep_jacobian,
+            needs=needs & STATISTICS,
+            skip=Skip(skip, token_weight) if skip and token_weight else None,
+        )
+        logp, lse = done.logp_M, done.lse_M
+        if wants_grad:
+            logp, lse = RowJacobian.apply(h_MD, *head.parameters, head, y_M, rows, done)
+        kl = None
+        if (
+            reference is not None
+            and reference.jacobian is not None
+            and softcap is None
+            and not head.trainable
+        ):
+            kl = _reference_kl(h_MD, logp, reference)
+    return TokenScores(
+        logp=logp,
+        lse=lse.detach() if done.skipped_rows else lse,
+        entropy=done.entropy_M,
+        is_top1=done.is_top1_M,
+        index=index,
+        sum_p_squared=done.sum_p_squared_M,
+        top_k_entropy=done.top_k_entropy_M,
+        sequence=None if sequence is None else sequence.index_select(0, index),
+        reference_logp=None if reference is None else reference.logp.detach(),
+        reference_kl=kl,
+        hidden=h_MD.detach() if keep_jacobian else None,
+        jacobian=done.jacobian_MD if keep_jacobian else None,
+        skipped_rows=done.skipped_rows,
+        skip_bound=done.skip_bound,
+    )
+
+
+def _reference_kl(h_MD: Tensor, logp_M: Tensor, reference: TokenScores) -> Tensor:
+    """KL(reference || model) of two hidden states under one linear head, without its logits.
+
+    lse is convex in h, so this KL is its Bregman divergence; written with logp and J nothing large cancels:
+    KL = logp_ref - logp + (h - h_ref) . J_ref, of gradient J_ref - J. Bias and scale drop out.
+    """
+    moved_MD = h_MD.to(logp_M.dtype) - reference.hidden
+    return reference.logp - logp_M + (moved_MD * reference.jacobian).sum(-1)
+
+
+def _chunk_rows(hidden: Tensor, V: int, M: int, chunk_bytes: int | None) -> int:
+    """Rows of a chunk by bytes; a given size is obeyed, the default keeps the GEMMs large."""
+    if chunk_bytes is not None:
+        return max(1, chunk_bytes // (V * hidden.element_size()))
+    budget = CHUNK_BYTES.get(hidden.device.type, DEVICE_CHUNK_BYTES)
+    return min(max(budget // (V * hidden.element_size()), FLOOR_ROWS), CEILING_ROWS)
+
+
+def _check_shapes(
+    hidden: Tensor, head: Head, targets: Tensor, chunk_bytes: int | None, sequence: Tensor | None
+) -> None:
+    """Shapes, devices, dtypes and plain numbers."""
+    weight = head.weight_VD
+    if hidden.ndim != 2:
+        raise ValueError(f"hidden: must be [N, D], got {list(hidden.shape)}")
+    if not hidden.is_floating_point():
+        raise ValueError(f"hidden: must be floating point, got {hidden.dtype}")
+    N, D = hidden.shape
+    if weight.ndim != 2 or weight.shape[1] != D or weight.shape[0] < 2:
+        raise ValueError(f"weight: must be [V >= 2, {D}] to fit hidden, got {list(weight.shape)}")
+    V = len(weight)
+    if list(targets.shape) != [N]:
+        raise ValueError(f"targets: must be [{N}] to fit hidden, got {list(targets.shape)}")
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"targets: must be integers, got {targets.dtype}")
+    if head.bias_V is not None and list(head.bias_V.shape) != [V]:
+        raise ValueError(f"bias: must be [{V}] to fit weight, got {list(head.bias_V.shape)}")
+    if sequence is not None and list(sequence.shape) != [N]:
+        raise ValueError(f"sequence: must be [{N}] to fit hidden, got {list(sequence.shape)}")
+    lora = head.lora
+    if lora and (
+        lora.a_RD.ndim != 2 or lora.a_RD.shape[1] != D or list(lora.b_VR.shape) != [V, len(lora.a_RD)]
+    ):
+        raise ValueError(
+            f"lora: A must be [R, {D}] and B [{V}, R], got {list(lora.a_RD.shape)} and {list(lora.b_VR.shape)}"
+        )
+    named = {"weight": weight, "bias": head.bias_V, "targets": targets, "sequence": sequence}
+    if lora:
+        named |= {"lora A": lora.a_RD, "lora B": lora.b_VR}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name}: is on {tensor.device}, hidden on {hidden.device}")
+        if tensor is not None and name not in ("targets", "sequence") and tensor.dtype != hidden.dtype:
+            raise ValueError(f"{name}: is {tensor.dtype}, hidden is {hidden.dtype}")
+    if not isfinite(head.scale) or head.scale == 0:
+        raise ValueError(f"logit_scale: must be finite and not zero, got {head.scale}")
+    if head.softcap is not None and not (isfinite(head.softcap) and head.softcap > 0):
+        raise ValueError(f"softcap: must be positive, got {head.softcap}")
+    if chunk_bytes is not None and chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes: must be at least 1, got {chunk_bytes}")
+
+
+def _check_values(h_MD: Tensor, y_M: Tensor, V: int) -> None:
+    """Reads the data: one synchronisation on a GPU."""
+    if len(y_M) == 0:
+        return
+    low, high = int(y_M.min()), int(y_M.max())
+    if low < 0 or high >= V:
+        raise ValueError(f"targets: must lie in [0, {V}), got {low if low < 0 else high}")
+    if not bool(torch.isfinite(h_MD.detach()).all()):
+        raise ValueError("hidden: holds NaN or infinite values")
+
+
+def _check_modes(
+    head: Head,
+    needs: frozenset[str],
+    skip: float,
+    token_weight: Callable[[Tensor], Tensor] | None,
+    sequence: Tensor | None,
+    reference: TokenScores | None,
+    index: Tensor,
+) -> None:
+    """Combinations that cannot be exact."""
+    if not 0 <= skip < 1:
+        raise ValueError(f"skip: must lie in [0, 1), got {skip}")
+    if skip and token_weight is None:
+        raise ValueError("token_weight: skip needs the objective's detached weight (objective.token_weight)")
+    if skip and head.trainable:
+        raise ValueError("skip: needs a frozen head; its error bound does not cover the head's own gradient")
+    if "sequence" in needs and sequence is None:
+        raise ValueError("sequence: the objective needs the sequence id of each token")
+    if needs & REFERENCE_NEEDS and reference is None:
+        raise ValueError("reference: the objective needs the scores of the base model")
+    if reference is not None and not torch.equal(reference.index, index):
+        raise ValueError("reference: its supervised positions differ from those of targets")
+    if "reference_kl" in needs:
+        if reference.jacobian is None:
+            raise ValueError("reference: score it with keep_jacobian=True, the objective needs its KL")
+        if head.softcap is not None:
+            raise ValueError("softcap: KL to the reference is exact only for a head without soft-cap")
+        if head.lora or head.trainable:
+            raise ValueError("weight: KL to the reference is exact only for a frozen head without LoRA")
