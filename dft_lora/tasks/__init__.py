@@ -1,4 +1,4 @@
-"""What is asked, and how an answer is judged. A task is found by name; its module is imported when asked for."""
+"""What is asked, and how an answer is judged. A task's module is imported when the task is asked for."""
 
 from __future__ import annotations
 

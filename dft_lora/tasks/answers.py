@@ -23,6 +23,7 @@ Rules where practice differs (the reference harness is Qwen2.5-Math's, which the
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
@@ -54,9 +55,8 @@ def extract(text: str) -> str | None:
         return box.strip() or None
     if "####" in text:
         return text.rpartition("####")[2].strip().partition("\n")[0].strip() or None
-    stated = None
-    for stated in _STATED.finditer(text):
-        pass
+    stated = deque(_STATED.finditer(text), maxlen=1)
+    stated = stated.pop() if stated else None
     line = stated[1] if stated else text.strip()
     if stated and (maths := _MATHS.match(line)):
         return next(filter(None, maths.groups())).strip() or None
@@ -83,6 +83,11 @@ def _last_box(text: str) -> str | None:
     if last is None and (bare := re.findall(r"\\boxed\s+([^\s${}]+)", text)):
         last = bare[-1]
     return last
+
+
+def has_box(text: str) -> bool:
+    r"""Whether a text holds a complete \boxed{...}."""
+    return _last_box(text) is not None
 
 
 def clean_gsm8k(text: str) -> tuple[str, str]:
@@ -115,6 +120,7 @@ _TIDY = [
         (r"\\[!,;: ]|\\q?quad(?![a-z])|~|\xa0", " "),
         (r"\\?\$|\\\(|\\\)|\*\*|[€£]|\\pounds", ""),
         (r"\\[dtc]frac", r"\\frac"),
+        (r"\\(?:textbf|mathbf|boldsymbol|bf)\s*\{([^{}]*)\}", r"\1"),
         (r"\\%", "%"),
         (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-z])|°|(?:\\text\s*\{)?\s*\bdegrees?\b\s*\}?", " "),
         (r"\\leqslant|\\leq(?![a-z])", r"\\le "),
@@ -460,7 +466,7 @@ def _squeezed(text: str) -> str:
 
 
 def _same(a: Group | str, b: Group | str, algebra) -> bool:
-    if isinstance(a, Group) and a.kind == "equation" or isinstance(b, Group) and b.kind == "equation":
+    if any(isinstance(side, Group) and side.kind == "equation" for side in (a, b)):
         return _same_equation(a, b, algebra)
     if isinstance(a, str) and isinstance(b, str):
         return _same_leaf(a, b, algebra)
@@ -498,7 +504,7 @@ def _same_equation(a: Group | str, b: Group | str, algebra) -> bool:
     """`x = 5` is `5`; two equations with one left side agree by their right sides."""
     sides = [(g.items if isinstance(g, Group) and g.kind == "equation" else (None, g)) for g in (a, b)]
     (left_a, right_a), (left_b, right_b) = sides
-    if left_a == left_b or (None in (left_a, left_b) and not ("=" in _text(right_a) + _text(right_b))):
+    if left_a == left_b or (None in (left_a, left_b) and "=" not in _text(right_a) + _text(right_b)):
         return _same(right_a, right_b, algebra)
     return algebra(_text(a), _text(b))
 

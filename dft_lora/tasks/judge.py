@@ -11,6 +11,7 @@ place of a killed one, so that a hostile answer costs its own three seconds and 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import subprocess
@@ -113,10 +114,8 @@ class _Worker:
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
-            try:
+            with contextlib.suppress(OSError):  # what was still buffered for a dead process
                 pipe.close()
-            except OSError:
-                pass
 
 
 class _Pool:
