@@ -1,0 +1,251 @@
+"""The embedded task: word problems of a few steps, generated when asked for, with worked solutions.
+
+A problem is a chain: a start and k operations on it, kept whole numbers from 2 to 240. The chain is told as
+a story (who, what, one sentence an operation) and solved in one of five styles, always ending in `#### x`.
+
+    story     Mia has 12 apples. Mia buys 7 more. The collection doubles. How many apples are there now?
+    solution  12+7=19
+              19*2=38
+              #### 38
+
+Four sets come from one generator. The checksum of a chain says which set it may be told in, so no test
+chain is ever trained on under other names:
+
+    set                      steps           size    wrong steps
+    base's own training      1 to 3, few 4 5 any     8 %: the base is to be noisy
+    fine-tuning ("train")    1 to 3          3840    none: demonstrations are right, and mixed in style
+    arithmetic, test         1 to 3          300     -
+    arithmetic-long, test    4 and 5         300     -
+
+Sets are the same on every machine: `random.Random` of a string, and integers only.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import cycle, islice
+from random import Random
+from zlib import crc32
+
+from dft_lora.errors import DataError
+from dft_lora.tasks.base import Problem, Task
+
+LARGEST = 240
+APPLY: Mapping[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.floordiv,
+}
+
+NAMES = ("Mia", "Tom", "Ana", "Ben", "Lena", "Omar", "Ruth", "Ivan", "Zoe", "Paul", "Nina", "Kofi")
+THINGS = ("apples", "books", "coins", "cards", "shells", "stamps", "pens", "beads", "eggs", "stones")
+FOLDS = {2: "doubles", 3: "triples", 4: "quadruples"}
+
+OPENINGS = (
+    "{name} has {n} {things}.",
+    "{name} starts with {n} {things}.",
+    "There are {n} {things} in {name}'s box.",
+)
+EVENTS = {
+    "+": ("{name} buys {n} more.", "{name} finds {n} {things}.", "A friend brings {n} {things}."),
+    "-": ("{name} gives {n} away.", "{name} sells {n} {things}.", "{n} of the {things} are lost."),
+    "*": ("The collection {folds}.", "Soon there are {n} times as many.", "The number of {things} {folds}."),
+    "/": (
+        "They are split equally into {n} bags and {name} keeps one bag.",
+        "{name} shares them equally among {n} people and keeps one share.",
+        "Only one part in {n} is left.",
+    ),
+}
+ENDINGS = (
+    "How many {things} are there now?",
+    "How many {things} does {name} have at the end?",
+    "How many are left?",
+)
+
+CLAUSES = {
+    "+": ("Adding {n} gives", "With {n} more there are"),
+    "-": ("Taking {n} away leaves", "Without {n} of them there are"),
+    "*": ("Having {n} times as many makes", "The collection {folds} to"),
+    "/": ("One of {n} equal parts is", "Dividing by {n} leaves"),
+}
+IN_WORDS = {
+    "+": "{n} more than {a} is",
+    "-": "{n} less than {a} is",
+    "*": "{n} times {a} is",
+    "/": "{a} divided by {n} is",
+}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A start and the operations on it: all that decides the answer."""
+
+    start: int
+    steps: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def draw(cls, rng: Random, length: int) -> Chain:
+        value = start = rng.randint(3, 60)
+        steps = []
+        for _ in range(length):
+            op, operands = rng.choice([(op, ns) for op, ns in _operands(value).items() if ns])
+            n = rng.choice(operands)
+            steps.append((op, n))
+            value = APPLY[op](value, n)
+        return cls(start, tuple(steps))
+
+    @property
+    def quarter(self) -> int:
+        """0 to 3, by checksum: which sets this chain may appear in."""
+        return crc32(repr((self.start, self.steps)).encode()) % 4
+
+    def work(self, rng: Random | None = None, wrong: float = 0.0) -> list[Line]:
+        """The worked lines; each result is off with probability `wrong`, and what follows builds on it."""
+        lines, value = [], self.start
+        for op, n in self.steps:
+            result = APPLY[op](value, n)
+            if wrong and rng.random() < wrong:
+                result = abs(result + rng.choice((-20, -10, -2, -1, 1, 2, 10, 20)))
+            lines.append(Line(value, op, n, result))
+            value = result
+        return lines
+
+
+@dataclass(frozen=True)
+class Line:
+    """One worked step, `a op n = result`."""
+
+    a: int
+    op: str
+    n: int
+    result: int
+
+    def __str__(self) -> str:
+        return f"{self.a}{self.op}{self.n}={self.result}"
+
+    def fill(self, template: str) -> str:
+        return template.format(a=self.a, n=self.n, folds=FOLDS.get(self.n))
+
+
+def _operands(value: int) -> dict[str, list[int]]:
+    """For each operation, what it may be done with so that the value stays whole and in 2..LARGEST."""
+    return {
+        "+": list(range(2, min(60, LARGEST - value) + 1)),
+        "-": list(range(2, min(60, value - 2) + 1)),
+        "*": [n for n in FOLDS if value * n <= LARGEST],
+        "/": [n for n in range(2, 7) if value % n == 0 and value // n >= 2],
+    }
+
+
+def _equations(rng: Random, lines: list[Line], things: str) -> str:
+    return "\n".join(map(str, lines))
+
+
+def _running(rng: Random, lines: list[Line], things: str) -> str:
+    return f"{lines[0].a}" + ", ".join(f"{line.op}{line.n}={line.result}" for line in lines)
+
+
+def _prose(rng: Random, lines: list[Line], things: str) -> str:
+    said = [f"{line.fill(rng.choice(CLAUSES[line.op]))} {line}." for line in lines]
+    return " ".join([f"We begin with {lines[0].a} {things}.", *said])
+
+
+def _numbered(rng: Random, lines: list[Line], things: str) -> str:
+    known = ", then ".join([f"Known: {lines[0].a} {things}", *(f"{line.op}{line.n}" for line in lines)])
+    steps = [f"Step {i}: {line}" for i, line in enumerate(lines, 1)]
+    return "\n".join([f"{known}.", *steps, f"So the answer is {lines[-1].result} {things}."])
+
+
+def _words(rng: Random, lines: list[Line], things: str) -> str:
+    return " ".join(f"{line.fill(IN_WORDS[line.op])} {line.result}." for line in lines)
+
+
+STYLES = (_equations, _running, _prose, _numbered, _words)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A set of problems: lengths in turn (so that any prefix is balanced), quarters of the chains, size."""
+
+    label: str
+    lengths: tuple[int, ...]
+    quarters: tuple[int, ...]
+    size: int
+    wrong: float = 0.0
+
+    def problems(self) -> Iterator[Problem]:
+        """`size` different questions; the same ones, in the same order, at each call."""
+        rng = Random(self.label)
+        return islice(self._stream(rng), self.size)
+
+    def _stream(self, rng: Random) -> Iterator[Problem]:
+        seen: set[str] = set()
+        for length in cycle(self.lengths):
+            problem = self._problem(rng, length, len(seen))
+            while problem.question in seen:
+                problem = self._problem(rng, length, len(seen))
+            seen.add(problem.question)
+            yield problem
+
+    def _problem(self, rng: Random, length: int, index: int) -> Problem:
+        chain = Chain.draw(rng, length)
+        while chain.quarter not in self.quarters:
+            chain = Chain.draw(rng, length)
+        name, things = rng.choice(NAMES), rng.choice(THINGS)
+        told = [rng.choice(OPENINGS).format(name=name, n=chain.start, things=things)]
+        for op, n in chain.steps:
+            event = rng.choice(EVENTS[op])
+            told.append(event.format(name=name, n=n, things=things, folds=FOLDS.get(n)))
+        told.append(rng.choice(ENDINGS).format(name=name, things=things))
+        lines = chain.work(rng, self.wrong)
+        solution = rng.choice(STYLES)(rng, lines, things)
+        return Problem.ask(
+            f"{self.label}/{index}",
+            " ".join(told),
+            solution=f"{solution}\n#### {lines[-1].result}",
+            answer=str(chain.work()[-1].result),
+            tags={"steps": length},
+        )
+
+
+@dataclass(frozen=True)
+class Arithmetic(Task):
+    """A task whose splits are generated."""
+
+    name: str
+    description: str
+    splits: Mapping[str, Part]
+    max_new_tokens: int
+
+    def problems(self, split: str = "test") -> list[Problem]:
+        if split not in self.splits:
+            raise DataError(
+                f"split: {self.name} has no split {split!r}; it generates {', '.join(self.splits)}"
+            )
+        return list(self.splits[split].problems())
+
+
+def base_training(size: int, seed: int = 0) -> Part:
+    """What the embedded base is trained on: mostly short, a few long, 8 % of the steps wrong."""
+    return Part(f"base-{seed}", lengths=(1, 2, 3) * 8 + (4, 5), quarters=(2, 3), size=size, wrong=0.08)
+
+
+FINE_TUNING = Part("arithmetic/train", lengths=(1, 2, 3), quarters=(1,), size=3840)
+
+TASKS = (
+    Arithmetic(
+        "arithmetic",
+        "word problems of 1 to 3 steps, as many as the fine-tuning set has",
+        {"train": FINE_TUNING, "test": Part("arithmetic/test", (1, 2, 3), quarters=(0,), size=300)},
+        max_new_tokens=96,
+    ),
+    Arithmetic(
+        "arithmetic-long",
+        "word problems of 4 and 5 steps, more than the fine-tuning set has",
+        {"train": FINE_TUNING, "test": Part("arithmetic-long/test", (4, 5), quarters=(0,), size=300)},
+        max_new_tokens=128,
+    ),
+)
