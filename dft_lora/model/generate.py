@@ -8,14 +8,7 @@ A decoding loop of our own rather than `model.generate`, because
 - rows of different adapters, greedy and sampled, share a batch;
 - closing the generator is the stop button; no hook lives between two forwards.
 
-The cache is ragged and right-aligned, as after left padding: of T columns, a row of length l uses the last l.
-A step appends one column for every row; columns that no row uses any more are cut off on the left.
-
-    row 0  . . a b c d        a step appends e, f, g on the right; when row 0 leaves,
-    row 1  . . . . h i        the columns are cut to the longest row that stays
-    row 2  . j k l m n
-
-Shapes: R rows, T columns, V vocabulary, H heads, D head size.
+Shapes: R rows, T columns of the cache (cache.py draws it), V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,7 +21,6 @@ from itertools import groupby
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import RequestError, RunError
@@ -222,11 +214,13 @@ class _Batch:
     """The rows alive and their ragged, right-aligned cache."""
 
     def __init__(self, model, requests, pad_id):
+        from .cache import RaggedCache
+
         self.model, self.pad_id = model, pad_id
         self.device = next(model.parameters()).device
         self.layers = adapter_layers(model, (r.adapter for r in requests))
         self.rows: list[_Row] = []
-        self.cache = None
+        self.cache = RaggedCache()
 
     def admit(self, rows: list[_Row]) -> Tensor:
         """Prefill each distinct (prompt, adapter) of `rows` once and add the rows; their logits [R, V]."""
@@ -236,19 +230,13 @@ class _Batch:
         place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         width = max(len(prompt) for prompt, _ in place)
         ids_RT = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p, _ in place])
-        # Without a config every layer keeps its whole past, sliding windows too (masked, not cut):
-        # rows of different ages could not share a cache that is cut for all of them at once.
-        cache = DynamicCache()
+        cache = DynamicCache()  # no config: no layer cuts its past to a sliding window, see cache.py
         lengths = [len(prompt) for prompt, _ in place]
         logits_RV = self._forward(ids_RT, lengths, [adapter for _, adapter in place], cache)
         for row in rows:
             row.length = len(row.request.prompt_ids)
         repeat_R = torch.tensor([place[key] for key in keys], device=self.device)
-        cache.batch_select_indices(repeat_R)
-        if self.rows:
-            _append(self.cache, cache)
-        else:
-            self.cache = cache
+        self.cache.add(cache, repeat_R)
         self.rows = self.rows + rows
         return logits_RV[repeat_R]
 
@@ -261,17 +249,16 @@ class _Batch:
         return self._forward(ids_R1, [row.length for row in self.rows], adapters, self.cache)
 
     def release(self, indices: set[int]) -> None:
-        """Let the rows of these requests go, with their part of the cache."""
-        stay = [i for i, row in enumerate(self.rows) if row.index not in indices]
-        self.rows = [self.rows[i] for i in stay]
-        if not self.rows:
-            self.cache = None
-            return
-        stay_R = torch.tensor(stay, device=self.device)
-        longest = max(row.length for row in self.rows)
-        for layer in self.cache.layers:
-            layer.keys = layer.keys[:, :, -longest:][stay_R]
-            layer.values = layer.values[:, :, -longest:][stay_R]
+        """Let the rows of these requests go; rows from the end take their places."""
+        stay = len(self.rows) - len(indices)
+        holes = [i for i, row in enumerate(self.rows[:stay]) if row.index in indices]
+        movers = [i for i, row in enumerate(self.rows[stay:], stay) if row.index not in indices]
+        for hole, mover in zip(holes, movers, strict=True):
+            self.rows[hole] = self.rows[mover]
+        self.rows = self.rows[:stay]
+        columns = max((row.length for row in self.rows), default=0)
+        holes_N, movers_N = (torch.tensor(places, dtype=torch.long, device=self.device) for places in (holes, movers))
+        self.cache.drop(holes_N, movers_N, stay, columns)
 
     def _forward(self, ids_RT: Tensor, lengths: list[int], adapters: list[str | None], cache) -> Tensor:
         """Logits [R, V] at the last column. `lengths`: columns of each row in use, those of `ids_RT` included."""
@@ -290,13 +277,3 @@ class _Batch:
             )
         return out.logits[:, -1]
 
-
-def _append(cache, other) -> None:
-    """Add the rows of `other` below those of `cache`, right-aligned; both padded to the wider of the two."""
-
-    def below(a_RHTD, b_RHTD):
-        width = max(a_RHTD.shape[2], b_RHTD.shape[2])
-        return torch.cat([F.pad(x, (0, 0, width - x.shape[2], 0)) for x in (a_RHTD, b_RHTD)])
-
-    for mine, new in zip(cache.layers, other.layers, strict=True):
-        mine.keys, mine.values = below(mine.keys, new.keys), below(mine.values, new.values)
