@@ -42,7 +42,7 @@ class NeedsAlgebra(Exception):
 # ---------------------------------------------------------------------------------- finding the answer
 
 _BRACE = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.S)
-_STATED = re.compile(r"\banswer(?:\s+is|\s*[:=])[\s:*]*(\S.*)", re.I)
+_STATED = re.compile(r"\banswer(?:\s+is\b|\s*[:=])[\s:*]*(?=\S)", re.I)
 _MATHS = re.compile(r"\$+([^$]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]")
 _PROSE = re.compile(r"(?<![\\{A-Za-z])[A-Za-z]{2,}\s+[A-Za-z]{2,}\b")
 _NUMBER = re.compile(r"-?\\[dt]?frac\{\d+\}\{\d+\}|(?<![\w.,])-?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
@@ -56,13 +56,13 @@ def extract(text: str) -> str | None:
     if "####" in text:
         return text.rpartition("####")[2].strip().partition("\n")[0].strip() or None
     stated = deque(_STATED.finditer(text), maxlen=1)
-    stated = stated.pop() if stated else None
-    line = stated[1] if stated else text.strip()
-    if stated and (maths := _MATHS.match(line)):
-        return next(filter(None, maths.groups())).strip() or None
+    line = text.strip()
     if stated:
+        line = text[stated[0].end() :].partition("\n")[0]
+        if maths := _MATHS.match(line):
+            return next(filter(None, maths.groups())).strip() or None
         line = re.split(r"\.(?:\s|$)", line, maxsplit=1)[0].strip(" *")
-    if len(line) <= 100 and "\n" not in line and not _PROSE.search(line):
+    if len(line) <= 100 and "\n" not in line and "\\boxed" not in line and not _PROSE.search(line):
         return line or None
     numbers = _NUMBER.findall(line[-10_000:])
     return numbers[-1].rstrip(",") if numbers else None
@@ -117,7 +117,7 @@ _TIDY = [
         (r"√\s*(\d+)|(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1\2}"),
         (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])", ""),
         (r",\s*\\!\s*|\{,\}", ","),
-        (r"\\[!,;: ]|\\q?quad(?![a-z])|~|\xa0", " "),
+        (r"(?<!\\)\\[!,;: ]|\\q?quad(?![a-z])|~|\xa0", " "),
         (r"\\?\$|\\\(|\\\)|\*\*|[€£]|\\pounds", ""),
         (r"\\[dtc]frac", r"\\frac"),
         (r"\\(?:textbf|mathbf|boldsymbol|bf)\s*\{([^{}]*)\}", r"\1"),
@@ -132,7 +132,7 @@ _TIDY = [
     ]
 ]
 _LHS = re.compile(
-    r"((?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([^()]*\))?)\s*(?:=|\\in(?![a-z]))(?!.*=)\s*(?=\S)"
+    r"((?:[A-Za-z]|\\[a-z]+)(?:_(?:\{[^{}]*\}|\w))?(?:\([^()]*\))?)\s*(?:=|\\in(?![a-z]))(?!.*=)\s*(?=\S)"
 )
 
 
@@ -204,7 +204,7 @@ def _wrapped(text: str) -> bool:
 
 
 def _both_signs(value: str) -> list[str]:
-    if r"\pm" not in value or value[:1] in ("(", "["):
+    if r"\pm" not in value or value.startswith(("(", "[", r"\{")):
         return [value]
     return [value.replace(r"\pm", a).replace(r"\mp", b) for a, b in ("+-", "-+")]
 
@@ -388,8 +388,11 @@ class Quantity(NamedTuple):
 
 
 @lru_cache(4096)
-def quantity(text: str) -> Quantity | None:
-    """The exact number, with its unit, that a tidy text is; None where it is anything else."""
+def quantity(text: str, letters: bool = False) -> Quantity | None:
+    """The exact number, with its unit, that a tidy text is; None where it is anything else.
+
+    `letters`: whether a bare m or s after a space is a unit; else it is a variable.
+    """
     reader = _Calculator(text)
     try:
         value = reader.value()
@@ -403,13 +406,13 @@ def quantity(text: str) -> Quantity | None:
         return Quantity(value, unit=((f"base {base[1]}", 1),)) if written.isdigit() else None
     if not rest.strip():
         return Quantity(value, decimal)
-    if (unit := _unit(rest)) is None:
+    if (unit := _unit(rest, letters)) is None:
         return None
     size, dimensions = unit
     return Quantity(value, decimal, unit=dimensions, size=size)
 
 
-def _unit(rest: str) -> tuple[Fraction, tuple[tuple[str, int], ...] | None] | None:
+def _unit(rest: str, letters: bool) -> tuple[Fraction, tuple[tuple[str, int], ...] | None] | None:
     """(size, dimensions) of what stands after a number; (1, None) for unknown units; None: not a unit."""
     plain = _WRAP.sub(r" \1 ", rest).replace(r"\cdot", " ")
     if not _UNIT_WORDS.fullmatch(plain):
@@ -417,8 +420,9 @@ def _unit(rest: str) -> tuple[Fraction, tuple[tuple[str, int], ...] | None] | No
     words = re.findall(r"(/|\bper\b)|([A-Za-z]+)\.?\s*(?:\^\s*\{?(-?\d+)\}?)?", plain)
     names = [word for _, word, _ in words if word]
     if not _WRAP.search(rest):  # bare letters may be variables: 6m, 2 n, 5xy
-        single = len(names) == 1 and len(names[0]) == 1
-        if single or not rest[0].isspace() or any(len(n) < 3 and n not in _UNITS for n in names):
+        short = [name for name in names if len(name) < 3]
+        variable = len(names) == 1 and len(names[0]) == 1 and not letters
+        if variable or not rest[0].isspace() or any(name not in _UNITS for name in short):
             return None
     factor, dimensions, sign = Fraction(1), {}, 1
     for divided, word, power in words:
@@ -516,11 +520,12 @@ def _text(answer: Group | str) -> str:
 def _same_leaf(a: str, b: str, algebra) -> bool:
     if _squeezed(a) == _squeezed(b):
         return True
-    x, y = quantity(a), quantity(b)
+    y = quantity(b)
+    x = quantity(a, letters=y is not None)
     if x and y:
         return _same_quantity(x, y)
     words = [_WRAP.sub(r"\1", text).strip() for text in (a, b)]
-    plain = [bool(re.fullmatch(r"[A-Za-z][A-Za-z' -]{2,}", word)) for word in words]
+    plain = [bool(re.fullmatch(r"(?=.*[A-Za-z]{3})[A-Za-z' -]+", word)) for word in words]
     if all(plain) and words[0].casefold() == words[1].casefold():
         return True
     if (x or y) and any(plain):  # a number against a word
