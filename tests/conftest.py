@@ -18,3 +18,31 @@ def data_dir() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return path
+
+
+@pytest.fixture(scope="session")
+def qwen_dir(data_dir, tmp_path_factory) -> Path:
+    """A random-weight Qwen2-shaped model that carries the real Qwen2.5 tokenizer (vocabulary 151,936)."""
+    import shutil
+
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    path = tmp_path_factory.mktemp("qwen")
+    for file in (data_dir / "tokenizers" / "qwen2.5").iterdir():
+        shutil.copy(file, path)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=151_643,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    return path

@@ -121,7 +121,9 @@ class Answers:
         """Record the protocol, before the first answer."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         if not self.facts_file.is_file():
-            write_json(self.facts_file, {"protocol": asdict(self.protocol), "provenance": birth})
+            problems = {p.id: {"answer": p.answer, "tags": dict(p.tags)} for p in self.problems}
+            facts = {"protocol": asdict(self.protocol), "provenance": birth, "problems": problems}
+            write_json(self.facts_file, facts)
 
     def add(self, attempts: Iterable[Attempt]) -> None:
         with self.file.open("a", encoding="utf-8") as file:
@@ -186,7 +188,7 @@ def attempt_line(attempt: Attempt) -> str:
 
 
 def read_attempts(file: Path) -> list[Attempt]:
-    """The attempts of a file, none when it does not exist. A line cut off by a kill is dropped from the file."""
+    """The attempts of a file, none when it does not exist. A line cut off by a kill is dropped."""
     if not file.is_file():
         return []
     text = file.read_bytes()
@@ -257,16 +259,16 @@ def _same_base(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> None:
     for folder, recipe in zip(folders[1:], recipes[1:], strict=True):
         if recipe.model != recipes[0].model:
             raise RequestError(
-                f"{folder.path} has the base {recipe.model.name!r}, {folders[0].path} has {recipes[0].model.name!r}: "
-                "evaluate them apart"
+                f"{folder.path} has the base {recipe.model.name!r}, "
+                f"{folders[0].path} has {recipes[0].model.name!r}: evaluate them apart"
             )
         if (
             recipe.evaluate.template == "same"
             and folder.run()["template_hash"] != folders[0].run()["template_hash"]
         ):
             raise RequestError(
-                f"{folder.path} was trained with template {folder.run()['template']!r}, {folders[0].path} with "
-                f"{folders[0].run()['template']!r}: name one with --set template=NAME"
+                f"{folder.path} was trained with template {folder.run()['template']!r}, "
+                f"{folders[0].path} with {folders[0].run()['template']!r}: name one with --set template=NAME"
             )
 
 

@@ -77,6 +77,7 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> tuple[
     """
     from transformers import AutoModelForCausalLM
 
+    _quieten()
     model_config = load_model_config(config)
     hardware = choose(config.dtype, count_parameters(model_config), device)
     arguments: dict[str, Any] = {
@@ -95,6 +96,16 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> tuple[
     _keep_differentiable(model)
     model.requires_grad_(False)
     return model.eval(), hardware
+
+
+def _quieten() -> None:
+    """One bar for weights that load in a blink, and bitsandbytes' note on an optional package, tell nobody anything."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _nf4(dtype: torch.dtype) -> Any:

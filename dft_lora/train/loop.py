@@ -20,7 +20,7 @@ import torch
 from ..config import Recipe
 from ..data.batches import Batch, micro_batches, step_examples
 from ..errors import RequestError
-from ..loss import token_logps
+from ..loss import REFERENCE_NEEDS, TokenScores, token_logps
 from ..model.hardware import choose, peak_memory_mb
 from ..model.head import Head, check_head, hidden_states
 from ..model.load import add_lora, load_base, use_checkpointing
@@ -150,11 +150,32 @@ class Trainer:
 
     def score(self, batch: Batch, sums: Sums) -> torch.Tensor:
         """The objective's sum over a micro-batch, connected to the graph; adds its figures to `sums`."""
-        inputs = batch.inputs(self.accelerator.device)
-        targets_BL = batch.labels_BL[:, 1:].to(self.accelerator.device)
-        h_BLD = hidden_states(self.model, **inputs)[:, :-1]
-        scores = token_logps(h_BLD.flatten(0, 1), targets=targets_BL.flatten(), **self.head.arguments())
-        loss = self.plan.objective(scores)
+        objective, device = self.plan.objective, self.accelerator.device
+        targets_BL = batch.labels_BL[:, 1:].to(device)
+        rows_BL = torch.arange(len(targets_BL), device=device)[:, None].expand_as(targets_BL)
+
+        def scores_of(model: Any, **more: Any) -> TokenScores:
+            h_BLD = hidden_states(model, **batch.inputs(device))[:, :-1]
+            return token_logps(
+                h_BLD.flatten(0, 1).to(self.head.weight_VD.dtype),
+                targets=targets_BL.flatten(),
+                **self.head.arguments(),
+                **more,
+            )
+
+        reference = None
+        if objective.needs & REFERENCE_NEEDS:  # the base itself: adapter off, no second model
+            with torch.no_grad(), self.adapter_model.disable_adapter():
+                reference = scores_of(self.adapter_model, keep_jacobian=True)
+        scores = scores_of(
+            self.model,
+            needs=objective.needs,
+            sequence=rows_BL.flatten(),
+            reference=reference,
+            skip=self.recipe.train.skip_rows,
+            token_weight=objective.token_weight if self.recipe.train.skip_rows else None,
+        )
+        loss = objective(scores)
         sums.add(loss, scores, batch.tokens)
         return loss
 
@@ -193,7 +214,7 @@ class Sums:
 
     values: torch.Tensor | None = None
 
-    def add(self, loss: torch.Tensor, scores: Any, tokens: int) -> None:
+    def add(self, loss: torch.Tensor, scores: TokenScores, tokens: int) -> None:
         logp_M = scores.logp.detach().double()
         parts = (loss.detach(), -logp_M.sum(), logp_M.exp().sum(), scores.entropy.sum(), scores.is_top1.sum())
         counts = torch.tensor([logp_M.numel(), tokens], dtype=torch.float64, device=logp_M.device)
@@ -228,5 +249,5 @@ def make_optimizer(parameters: list[torch.nn.Parameter], recipe: Recipe) -> torc
 def save_adapter(model: Any, path: Path) -> None:
     """Write an adapter in peft's format, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, save_embedding_layers=False)
     temporary.rename(path)

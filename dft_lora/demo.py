@@ -1,0 +1,75 @@
+"""`make demo`: the whole way on the embedded base and the embedded task.
+
+base, sft and dft are three run folders over one 4-bit base: the two adapters see the same data
+in the same order from the same initial weights and differ in the objective alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import Recipe, load_recipe
+from .errors import RequestError
+from .evaluate.report import write_report
+from .evaluate.sampling import base_run, evaluate
+from .run_folder import RunFolder, read_json, write_json
+from .train.loop import train
+
+RUNS = ("base", "sft", "dft")
+MARK = "demo.json"  # lists what a demo wrote, so that the next one replaces that and nothing else
+QUICK = ("train.max_steps=6", "evaluate.samples=1")
+QUICK_LIMIT = 12
+
+
+def run_demo(out: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
+    """Train SFT and DFT adapters on the embedded base, evaluate base, SFT and DFT, write the report.
+
+    Raises RequestError when `out` holds files that no demo wrote.
+    """
+    clear(out)
+    changes = (f"train.seed={seed}", f"evaluate.seed={seed}", *(QUICK if quick else ()))
+    recipes = {name: demo_recipe(name, out, changes) for name in ("sft", "dft")}
+    folders = [base_run(recipes["sft"], out / "base"), *(train(recipe) for recipe in recipes.values())]
+    evaluate([folder.path for folder in folders], limit=QUICK_LIMIT if quick else None)
+    report = write_report(folders, out)
+    for folder in folders:
+        write_report([folder], folder.path)
+    keep_mark(out)
+    return report
+
+
+def demo_recipe(name: str, out: Path, changes: Sequence[str] = ()) -> Recipe:
+    """The shipped recipe tiny_NAME with its output below `out`."""
+    return load_recipe(f"tiny_{name}", (*changes, f"name={name}", f"output={out / name}"))
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier demo wrote to `out`; refuse when anything else lies there."""
+    if not out.exists():
+        keep_mark(out)
+        return
+    if not out.is_dir():
+        raise RequestError(f"--out: {out} is a file")
+    ours = set(read_json(out / MARK)["wrote"]) | {MARK} if (out / MARK).is_file() else set()
+    strange = sorted({entry.name for entry in out.iterdir()} - ours)
+    if strange:
+        raise RequestError(
+            f"--out: {out} holds what the demo did not write ({', '.join(strange[:3])}); name another"
+        )
+    for name in ours - {MARK}:
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def keep_mark(out: Path) -> None:
+    """Note what this demo writes: the three runs, and the report's files."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / MARK, {"wrote": [*RUNS, "report.json", "report.md", "plots"]})
+
+
+def runs(out: Path) -> list[RunFolder]:
+    """The demo's run folders. Raises RequestError when there is none."""
+    return [RunFolder.open(out / name) for name in RUNS]

@@ -1,0 +1,116 @@
+"""Every row is read; a bad one is refused by its number."""
+
+import json
+
+import pytest
+
+from dft_lora.config import DataConfig
+from dft_lora.data.sources import load_problems
+from dft_lora.errors import DataError
+
+GOOD = {"problem": "1+1?", "solution": "2", "answer": "2"}
+
+
+def write(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def test_gsm8k_columns_become_a_boxed_solution(data_dir):
+    data = DataConfig(source=str(data_dir / "train" / "gsm8k_train.jsonl"), prompt="question", completion="answer")
+    problems = load_problems(data).problems
+    assert len(problems) == 7473
+    assert problems[0].answer == "72"
+    assert "<<" not in problems[0].solution and "####" not in problems[0].solution
+    assert problems[0].solution.endswith("\\boxed{72}") or "\\boxed{72}" in problems[0].solution.splitlines()[-1]
+
+
+def test_math_columns_are_the_defaults(data_dir):
+    problems = load_problems(DataConfig(source=str(data_dir / "train" / "math_train.jsonl"))).problems
+    assert len(problems) == 7500 and problems[0].solution.endswith("\\boxed{0}$.")
+
+
+def test_a_json_array_with_other_column_names(data_dir):
+    source = str(data_dir / "train" / "llm_adapters_math_data.json")
+    data = DataConfig(source=source, prompt="instruction", completion="output", answer="answer")
+    with pytest.raises(DataError, match="3 of 3260 rows"):  # this public file holds three empty outputs
+        load_problems(data)
+    rows = load_problems(data.model_copy(update={"skip_bad_rows": 0.001}))
+    assert [bad.number for bad in rows.bad] == [176, 1449, 2921]
+    assert rows.problems[0].answer == "4.0"
+
+
+def test_parquet_equals_jsonl(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [GOOD | {"problem": f"{i}+1?"} for i in range(5)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    write(tmp_path / "a.jsonl", rows)
+    parquet, jsonl = (load_problems(DataConfig(source=str(tmp_path / f"a.{kind}"))) for kind in ("parquet", "jsonl"))
+    assert parquet == jsonl
+
+
+def test_messages_give_one_problem_for_each_assistant_turn(tmp_path):
+    turns = [{"role": role, "content": f"{role} {i}"} for i in (1, 2) for role in ("user", "assistant")]
+    problems = load_problems(DataConfig(source=write(tmp_path / "a.jsonl", [{"messages": turns}]))).problems
+    assert [p.solution for p in problems] == ["assistant 1", "assistant 2"]
+    assert [len(p.messages) for p in problems] == [1, 3]
+
+
+def test_sample_is_random_seeded_and_a_subset(tmp_path):
+    rows = [GOOD | {"problem": str(i)} for i in range(100)]
+    source = write(tmp_path / "a.jsonl", rows)
+    draw = [load_problems(DataConfig(source=source, sample=10), seed=s).problems for s in (0, 0, 1)]
+    assert draw[0] == draw[1] != draw[2]
+    assert len(draw[0]) == 10 and {p.question for p in draw[0]} <= {str(i) for i in range(100)}
+
+
+BAD = {
+    "missing column": ({"problem": "x", "solutoin": "y"}, "no column 'solution' (did you mean 'solutoin'?)"),
+    "empty": (GOOD | {"solution": "  "}, "is empty"),
+    "number": (GOOD | {"solution": 5}, "is int, not text"),
+    "null": (GOOD | {"problem": None}, "is NoneType, not text"),
+    "broken JSON": ('{"problem": "x", ', "broken JSON"),
+    "array": ("[1, 2]", "not a list"),
+    "lone surrogate": ('{"problem": "\\ud800", "solution": "x"}', "lone surrogate"),
+    "NUL": ('{"problem": "a\\u0000b", "solution": "x"}', "NUL"),
+    "10 MB": (GOOD | {"solution": "x" * 10_000_000}, "10,000,000 characters"),
+    "not UTF-8": (None, "broken JSON"),
+    "wrong role": ({"messages": [{"role": "wizard", "content": "x"}]}, "'wizard'"),
+    "ends with user": ({"messages": [{"role": "user", "content": "x"}]}, "end with assistant"),
+    "no turns": ({"messages": []}, "alternate"),
+    "messages is text": ({"messages": "hello"}, "not a list"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_row_is_refused_by_number_and_skipped_when_allowed(tmp_path, kind):
+    row, reason = BAD[kind]
+    source = write(tmp_path / "a.jsonl", [GOOD, row or "REPLACE", *[GOOD] * 8])
+    if row is None:
+        path = tmp_path / "a.jsonl"
+        path.write_bytes(path.read_bytes().replace(b"REPLACE", b'{"problem": "\xff"}'))
+    with pytest.raises(DataError) as error:
+        load_problems(DataConfig(source=source))
+    assert "row 2" in str(error.value) and reason in str(error.value) and "\n" not in str(error.value)
+    rows = load_problems(DataConfig(source=source, skip_bad_rows=0.1))
+    assert (len(rows.problems), [bad.number for bad in rows.bad]) == (9, [2])
+    with pytest.raises(DataError):
+        load_problems(DataConfig(source=source, skip_bad_rows=0.09))
+
+
+def test_missing_file_empty_file_and_unknown_task(tmp_path):
+    with pytest.raises(DataError, match="no file"):
+        load_problems(DataConfig(source=str(tmp_path / "nope.jsonl")))
+    with pytest.raises(DataError, match="no rows"):
+        load_problems(DataConfig(source=write(tmp_path / "a.jsonl", [])))
+    with pytest.raises(DataError, match="array"):
+        (tmp_path / "a.json").write_text('{"a": 1}')
+        load_problems(DataConfig(source=str(tmp_path / "a.json")))
+
+
+def test_an_unknown_source_names_the_nearest_task(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DataError, match="did you mean 'arithmetic'"):
+        load_problems(DataConfig(source="arithmetik"))
