@@ -1,7 +1,8 @@
-"""The loss engine: differentiable log-probabilities in two GEMMs, and objectives on them. Imports torch alone."""
+"""The loss engine: differentiable log-probabilities in two GEMMs, and objectives on them; torch alone."""
 
 from .naive import naive_token_logps
 from .objectives import Objective, gradient_weights, objective, objective_names
+from .rows import kernel_missing
 from .token_logps import REFERENCE_NEEDS, TokenScores, token_logps
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Objective",
     "TokenScores",
     "gradient_weights",
+    "kernel_missing",
     "naive_token_logps",
     "objective",
     "objective_names",

@@ -1,4 +1,6 @@
-"""The output layer as a value: z = softcap * tanh(scale * (h @ W.T + bias) / softcap), tanh only with a softcap.
+"""The output layer as a value: z = softcap * tanh(scale * (h @ W.T + bias) / softcap).
+
+Without a softcap there is no tanh either.
 
 Shapes: C rows of a chunk, D hidden width, V vocabulary, R rank of a LoRA adapter on the head.
 The effective weight of a head with LoRA is W + s * B @ A; it is never built.
@@ -91,11 +93,11 @@ class Head:
         the probability is, a 16-bit logit keeps 3 to 5 bits more. A bias is added later, in float32:
         folded into the fill it would be rounded together with the large shift.
         """
-        out_CV.copy_(shift_C[:, None]).neg_()
-        torch.addmm(out_CV, h_CD, self.weight_VD.t(), alpha=self.scale, out=out_CV)
+        out_CV.copy_(-shift_C[:, None])
+        out_CV.addmm_(h_CD, self.weight_VD.t(), alpha=self.scale)
         if self.lora:
             h_CR = h_CD @ self.lora.a_RD.t()
-            torch.addmm(out_CV, h_CR, self.lora.b_VR.t(), alpha=self.scale * self.lora.scaling, out=out_CV)
+            out_CV.addmm_(h_CR, self.lora.b_VR.t(), alpha=self.scale * self.lora.scaling)
 
     def mix(self, q_CV: Tensor) -> Tensor:
         """scale * q @ W, the mean row under the weights q; float32 or float64 [C, D]."""

@@ -4,12 +4,12 @@
     loss = objective("power", a=0.5)(scores)
     loss = objective(lambda s: -(s.logp * s.entropy).sum())(scores)     # any function of the scores
 
-p is the probability of the target token, sg() stops the gradient. `needs` names the optional fields of TokenScores
-an objective reads: pass it to `token_logps`. `token_weight(logp)`, where the weight of a token's gradient depends
-on its own logp alone, is -d loss / d logp, detached: what `token_logps(skip=...)` relies on. `gradient_weights`
-gives the same for any objective, on scores at hand.
+p is the probability of the target token, sg() stops the gradient. `needs` names the optional fields of
+TokenScores an objective reads: pass it to `token_logps`. `token_weight(logp)`, where the weight of a token's
+gradient depends on its own logp alone, is -d loss / d logp, detached: what `token_logps(skip=...)` relies on;
+None elsewhere. `gradient_weights` gives the same for any objective, on scores at hand.
 
-The value of a weighted loss is no measure of progress: it falls while cross-entropy rises. Compare runs by plain NLL.
+The value of a weighted loss is no measure of progress: it falls while cross-entropy rises. Compare by NLL.
 """
 
 from __future__ import annotations
@@ -44,14 +44,25 @@ class Weighted(Objective):
     """- sum sg(w_t) log p_t."""
 
     def weight(self, scores: TokenScores) -> Tensor:
-        """w [M]; a function of logp alone unless overridden."""
-        return self.token_weight(scores.logp)
+        """w [M]."""
+        raise NotImplementedError
 
     def __call__(self, scores: TokenScores) -> Tensor:
         return -(self.weight(scores).detach() * scores.logp).sum()
 
 
-class Sft(Weighted):
+class TokenWeighted(Weighted):
+    """- sum sg(w_t) log p_t, each weight a function of its own log p_t."""
+
+    def token_weight(self, logp: Tensor) -> Tensor:
+        """w of any shape of log-probabilities."""
+        raise NotImplementedError
+
+    def weight(self, scores: TokenScores) -> Tensor:
+        return self.token_weight(scores.logp)
+
+
+class Sft(TokenWeighted):
     """- log p. Cross-entropy: a policy gradient of reward 1 weighted by 1/p (arXiv 2508.05629, eq. 5).
 
     Fails by its largest gradients coming from the least probable tokens.
@@ -63,7 +74,7 @@ class Sft(Weighted):
         return torch.ones_like(logp)
 
 
-class Dft(Weighted):
+class Dft(TokenWeighted):
     """- sg(p) log p. Dynamic Fine-Tuning, arXiv 2508.05629, eq. 9: SFT with its weight 1/p cancelled.
 
     Fails where the prior is weak: it does not teach new facts (Natural Questions 30.1 against SFT's 36.6).
@@ -85,7 +96,7 @@ class DftSentence(Weighted):
     needs = frozenset({"sequence"})
 
     def weight(self, scores: TokenScores) -> Tensor:
-        return _Sequences(scores.sequence).sum(scores.logp.detach()).exp()
+        return _Sequences(scores).sum(scores.logp.detach()).exp()
 
 
 class DftGeometric(Weighted):
@@ -95,7 +106,7 @@ class DftGeometric(Weighted):
     needs = frozenset({"sequence"})
 
     def weight(self, scores: TokenScores) -> Tensor:
-        return _Sequences(scores.sequence).mean(scores.logp.detach()).exp()
+        return _Sequences(scores).mean(scores.logp.detach()).exp()
 
 
 @dataclass(frozen=True)
@@ -114,8 +125,8 @@ class IwSft(Weighted):
         _check_clamp(self)
 
     def weight(self, scores: TokenScores) -> Tensor:
-        log_ratio_M = scores.logp.detach() - scores.reference_logp
-        return _Sequences(scores.sequence).mean(log_ratio_M).exp().clamp(self.low, self.high)
+        log_ratio_M = scores.logp.detach() - scores.need("reference_logp")
+        return _Sequences(scores).mean(log_ratio_M).exp().clamp(self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -131,7 +142,7 @@ class IwSftToken(Weighted):
         _check_clamp(self)
 
     def weight(self, scores: TokenScores) -> Tensor:
-        return (scores.logp.detach() - scores.reference_logp).exp().clamp(self.low, self.high)
+        return (scores.logp.detach() - scores.need("reference_logp")).exp().clamp(self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,7 @@ class Power(Objective):
 
 
 @dataclass(frozen=True)
-class Threshold(Weighted):
+class Threshold(TokenWeighted):
     """- 1[sg(p) >= tau] log p. ProFit, arXiv 2601.09195, tau 0.1; arXiv 2510.00526 has 0.2.
 
     Fails to learn any token the base model does not already expect.
@@ -172,7 +183,7 @@ class Threshold(Weighted):
 
 
 @dataclass(frozen=True)
-class Asft(Dft):
+class Asft(Weighted):
     """- sg(p) log p + lam * KL(base || model). ASFT, arXiv 2509.23753; lam 0.03 to 0.1.
 
     Costs one more pass of the backbone with the adapter off. Fails to move far from the base where it should.
@@ -180,7 +191,6 @@ class Asft(Dft):
 
     name = "asft"
     needs = frozenset({"reference_kl"})
-    token_weight = None
     lam: float = 0.05
 
     def __post_init__(self) -> None:
@@ -190,12 +200,13 @@ class Asft(Dft):
         return scores.logp.detach().exp()
 
     def __call__(self, scores: TokenScores) -> Tensor:
-        return super().__call__(scores) + self.lam * scores.reference_kl.sum()
+        return super().__call__(scores) + self.lam * scores.need("reference_kl").sum()
 
 
 class Cadft(Weighted):
-    """- sg(p * exp(-max(0, z))) log p, z the standard score of the sequence's mean NLL in its batch. CADFT, arXiv
-    2606.11206: samples harder than the batch's average count less.
+    """- sg(p * exp(-max(0, z))) log p, z the standard score of the sequence's mean NLL in its batch.
+
+    CADFT, arXiv 2606.11206: samples harder than the batch's average count less.
 
     Depends on the batch: one sequence alone is plain DFT.
     """
@@ -205,30 +216,31 @@ class Cadft(Weighted):
     uses_batch_statistics = True
 
     def weight(self, scores: TokenScores) -> Tensor:
-        sequences, logp_M = _Sequences(scores.sequence), scores.logp.detach()
+        sequences, logp_M = _Sequences(scores), scores.logp.detach()
         nll_S = -sequences.mean_S(logp_M)
-        z_S = (nll_S - nll_S.mean()) / nll_S.std(correction=0).clamp_min(torch.finfo(nll_S.dtype).eps)
+        off_S = nll_S - nll_S.mean()
+        z_S = off_S / off_S.square().mean().sqrt().clamp_min(torch.finfo(nll_S.dtype).eps)
         return logp_M.exp() * (-z_S.clamp_min(0)).exp()[sequences.of_M]
 
 
 class Eaft(Weighted):
-    """- sg(H_20 / 3) log p, H_20 the entropy of the 20 most probable tokens (3 is about ln 20). EAFT, arXiv
-    2601.02151: a token the model is sure about is not forced to change.
+    """- sg(H_20 / 3) log p, H_20 the entropy of the 20 most probable tokens (3 is about ln 20).
 
-    Keeps SFT's score and forgets less; fails to sharpen, for confident right tokens get no weight either.
+    EAFT, arXiv 2601.02151: a token the model is sure about is not forced to change.
+    Keeps SFT's score and forgets less; fails to sharpen: confident right tokens get no weight either.
     """
 
     name = "eaft"
     needs = frozenset({"top_k_entropy"})
 
     def weight(self, scores: TokenScores) -> Tensor:
-        return scores.top_k_entropy / 3
+        return scores.need("top_k_entropy") / 3
 
 
 class Deft(Objective):
-    """(1 - p^a) / a with a = sg(sum_v P_v^2) of each token. DEFT, arXiv 2602.11424: SFT where the model is
-    uncertain, DFT where it is sure.
+    """(1 - p^a) / a with a = sg(sum_v P_v^2) of each token.
 
+    DEFT, arXiv 2602.11424: SFT where the model is uncertain, DFT where it is sure.
     Fails as DFT does on tokens the model is sure about and wrong.
     """
 
@@ -236,15 +248,15 @@ class Deft(Objective):
     needs = frozenset({"sum_p_squared"})
 
     def __call__(self, scores: TokenScores) -> Tensor:
-        a_M = scores.sum_p_squared.detach()
+        a_M = scores.need("sum_p_squared").detach()
         return -(torch.expm1(a_M * scores.logp) / a_M).sum()
 
 
 @dataclass(frozen=True)
 class InfoSft(Weighted):
-    """- sg(w / mean w) log p, w = p * max(0, logit(ceiling) - logit(p)). InfoSFT, arXiv 2605.14967: neither known
-    nor hopeless tokens.
+    """- sg(w / mean w) log p, w = p * max(0, logit(ceiling) - logit(p)).
 
+    InfoSFT, arXiv 2605.14967: tokens neither known nor hopeless.
     Depends on the batch through the mean weight.
     """
 
@@ -262,7 +274,7 @@ class InfoSft(Weighted):
         return w_M / w_M.mean().clamp_min(torch.finfo(w_M.dtype).tiny)
 
 
-class ChordPhi(Weighted):
+class ChordPhi(TokenWeighted):
     """- sg(p (1 - p)) log p. The phi of CHORD, arXiv 2508.11408: tokens the model is undecided about.
 
     Made to be mixed with RL; alone it learns slowly (the weight is at most 1/4).
@@ -320,8 +332,8 @@ class Custom(Objective):
 _REGISTRY: dict[str, type[Objective]] = {
     kind.name: kind
     for kind in (
-        Sft, Dft, DftSentence, DftGeometric, IwSft, IwSftToken, Power, Threshold, Asft, Cadft, Eaft, Deft, InfoSft,
-        ChordPhi, Focal,
+        Sft, Dft, DftSentence, DftGeometric, IwSft, IwSftToken, Power, Threshold, Asft, Cadft, Eaft, Deft,
+        InfoSft, ChordPhi, Focal,
     )
 }  # fmt: skip
 
@@ -358,7 +370,7 @@ def objective(name: str | Callable[[TokenScores], Tensor], **numbers: Any) -> Ob
 
 
 def gradient_weights(wanted: Objective, scores: TokenScores) -> Tensor:
-    """-d loss / d logp of each token, detached [M]: its weight relative to SFT's 1 (a KL anchor not included)."""
+    """-d loss / d logp of each token, detached [M]: 1 for SFT; a KL anchor is not included."""
     logp_M = scores.logp.detach().requires_grad_()
     with torch.enable_grad():
         kl = None if scores.reference_kl is None else scores.reference_kl.detach()
@@ -369,8 +381,8 @@ def gradient_weights(wanted: Objective, scores: TokenScores) -> Tensor:
 class _Sequences:
     """Sums over the tokens of each of S sequences."""
 
-    def __init__(self, sequence_M: Tensor):
-        ids_S, self.of_M = sequence_M.unique(return_inverse=True)
+    def __init__(self, scores: TokenScores):
+        ids_S, self.of_M = scores.need("sequence").unique(return_inverse=True)
         self.count_S = torch.bincount(self.of_M, minlength=len(ids_S))
 
     def sum_S(self, values_M: Tensor) -> Tensor:

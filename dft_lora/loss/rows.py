@@ -9,6 +9,8 @@ Shapes: C rows of a chunk, V vocabulary, K entries of a top-k. u = z - shift.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -18,6 +20,14 @@ from .head import Head, accumulator
 EXCLUDED = -1e30  # finite, so that 0 * EXCLUDED is 0 and not NaN
 HALF_GAIN = 256.0  # float16 holds 256 * q: above its subnormals, below its overflow once multiplied by W
 TOP_K = 20
+
+
+@cache
+def kernel_missing() -> str:
+    """Why the row pass runs in torch operations, not in the Triton kernel; empty where the kernel runs."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return "" if find_spec("triton") else "triton is not installed"
 
 
 @dataclass(frozen=True)
@@ -40,32 +50,21 @@ def other_entries_(
     Goes block by block, so that a block's float32 copy stays in the cache of a CPU core: at V = 151,936 this
     halves the time of the pass.
     """
-    from . import row_kernel
+    if u_CV.is_cuda and u_CV.dtype != torch.float64 and "top_k_entropy" not in needs and not kernel_missing():
+        from . import row_kernel
 
-    if row_kernel.serves(u_CV, needs):
         return row_kernel.other_entries_(u_CV, shift_C, y_C, head, write=write, needs=needs)
     dtype, (C, V) = accumulator(u_CV.dtype), u_CV.shape
     block = max(1, (2**17 if u_CV.device.type == "cpu" else 2**25) // V)
     x_BV = u_CV.new_empty(min(block, C), V, dtype=dtype)
     e_BV = torch.empty_like(x_BV)
     bias_V = None if head.bias_V is None else head.scale * head.bias_V.to(dtype)
-    blocks = [
-        _block_(
-            u,
-            x_BV[: len(u)],
-            e_BV[: len(u)],
-            shift[:, None].to(dtype),
-            y[:, None],
-            head,
-            bias_V,
-            write,
-            needs,
-        )
-        for u, shift, y in zip(u_CV.split(block), shift_C.split(block), y_C.split(block), strict=True)
-    ]
-    return OtherEntries(
-        *(None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True))
-    )
+    blocks = []
+    for u, shift, y in zip(u_CV.split(block), shift_C.split(block), y_C.split(block), strict=True):
+        x, e, shift_B1 = x_BV[: len(u)], e_BV[: len(u)], shift[:, None].to(dtype)
+        blocks.append(_block_(u, x, e, shift_B1, y[:, None], head, bias_V, write, needs))
+    columns = (None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True))
+    return OtherEntries(*columns)  # type: ignore[arg-type]
 
 
 def _block_(u_BV, x_BV, e_BV, shift_B1, y_B1, head, bias_V, write, needs) -> tuple[Tensor | None, ...]:

@@ -13,7 +13,9 @@ One training step, whatever the objective:
     if wanted.needs & REFERENCE_NEEDS:          # the base model: adapter off, no second model
         with torch.no_grad():
             reference = token_logps(hidden_of_base, weight, targets, keep_jacobian=True)
-    scores = token_logps(hidden, weight, targets, needs=wanted.needs, sequence=sequence_ids, reference=reference)
+    scores = token_logps(
+        hidden, weight, targets, needs=wanted.needs, sequence=sequence_ids, reference=reference
+    )
     loss = wanted(scores)                       # a sum; divide by the supervised tokens of the whole step
 
 Shapes: N tokens, M supervised tokens, D hidden width, V vocabulary, R rank of a LoRA adapter on the head.
@@ -28,8 +30,9 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from .backward import RowJacobian
 from .head import Head, Lora
-from .jacobian import Pass, RowJacobian, Skip, score_rows
+from .scoring import Skip, score_rows
 
 REFERENCE_NEEDS = frozenset({"reference_logp", "reference_kl"})
 STATISTICS = frozenset({"sum_p_squared", "top_k_entropy"})
@@ -73,12 +76,19 @@ class TokenScores:
     skipped_rows: int = 0
     """Rows left out of the gradient by `skip`."""
     skip_bound: float = 0.0
-    """Upper bound of the Frobenius norm of the error in the gradient of `sum(w * logp)` that skipping caused."""
+    """Upper bound of the Frobenius norm of what skipping removed from the gradient of `sum(w * logp)`."""
 
     @property
     def probability(self) -> Tensor:
         """p of the target token, detached."""
         return self.logp.detach().exp()
+
+    def need(self, field: str) -> Tensor:
+        """An optional field; ValueError naming it where it is absent."""
+        value = getattr(self, field)
+        if value is None:
+            raise ValueError(f"{field}: not among these scores; pass needs=objective.needs to token_logps")
+        return value
 
     def replace(self, **fields) -> TokenScores:
         """A copy with some fields replaced."""
@@ -109,7 +119,7 @@ def token_logps(
     hidden [N, D], weight [V, D], targets [N] (`ignore_index` where unsupervised), bias [V].
     z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), tanh only with a softcap.
 
-    lora: (A [R, D], B [V, R], scaling), an adapter on the head: the weight becomes W + scaling * B @ A, never built.
+    lora: (A [R, D], B [V, R], scaling), an adapter on the head: W + scaling * B @ A, never built.
     needs: names of optional fields of TokenScores that the objective reads (`objective.needs`).
     sequence [N]: ids of the sequences tokens belong to. reference: the scores of the same targets under the
     base model; with its `keep_jacobian`, `reference_kl` becomes available for a frozen head without soft-cap.
@@ -117,10 +127,10 @@ def token_logps(
     skip, token_weight: leave rows out of the gradient, the smallest first, while their part of the summed
     `2 * token_weight(logp) * (1 - p)` stays under `skip`; see `TokenScores.skip_bound`. token_weight is the
     objective's own detached weight, a function of logp alone (`objective.token_weight`).
-    check_values: refuse targets outside [0, V) and non-finite hidden states; off, they are undefined behaviour.
+    check_values: refuse targets outside [0, V) and non-finite hidden states; off, they are undefined.
 
-    Cost: two GEMMs of 2 M D V flops (one if nothing requires grad; four with a trainable weight, three with LoRA on
-    a frozen weight); memory: J [M, D] and one workspace [chunk, V].
+    Cost: two GEMMs of 2 M D V flops; one if nothing requires grad, four with a trainable weight, three with
+    LoRA on a frozen weight. Memory: J [M, D] and one workspace [chunk, V].
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -151,17 +161,10 @@ def token_logps(
         logp, lse = done.logp_M, done.lse_M
         if wants_grad:
             logp, lse = RowJacobian.apply(h_MD, *head.parameters, head, y_M, rows, done)
-        kl = None
-        if (
-            reference is not None
-            and reference.jacobian is not None
-            and softcap is None
-            and not head.trainable
-        ):
-            kl = _reference_kl(h_MD, logp, reference)
+        kl = _reference_kl(h_MD, logp, reference) if reference and "reference_kl" in needs else None
     return TokenScores(
         logp=logp,
-        lse=lse.detach() if done.skipped_rows else lse,
+        lse=lse.detach() if skip else lse,
         entropy=done.entropy_M,
         is_top1=done.is_top1_M,
         index=index,
@@ -183,8 +186,8 @@ def _reference_kl(h_MD: Tensor, logp_M: Tensor, reference: TokenScores) -> Tenso
     lse is convex in h, so this KL is its Bregman divergence; written with logp and J nothing large cancels:
     KL = logp_ref - logp + (h - h_ref) . J_ref, of gradient J_ref - J. Bias and scale drop out.
     """
-    moved_MD = h_MD.to(logp_M.dtype) - reference.hidden
-    return reference.logp - logp_M + (moved_MD * reference.jacobian).sum(-1)
+    moved_MD = h_MD.to(logp_M.dtype) - reference.need("hidden")
+    return reference.logp - logp_M + (moved_MD * reference.need("jacobian")).sum(-1)
 
 
 def _chunk_rows(hidden: Tensor, V: int, M: int, chunk_bytes: int | None) -> int:
@@ -220,9 +223,8 @@ def _check_shapes(
     if lora and (
         lora.a_RD.ndim != 2 or lora.a_RD.shape[1] != D or list(lora.b_VR.shape) != [V, len(lora.a_RD)]
     ):
-        raise ValueError(
-            f"lora: A must be [R, {D}] and B [{V}, R], got {list(lora.a_RD.shape)} and {list(lora.b_VR.shape)}"
-        )
+        shapes = f"{list(lora.a_RD.shape)} and {list(lora.b_VR.shape)}"
+        raise ValueError(f"lora: A must be [R, {D}] and B [{V}, R], got {shapes}")
     named = {"weight": weight, "bias": head.bias_V, "targets": targets, "sequence": sequence}
     if lora:
         named |= {"lora A": lora.a_RD, "lora B": lora.b_VR}
@@ -272,7 +274,7 @@ def _check_modes(
         raise ValueError("reference: the objective needs the scores of the base model")
     if reference is not None and not torch.equal(reference.index, index):
         raise ValueError("reference: its supervised positions differ from those of targets")
-    if "reference_kl" in needs:
+    if reference and "reference_kl" in needs:
         if reference.jacobian is None:
             raise ValueError("reference: score it with keep_jacobian=True, the objective needs its KL")
         if head.softcap is not None:

@@ -1,0 +1,102 @@
+"""The backward pass: a product with the row Jacobian, and for a trainable head one more visit to the logits.
+
+Shapes: M supervised rows, C rows of a chunk, D hidden width, V vocabulary, R rank of a LoRA on the head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .head import Head, accumulator
+from .scoring import Pass, chunk_probabilities_
+
+
+class RowJacobian(torch.autograd.Function):
+    """Ties what `score_rows` computed to the graph of the hidden states and of a trainable head.
+
+    Forward computes nothing. Saved for backward: J [M, D], targets and z_t [M]; with a trainable head the
+    hidden states too. A frozen weight is kept as a plain reference, not as a saved tensor, so that activation
+    offloading never copies it; only a gradient through `lse` reads it (M of its rows).
+    """
+
+    @staticmethod
+    def forward(ctx, h_MD, weight_VD, bias_V, a_RD, b_VR, head: Head, y_M, rows: int, done: Pass):
+        ctx.head, ctx.rows = head, rows
+        ctx.save_for_backward(
+            done.jacobian_MD, y_M, done.logp_M + done.lse_M, h_MD if head.trainable else None, *trained(head)
+        )
+        ctx.set_materialize_grads(False)
+        return done.logp_M.clone(), done.lse_M.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_logp_M, g_lse_M):
+        jacobian_MD, y_M, z_M, h_MD, *_ = ctx.saved_tensors
+        head, none = ctx.head, torch.zeros_like(z_M)
+        g_logp_M = none if g_logp_M is None else g_logp_M
+        with torch.autocast(z_M.device.type, enabled=False):
+            g_h_MD = None
+            if ctx.needs_input_grad[0]:
+                g_h_MD = jacobian_MD * (g_logp_M if g_lse_M is None else g_logp_M - g_lse_M)[:, None]
+                if g_lse_M is not None:
+                    g_h_MD += head.target_rows(y_M, z_M).mul_(g_lse_M[:, None])
+                g_h_MD = g_h_MD.to(jacobian_MD.dtype)
+            g_head = (None,) * 4
+            if h_MD is not None:
+                g_lse_M = none if g_lse_M is None else g_lse_M
+                g_head = head_gradients(head, h_MD, y_M, ctx.rows, g_logp_M, g_lse_M)
+        return g_h_MD, *g_head, None, None, None, None
+
+
+def trained(head: Head) -> list[Tensor]:
+    """The head's tensors that require grad; saved, so that autograd notices a change in place."""
+    return [tensor for tensor in head.parameters if tensor is not None and tensor.requires_grad]
+
+
+def head_gradients(
+    head: Head, h_MD: Tensor, y_M: Tensor, rows: int, g_logp_M: Tensor, g_lse_M: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a trainable (weight, bias, A, B): the logits of each chunk once more, and one GEMM for W.
+
+    The gradient of W needs the loss, which is not known while the logits are first at hand. So a trainable W
+    costs four GEMMs in all, against the three of a fixed objective, and LoRA on a frozen W three against two:
+    the price of allowing any objective. Sums over chunks are float32.
+    """
+    dtype, s = accumulator(h_MD.dtype), head.scale
+    g_W, g_bias, g_A, g_B = (
+        torch.zeros_like(tensor, dtype=dtype) if tensor is not None and tensor.requires_grad else None
+        for tensor in head.parameters
+    )
+    workspace_CV = h_MD.new_empty(min(rows, len(h_MD)), len(head.weight_VD))
+    for start in range(0, len(h_MD), rows):
+        c = slice(start, min(start + rows, len(h_MD)))
+        h_CD, y_C, e_CV = h_MD[c], y_M[c], workspace_CV[: min(rows, len(h_MD) - start)]
+        target, others, delta_C = chunk_probabilities_(e_CV, head, h_CD, y_C, write=True)
+        p_C = torch.sigmoid(delta_C - others.lse_C)
+        q_C = torch.sigmoid(others.lse_C - delta_C)
+        # d loss / d (h @ W.T) is other_C * e / gain at j != target and own_C at the target
+        other_C = s * q_C * (g_lse_M[c] - g_logp_M[c])
+        own_C = s * head.slope(target.logit_C) * (q_C * g_logp_M[c] + p_C * g_lse_M[c])
+        peak = other_C.abs().max().clamp_min(torch.finfo(dtype).tiny)  # keeps a 16-bit product in range
+        weight_C1 = (other_C / peak / others.gain_C)[:, None]
+        if g_W is not None:
+            g_W.addcmul_((e_CV.t() @ (weight_C1 * h_CD).to(h_CD.dtype)).to(dtype), peak)
+            g_W.index_add_(0, y_C, own_C[:, None] * h_CD)
+        if g_bias is not None:
+            g_bias.addcmul_((e_CV.t() @ weight_C1.to(h_CD.dtype))[:, 0].to(dtype), peak)
+            g_bias.index_add_(0, y_C, own_C)
+        if head.lora and (g_A is not None or g_B is not None):
+            a_RD, b_VR, scaling = head.lora
+            if g_B is not None:
+                h_CR = (h_CD @ a_RD.t()).to(dtype) * scaling
+                g_B.addcmul_((e_CV.t() @ (weight_C1 * h_CR).to(h_CD.dtype)).to(dtype), peak)
+                g_B.index_add_(0, y_C, own_C[:, None] * h_CR)
+            if g_A is not None:
+                g_CR = (e_CV @ b_VR).to(dtype).mul_(weight_C1 * peak).add_(own_C[:, None] * b_VR[y_C])
+                g_A.addmm_(g_CR.t(), h_CD.to(dtype), alpha=scaling)
+    return tuple(
+        None if g is None or tensor is None else g.to(tensor.dtype)
+        for g, tensor in zip((g_W, g_bias, g_A, g_B), head.parameters, strict=True)
+    )

@@ -1,0 +1,150 @@
+"""One chunked pass with two GEMMs: log-probabilities of the targets, and their derivatives.
+
+For a frozen head the derivative of the target's log-probability is one D-vector per token,
+
+    J_t = d logp_t / d h_t = (1 - p_t) * (W_t - sum over j != t of q_j W_j),    q_j = P_j / (1 - p_t)
+
+(each W_j times logit scale and soft-cap slope). It does not depend on the loss, so it is formed while the
+logits are at hand; the backward pass is `g_logp * J + g_lse * (W_t - J)`, whatever the objective.
+
+Shapes: M supervised rows, C rows of a chunk, D hidden width, V vocabulary, K kept rows or entries of a top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .head import Head, Target, accumulator
+from .rows import TOP_K, OtherEntries, other_entries_
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Drop rows of the second GEMM while their summed `2 w (1 - p)` stays under `budget` of the total."""
+
+    budget: float
+    token_weight: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass over the supervised rows returns; float32 (float64 for a float64 model) unless said."""
+
+    logp_M: Tensor
+    lse_M: Tensor
+    entropy_M: Tensor
+    is_top1_M: Tensor  # bool
+    sum_p_squared_M: Tensor | None
+    top_k_entropy_M: Tensor | None
+    jacobian_MD: Tensor | None  # the model's dtype
+    skipped_rows: int = 0
+    skip_bound: float = 0.0
+
+
+@torch.no_grad()
+def score_rows(
+    head: Head,
+    h_MD: Tensor,
+    y_M: Tensor,
+    rows: int,
+    *,
+    jacobian: bool,
+    needs: frozenset[str],
+    skip: Skip | None,
+) -> Pass:
+    """One pass over the rows in chunks of `rows`: one GEMM, two with the Jacobian."""
+    dtype, M = accumulator(h_MD.dtype), len(h_MD)
+    logp_M, lse_M, entropy_M = (h_MD.new_empty(M, dtype=dtype) for _ in range(3))
+    top1_M = torch.empty(M, dtype=torch.bool, device=h_MD.device)
+    square_M = torch.empty_like(logp_M) if "sum_p_squared" in needs else None
+    top_M = torch.empty_like(logp_M) if "top_k_entropy" in needs else None
+    jacobian_MD = torch.empty_like(h_MD) if jacobian else None
+    skipped, skipped_squares = 0, h_MD.new_zeros((), dtype=dtype)
+    workspace_CV = h_MD.new_empty(min(rows, M), len(head.weight_VD))
+    for start in range(0, M, rows):
+        c = slice(start, min(start + rows, M))
+        h_CD, y_C, u_CV = h_MD[c], y_M[c], workspace_CV[: c.stop - start]
+        target, others, delta_C = chunk_probabilities_(u_CV, head, h_CD, y_C, write=jacobian, needs=needs)
+        odds_C = others.lse_C - delta_C  # log((1 - p) / p)
+        logp_C, logq_C = -_softplus(odds_C), -_softplus(-odds_C)
+        p_C, q_C = logp_C.exp(), logq_C.exp()
+        logp_M[c], lse_M[c] = logp_C, target.logit_C - logp_C
+        entropy_M[c] = q_C * (others.entropy_C - logq_C) - p_C * logp_C
+        top1_M[c] = delta_C >= others.max_C
+        if square_M is not None and others.square_C is not None:
+            square_M[c] = p_C**2 + q_C**2 * others.square_C
+        if top_M is not None and others.top_CK is not None:
+            top_M[c] = _top_k_entropy(torch.cat([others.top_CK, delta_C[:, None]], dim=1))
+        if jacobian_MD is None:
+            continue
+        if skip is None:
+            jacobian_MD[c] = _jacobian(head, u_CV, target.row_CD, q_C, others.gain_C)
+        else:
+            l1_C = 2 * skip.token_weight(logp_C).to(dtype) * q_C
+            kept_K, dropped = _within_budget(l1_C, skip.budget)
+            order_K = _front_(u_CV, kept_K)
+            jacobian_MD[c] = 0
+            jacobian_MD[c][order_K] = _jacobian(
+                head, u_CV[: len(order_K)], target.row_CD[order_K], q_C[order_K], others.gain_C[order_K]
+            ).to(h_MD.dtype)
+            skipped += len(dropped)
+            skipped_squares += (l1_C[dropped] ** 2).sum()
+    bound = head.largest_row_norm() * float(skipped_squares.sqrt()) if skipped else 0.0
+    return Pass(logp_M, lse_M, entropy_M, top1_M, square_M, top_M, jacobian_MD, skipped, bound)
+
+
+def chunk_probabilities_(
+    u_CV: Tensor, head: Head, h_CD: Tensor, y_C: Tensor, *, write: bool, needs: frozenset[str] = frozenset()
+) -> tuple[Target, OtherEntries, Tensor]:
+    """Logits of a chunk into the workspace, then their statistics; delta = z_t - shift comes third.
+
+    The shift is the target's logit rounded to the workspace's dtype: what is subtracted must be the rounded
+    value, and all sums are taken relative to it, or its rounding error would come back.
+    """
+    target = head.targets(h_CD, y_C)
+    shift_C = target.raw_C.to(u_CV.dtype)
+    head.shifted_logits_(u_CV, h_CD, shift_C)
+    others = other_entries_(u_CV, shift_C, y_C, head, write=write, needs=needs)
+    return target, others, target.logit_C - shift_C
+
+
+def _jacobian(head: Head, e_CV: Tensor, row_CD: Tensor, q_C: Tensor, gain_C: Tensor) -> Tensor:
+    return row_CD.sub(head.mix(e_CV).div_(gain_C[:, None])).mul_(q_C[:, None])
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x) to full precision at both ends."""
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def _top_k_entropy(u_CK: Tensor) -> Tensor:
+    """Entropy of the k largest entries, renormalised among themselves."""
+    logp_CK = u_CK.topk(min(TOP_K, u_CK.shape[1])).values.log_softmax(-1)
+    return -(logp_CK.exp() * logp_CK).sum(-1)
+
+
+def _within_budget(l1_C: Tensor, budget: float) -> tuple[Tensor, Tensor]:
+    """(kept, dropped) rows: the smallest go while their sum stays under `budget` of the chunk's total."""
+    ascending_C, order_C = l1_C.sort()
+    n = int((ascending_C.cumsum(0) <= budget * l1_C.sum()).sum())
+    return order_C[n:], order_C[:n]
+
+
+def _front_(u_CV: Tensor, kept_K: Tensor) -> Tensor:
+    """Move the kept rows to the front of the workspace; returns which row now lies at each place.
+
+    Only kept rows beyond place K move, into places of dropped rows: at most half a workspace is copied.
+    """
+    K = len(kept_K)
+    is_kept_C = torch.zeros(len(u_CV), dtype=torch.bool, device=u_CV.device)
+    is_kept_C[kept_K] = True
+    order_K = torch.arange(K, device=u_CV.device)
+    free = (~is_kept_C[:K]).nonzero()[:, 0]
+    late = is_kept_C[K:].nonzero()[:, 0] + K
+    u_CV[free] = u_CV[late]
+    order_K[free] = late
+    return order_K
