@@ -1,6 +1,5 @@
 """Laws of generation: a row's answer is its own, whatever company it keeps and however the loop ends."""
 
-import os
 from dataclasses import replace
 from itertools import islice
 
@@ -19,7 +18,7 @@ ADAPTERS = (None, "sft", "dft")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A random Qwen2 shape in nf4 with two adapters of different rank, sharp enough that greedy has no ties."""
+    """A random Qwen2 shape in nf4 with two adapters of different rank, too sharp for ties."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -36,7 +35,9 @@ def model(tmp_path_factory):
             tie_word_embeddings=True,
         )
     ).save_pretrained(folder)
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
     base = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=nf4)
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # see model/load.py
@@ -58,7 +59,9 @@ def hooks(model) -> int:
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
-    ids = torch.randint(4, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed + 1000 * length))
+    ids = torch.randint(
+        4, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed + 1000 * length)
+    )
     return tuple(ids.tolist())
 
 
@@ -85,7 +88,9 @@ class ForwardCount:
 
     def __enter__(self):
         embedding = self.model.get_input_embeddings()
-        self.hook = embedding.register_forward_pre_hook(lambda _, args: self.shapes.append(tuple(args[0].shape)))
+        self.hook = embedding.register_forward_pre_hook(
+            lambda _, args: self.shapes.append(tuple(args[0].shape))
+        )
         return self.shapes
 
     def __exit__(self, *_):
@@ -101,7 +106,9 @@ def test_a_row_in_a_mixed_batch_equals_the_row_alone(model, batch_rows):
 
 
 def test_adapters_differ_so_that_mixing_them_up_would_show(model):
-    answers = [run(model, [Request(prompt(9), a, seed=0, temperature=0, max_new_tokens=20)])[0] for a in ADAPTERS]
+    answers = [
+        run(model, [Request(prompt(9), a, seed=0, temperature=0, max_new_tokens=20)])[0] for a in ADAPTERS
+    ]
     assert len({tuple(answer.ids) for answer in answers}) == 3
 
 
@@ -128,13 +135,20 @@ def test_a_sliding_window_is_kept_while_rows_of_other_ages_join():
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = Gemma2Config(
-        vocab_size=VOCABULARY, num_key_value_heads=1, head_dim=16, sliding_window=8, initializer_range=0.3, **shape
+        vocab_size=VOCABULARY,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=8,
+        initializer_range=0.3,
+        **shape,
     )
     gemma = Gemma2ForCausalLM(config).eval()
     requests = [Request(prompt(n), None, seed=0, temperature=0, max_new_tokens=5 + n) for n in (20, 14, 9, 3)]
     for request, answer in zip(requests, run(gemma, requests, stop_ids=(), batch_rows=2), strict=True):
         ids = torch.tensor([request.prompt_ids])
-        theirs = gemma.generate(ids, do_sample=False, max_new_tokens=request.max_new_tokens, eos_token_id=None)
+        theirs = gemma.generate(
+            ids, do_sample=False, max_new_tokens=request.max_new_tokens, eos_token_id=None
+        )
         assert answer.ids == theirs[0, ids.shape[1] :].tolist()
 
 
@@ -205,7 +219,10 @@ def test_streams_belong_to_seed_and_prompt(model):
 def test_each_prompt_and_adapter_is_prefilled_once(model):
     """Five prompts of one length, all adapters, eight samples each: 15 rows of prefill, not 120."""
     requests = [
-        Request(prompt(6, seed=p), a, seed=s, max_new_tokens=9) for s in range(8) for p in range(5) for a in ADAPTERS
+        Request(prompt(6, seed=p), a, seed=s, max_new_tokens=9)
+        for s in range(8)
+        for p in range(5)
+        for a in ADAPTERS
     ]
     for batch_rows in (8, 30, 120):
         with ForwardCount(model) as shapes:
@@ -224,7 +241,10 @@ def test_finished_rows_leave_the_batch(model):
 
 def test_columns_of_a_row_that_left_are_cut(model):
     """The long prompt stops first; the short one goes on with a cache of its own width."""
-    long, short = Request(prompt(40), None, 0, max_new_tokens=2), Request(prompt(4), None, 0, max_new_tokens=8)
+    long, short = (
+        Request(prompt(40), None, 0, max_new_tokens=2),
+        Request(prompt(4), None, 0, max_new_tokens=8),
+    )
     widths = []
     decoder = model.get_base_model().model
     hook = decoder.register_forward_pre_hook(
@@ -238,7 +258,9 @@ def test_columns_of_a_row_that_left_are_cut(model):
 
 
 def test_stop_ids_end_a_row_and_are_not_given(model):
-    requests = [Request(prompt(5), a, seed=s, temperature=2.0, max_new_tokens=60) for s in range(6) for a in ADAPTERS]
+    requests = [
+        Request(prompt(5), a, seed=s, temperature=2.0, max_new_tokens=60) for s in range(6) for a in ADAPTERS
+    ]
     free = run(model, requests, stop_ids=())
     stopped = run(model, requests)
     for whole, part in zip(free, stopped, strict=True):
@@ -270,7 +292,7 @@ def test_stream_gives_the_tokens_of_generate_row_by_row(model):
 
 
 def test_between_two_steps_the_model_is_untouched(model):
-    """No hook lives while the caller holds the generator, gradients are on, and other answers do not disturb it."""
+    """While the caller holds the generator: no hook, gradients on, and other answers do not disturb it."""
     requests = mixed_requests(samples=2, prompts=2)
     reference = list(stream(model, requests, stop_ids=STOPS, pad_id=PAD))
     steps = []

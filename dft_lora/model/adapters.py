@@ -3,7 +3,7 @@
 peft has this as `model(..., adapter_names=[...])`. We install the same pre-forward hooks ourselves, for two
 reasons. peft removes its hooks after the forward but not when the forward raises (peft issue 3475, 0.21.2):
 the next batch of the same size then mixes adapters without a word. And it searches the whole model for its
-layers on every call (0.9 ms on a model of 28 LoRA layers, 0.05 ms here), which a decoding loop pays per token.
+layers on every call (0.9 ms on a model of 28 LoRA layers, 0.05 ms here), paid at every token.
 """
 
 from __future__ import annotations

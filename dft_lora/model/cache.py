@@ -19,7 +19,9 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-SPARE = 64  # columns of room at each reallocation, besides a quarter of the width: one copy in 64 tokens or more
+SPARE = (
+    64  # columns of room at each reallocation, besides a quarter of the width: one copy in 64 tokens or more
+)
 
 
 class RaggedLayer(DynamicLayer):
@@ -74,7 +76,9 @@ class RaggedLayer(DynamicLayer):
         self.buffers = tuple(s.new_zeros(rows, s.shape[1], room, s.shape[3]) for s in like)
         self.end = columns
         for buffer, was in zip(self.buffers, old, strict=False):
-            buffer[: self.rows, :, columns - self.columns : columns] = was[: self.rows, :, edge - self.columns : edge]
+            buffer[: self.rows, :, columns - self.columns : columns] = was[
+                : self.rows, :, edge - self.columns : edge
+            ]
 
 
 class RaggedCache(Cache):
@@ -90,6 +94,6 @@ class RaggedCache(Cache):
             layer.add(more, repeat_N)
 
     def drop(self, holes_N: Tensor, movers_N: Tensor, rows: int, columns: int) -> None:
-        """Put rows `movers_N` into the places `holes_N`; then keep the first `rows` and the last `columns`."""
+        """Put rows `movers_N` into places `holes_N`; then keep the first `rows` and the last `columns`."""
         for layer in self.layers:
             layer.drop(holes_N, movers_N, rows, columns)

@@ -92,7 +92,8 @@ def generate(
 def stream(
     model: nn.Module, requests: Sequence[Request], *, stop_ids: Collection[int], pad_id: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """Decode `requests` as one batch; each step gives [(request index, token id)] of the rows alive.
+    """Decode `requests` as one batch; each step gives [(request index, token id)] of the rows alive,
+    in no fixed order.
 
     End tokens are not given: a row that stops before its max_new_tokens has ended by itself.
     Closing the generator stops the work at once; the model is untouched between two steps.
@@ -138,7 +139,7 @@ def _nucleus(p_RV: Tensor, top_p_R: Tensor) -> Tensor:
 
 @dataclass
 class _Row:
-    """A request being decoded. `length` columns of the cache are its own; `last` is the token to feed next."""
+    """A request being decoded: `length` columns of the cache are its own, `last` is fed next."""
 
     index: int
     request: Request
@@ -155,8 +156,10 @@ class _Step:
 
 
 def _decode(model, requests, stop_ids, pad_id, batch_rows) -> Iterator[_Step]:
-    """The loop: fill free places from the waiting groups, else feed every row its last token; draw; let go."""
-    batch, waiting, stop_ids = _Batch(model, requests, pad_id), _groups(requests, batch_rows), frozenset(stop_ids)
+    """Fill free places from the waiting groups, else feed every row its last token; draw; let rows go."""
+    batch = _Batch(model, requests, pad_id)
+    waiting = _groups(requests, batch_rows)
+    stops = frozenset(stop_ids)
     while waiting or batch.rows:
         rows = batch.rows
         free = batch_rows - len(rows)
@@ -171,9 +174,9 @@ def _decode(model, requests, stop_ids, pad_id, batch_rows) -> Iterator[_Step]:
         step, gone = _Step(), set()
         for row, token in zip(rows, _choose(logits_RV, rows), strict=True):
             row.last, row.made = token, row.made + 1
-            if token not in stop_ids:
+            if token not in stops:
                 step.tokens.append((row.index, token))
-            if token in stop_ids or row.made == row.request.max_new_tokens:
+            if token in stops or row.made == row.request.max_new_tokens:
                 gone.add(row.index)
         step.ended = sorted(gone)
         if gone:
@@ -189,7 +192,8 @@ def _groups(requests, batch_rows) -> deque[list[int]]:
     """
 
     def key(i):
-        return -len(requests[i].prompt_ids), requests[i].prompt_ids, requests[i].adapter or ""
+        prompt, adapter = requests[i].prompt_ids, requests[i].adapter
+        return -len(prompt), prompt, adapter is not None, adapter or ""
 
     groups = [list(group) for _, group in groupby(sorted(range(len(requests)), key=key), key)]
     return deque(g[i : i + batch_rows] for g in groups for i in range(0, len(g), batch_rows))
@@ -257,23 +261,24 @@ class _Batch:
             self.rows[hole] = self.rows[mover]
         self.rows = self.rows[:stay]
         columns = max((row.length for row in self.rows), default=0)
-        holes_N, movers_N = (torch.tensor(places, dtype=torch.long, device=self.device) for places in (holes, movers))
+        holes_N, movers_N = (
+            torch.tensor(places, dtype=torch.long, device=self.device) for places in (holes, movers)
+        )
         self.cache.drop(holes_N, movers_N, stay, columns)
 
     def _forward(self, ids_RT: Tensor, lengths: list[int], adapters: list[str | None], cache) -> Tensor:
-        """Logits [R, V] at the last column. `lengths`: columns of each row in use, those of `ids_RT` included."""
+        """Logits [R, V] at the last column. `lengths`: columns in use by each row, `ids_RT` included."""
         columns = cache.get_seq_length() + ids_RT.shape[1]
-        length_R1 = torch.tensor(lengths)[:, None]
-        position_RT = torch.arange(columns) - (columns - length_R1)
+        length_R1 = torch.tensor(lengths, device=self.device)[:, None]
+        position_RT = torch.arange(columns, device=self.device) - (columns - length_R1)
         # no_grad, not inference_mode: a buffer made under inference_mode would spoil a later training step
         with torch.no_grad(), mixed(self.layers, adapters):
             out = self.model(
                 input_ids=ids_RT.to(self.device),
-                attention_mask=(position_RT >= 0).long().to(self.device),
-                position_ids=position_RT[:, -ids_RT.shape[1] :].clamp(min=0).to(self.device),
+                attention_mask=(position_RT >= 0).long(),
+                position_ids=position_RT[:, -ids_RT.shape[1] :].clamp(min=0),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
         return out.logits[:, -1]
-

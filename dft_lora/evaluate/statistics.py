@@ -1,0 +1,207 @@
+"""What a number is worth: scores per problem, intervals, paired tests, and what could have been seen at all.
+
+Problems are the independent units, samples of one problem are not: every interval and test below works on
+one score a problem. Pure functions of numpy arrays; whatever is random has a fixed seed.
+
+Shapes: P problems, N samples of each, M comparisons. `correct_PN` holds 0/1, scores lie in [0, 1].
+Wrong arguments raise ValueError.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from scipy.special import gammaln
+
+Scores = NDArray[np.float64]
+Interval = tuple[float, float]
+RESAMPLES = 9999
+
+
+def avg_at_n(correct_PN: ArrayLike) -> Scores:
+    """Share of correct samples of each problem [P]; their mean is avg@N, the paper's accuracy."""
+    return _correct(correct_PN).mean(1)
+
+
+def pass_at_k(correct_PN: ArrayLike, k: int) -> Scores:
+    """Chance that at least one of k samples of a problem is correct [P], without bias.
+
+    With c of N correct: 1 - C(N-c, k) / C(N, k) (Chen et al. 2021, arXiv 2107.03374, equation 1).
+    """
+    correct_PN = _correct(correct_PN)
+    n = correct_PN.shape[1]
+    if not 1 <= k <= n:
+        raise ValueError(f"k = {k}: give 1 to the number of samples, {n}")
+    wrong_P = n - correct_PN.sum(1)
+    enough = wrong_P >= k
+    none_P = np.zeros(len(wrong_P))
+    none_P[enough] = np.exp(_log_choose(wrong_P[enough], k) - _log_choose(n, k))
+    return 1 - none_P
+
+
+def maj_at_k(answers_PN: Sequence[Sequence[Hashable]], correct_PN: ArrayLike, k: int | None = None) -> Scores:
+    """Whether the most frequent of a problem's first k answers is correct [P] (arXiv 2203.11171).
+
+    `answers_PN` are extracted answers in a form that is equal where they mean the same; None (nothing found)
+    has no vote. Answers with equally many votes share the score, as a coin would; without any vote it is 0.
+    """
+    correct_PN = _correct(correct_PN)
+    n = correct_PN.shape[1]
+    k = n if k is None else k
+    if not 1 <= k <= n:
+        raise ValueError(f"k = {k}: give 1 to the number of samples, {n}")
+    if [len(row) for row in answers_PN] != [n] * len(correct_PN):
+        raise ValueError(f"answers_PN has not the shape of correct_PN, {correct_PN.shape}")
+    return np.array([_majority(a[:k], c[:k]) for a, c in zip(answers_PN, correct_PN, strict=True)])
+
+
+def interval(score_P: ArrayLike, level: float = 0.95) -> Interval:
+    """Interval of the mean score over problems: bootstrap, BCa (Efron 1987), seed 0.
+
+    Where all scores are equal a resample tells nothing, yet another problem could differ. With none of P that
+    does, the share that would is at most u = 1 - ((1 - level) / 2) ** (1 / P) (Clopper and Pearson 1934), and
+    those end at 0 or 1 at worst. For 0 % and 100 % this is the Clopper-Pearson interval itself.
+    """
+    return _bootstrap(_scores(score_P), level, worst=0.0, best=1.0)
+
+
+def paired_interval(a_P: ArrayLike, b_P: ArrayLike, level: float = 0.95) -> Interval:
+    """As `interval`, of mean(b - a) over the same problems; equal differences end at -1 or 1 at worst."""
+    return _bootstrap(_paired(a_P, b_P), level, worst=-1.0, best=1.0)
+
+
+def sign_flip_test(a_P: ArrayLike, b_P: ArrayLike) -> float:
+    """Two-sided p-value of mean(b - a) when each problem's difference could as well have the other sign.
+
+    Exact over all sign patterns while there are at most 9999 of them (13 problems that differ), else over
+    9999 random ones with seed 0, where the smallest possible value is 0.0002. Problems without a difference
+    change nothing and are left out; without any the p-value is 1.
+    """
+    difference_P = _paired(a_P, b_P)
+    difference_P = difference_P[difference_P != 0]
+    if len(difference_P) < 2:  # one: both of its patterns are as extreme as what was seen
+        return 1.0
+    result = stats.permutation_test(
+        (difference_P,),
+        lambda x, axis: x.mean(axis),
+        permutation_type="samples",  # of one sample: its signs
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        rng=np.random.default_rng(0),
+    )
+    return float(result.pvalue)
+
+
+def holm(p_M: ArrayLike) -> Scores:
+    """p-values adjusted for M comparisons (Holm 1979): below 0.05, the chance of any false alarm is below 5 %."""
+    p_M = np.asarray(p_M, dtype=float)
+    if p_M.ndim != 1 or not ((p_M >= 0) & (p_M <= 1)).all():
+        raise ValueError("p_M: give a list of numbers in [0, 1]")
+    order = np.argsort(p_M, kind="stable")
+    stepped = p_M[order] * np.arange(len(p_M), 0, -1)
+    adjusted_M = np.empty_like(p_M)
+    adjusted_M[order] = np.minimum(np.maximum.accumulate(stepped), 1)
+    return adjusted_M
+
+
+def smallest_detectable(a_P: ArrayLike, b_P: ArrayLike, power: float = 0.8, level: float = 0.95) -> float:
+    """The true difference of means that a paired test on such data would find with chance `power`.
+
+    (z(1 - (1 - level) / 2) + z(power)) * s / sqrt(P), with s the standard deviation of b - a over problems:
+    2.8 standard errors by default. A difference below it is called noise. Where all differences are equal s
+    says nothing, and the farther half of `paired_interval` stands in.
+    """
+    difference_P = _paired(a_P, b_P)
+    if np.ptp(difference_P) == 0:
+        low, high = paired_interval(a_P, b_P, level)
+        return float(max(high - difference_P[0], difference_P[0] - low))
+    z = stats.norm.ppf(1 - (1 - level) / 2) + stats.norm.ppf(power)
+    return float(z * difference_P.std(ddof=1) / np.sqrt(len(difference_P)))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs on the same problems: b - a, its 95 % interval, its p-value, and what could have been seen."""
+
+    difference: float
+    ci95: Interval
+    p_value: float
+    smallest_detectable: float
+
+    @property
+    def noise(self) -> bool:
+        """The difference is smaller than what such data can show."""
+        return abs(self.difference) < self.smallest_detectable
+
+
+def compare(a_P: ArrayLike, b_P: ArrayLike) -> Comparison:
+    """All of the above for one pair of runs, from their scores on the same problems in the same order."""
+    return Comparison(
+        difference=float(_paired(a_P, b_P).mean()),
+        ci95=paired_interval(a_P, b_P),
+        p_value=sign_flip_test(a_P, b_P),
+        smallest_detectable=smallest_detectable(a_P, b_P),
+    )
+
+
+def _bootstrap(value_P: Scores, level: float, worst: float, best: float) -> Interval:
+    if not 0 < level < 1:
+        raise ValueError(f"level = {level}: give a number between 0 and 1")
+    if np.ptp(value_P) == 0:
+        share = 1 - ((1 - level) / 2) ** (1 / len(value_P))
+        return tuple(float((1 - share) * value_P[0] + share * end) for end in (worst, best))
+    result = stats.bootstrap(
+        (value_P,),
+        np.mean,
+        confidence_level=level,
+        method="BCa",
+        n_resamples=RESAMPLES,
+        batch=1000,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(result.low), float(result.high)
+
+
+def _majority(answers: Sequence[Hashable], correct: Scores) -> float:
+    votes = Counter(answer for answer in answers if answer is not None)
+    if not votes:
+        return 0.0
+    right = {answer for answer, is_right in zip(answers, correct, strict=True) if is_right}
+    top = [answer for answer, count in votes.items() if count == max(votes.values())]
+    return sum(answer in right for answer in top) / len(top)
+
+
+def _log_choose(n: ArrayLike, k: int) -> Scores:
+    return gammaln(np.add(n, 1)) - gammaln(k + 1) - gammaln(np.subtract(n, k) + 1)
+
+
+def _correct(correct_PN: ArrayLike) -> Scores:
+    correct_PN = np.asarray(correct_PN, dtype=float)
+    if correct_PN.ndim != 2 or correct_PN.size == 0:
+        raise ValueError(
+            f"correct_PN has shape {correct_PN.shape}: give [problems, samples], at least one of each"
+        )
+    if not np.isin(correct_PN, (0, 1)).all():
+        raise ValueError("correct_PN holds other values than 0 and 1")
+    return correct_PN
+
+
+def _scores(score_P: ArrayLike) -> Scores:
+    score_P = np.asarray(score_P, dtype=float)
+    if score_P.ndim != 1 or score_P.size == 0:
+        raise ValueError(f"scores have shape {score_P.shape}: give one a problem, at least one")
+    if not ((score_P >= 0) & (score_P <= 1)).all():
+        raise ValueError("scores lie outside [0, 1]")
+    return score_P
+
+
+def _paired(a_P: ArrayLike, b_P: ArrayLike) -> Scores:
+    a_P, b_P = _scores(a_P), _scores(b_P)
+    if a_P.shape != b_P.shape:
+        raise ValueError(f"{len(a_P)} and {len(b_P)} problems: a pair needs the same ones")
+    return b_P - a_P
