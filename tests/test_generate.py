@@ -6,10 +6,19 @@ from itertools import islice
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import BitsAndBytesConfig, Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    BitsAndBytesConfig,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
+from dft_lora.bench import generation
 from dft_lora.errors import ModelError, RequestError, RunError
 from dft_lora.model.adapters import adapter_layers, mixed
+from dft_lora.model.cache import RaggedCache
 from dft_lora.model.generate import Request, draw, generate, stream
 
 VOCABULARY, PAD, STOPS = 64, 0, {1, 2, 3}
@@ -97,12 +106,22 @@ class ForwardCount:
         self.hook.remove()
 
 
+@pytest.fixture(scope="module")
+def alone(model):
+    """The answer to each of `mixed_requests`, asked alone."""
+    return [run(model, [request])[0] for request in mixed_requests()]
+
+
 @pytest.mark.parametrize("batch_rows", [5, 24, 100])
-def test_a_row_in_a_mixed_batch_equals_the_row_alone(model, batch_rows):
+def test_a_row_in_a_mixed_batch_equals_the_row_alone(model, alone, batch_rows):
+    assert run(model, mixed_requests(), batch_rows=batch_rows) == alone
+    assert {c.finished for c in alone} == {True, False}
+
+
+def test_the_order_of_requests_is_the_order_of_answers(model, alone):
+    order = torch.randperm(len(alone), generator=torch.Generator().manual_seed(0)).tolist()
     requests = mixed_requests()
-    together = run(model, requests, batch_rows=batch_rows)
-    assert together == [run(model, [request])[0] for request in requests]
-    assert {c.finished for c in together} == {True, False}
+    assert run(model, [requests[i] for i in order], batch_rows=10) == [alone[i] for i in order]
 
 
 def test_adapters_differ_so_that_mixing_them_up_would_show(model):
@@ -150,6 +169,45 @@ def test_a_sliding_window_is_kept_while_rows_of_other_ages_join():
             ids, do_sample=False, max_new_tokens=request.max_new_tokens, eos_token_id=None
         )
         assert answer.ids == theirs[0, ids.shape[1] :].tolist()
+
+
+def test_the_cache_holds_what_a_list_of_rows_would():
+    """Rows come, grow and leave at random; a row's last columns stay its own; keys and values differ in size."""
+    generator = torch.Generator().manual_seed(0)
+    cache, rows = RaggedCache(), []
+
+    def states(count, columns):
+        return [torch.randn(count, 2, columns, size, generator=generator) for size in (4, 6)]
+
+    for turn in range(300):
+        if turn % 5 == 0:  # two prompts of one width, the first of them twice
+            prefill, repeat = DynamicCache(), torch.tensor([0, 1, 0])
+            new = states(2, 1 + 13 * turn % 90)
+            prefill.update(*new, layer_idx=0)
+            cache.add(prefill, repeat)
+            rows += [[state[i] for state in new] for i in repeat]
+        new = states(len(rows), 1)
+        cache.update(*new, layer_idx=0)
+        rows = [
+            [torch.cat([a, b[i]], 1) for a, b in zip(row, new, strict=True)] for i, row in enumerate(rows)
+        ]
+        gone = set(
+            torch.randperm(len(rows), generator=generator)[: turn % 3 if turn % 60 else len(rows)].tolist()
+        )
+        stay = len(rows) - len(gone)
+        holes = [i for i in range(stay) if i in gone]
+        movers = [i for i in range(stay, len(rows)) if i not in gone]
+        for hole, mover in zip(holes, movers, strict=True):
+            rows[hole] = rows[mover]
+        rows = rows[:stay]
+        width = max((row[0].shape[1] for row in rows), default=0)
+        cache.drop(torch.tensor(holes, dtype=torch.long), torch.tensor(movers, dtype=torch.long), stay, width)
+        layer = cache.layers[0]
+        assert layer.keys.shape == (stay, 2, width, 4) and cache.get_seq_length() == width
+        for i, row in enumerate(rows):
+            for held, own in zip((layer.keys, layer.values), row, strict=True):
+                assert torch.equal(held[i, :, width - own.shape[1] :], own)
+                assert held.isfinite().all()
 
 
 def test_samples_follow_the_softmax(model):
@@ -304,22 +362,20 @@ def test_between_two_steps_the_model_is_untouched(model):
     assert steps == reference
 
 
-def test_closing_mid_stream_stops_the_work_and_leaves_nothing(model):
+def test_closing_mid_stream_stops_the_work_and_leaves_nothing(model, alone):
     requests = mixed_requests()
-    reference = run(model, requests)
     with ForwardCount(model) as shapes:
         steps = stream(model, requests, stop_ids=STOPS, pad_id=PAD)
         assert len(list(islice(steps, 3))) == 3
         steps.close()
         assert len(shapes) == 3
     assert hooks(model) == 0
-    assert run(model, requests) == reference
+    assert run(model, requests) == alone
 
 
 @pytest.mark.parametrize("nth", [0, 3])
-def test_an_exception_in_a_forward_leaves_nothing(model, nth):
-    requests = mixed_requests(samples=2)
-    reference = run(model, requests)
+def test_an_exception_in_a_forward_leaves_nothing(model, alone, nth):
+    requests = mixed_requests()
     calls = iter(range(100))
 
     def fail(*_):
@@ -331,7 +387,7 @@ def test_an_exception_in_a_forward_leaves_nothing(model, nth):
         run(model, requests)
     hook.remove()
     assert hooks(model) == 0
-    assert run(model, requests) == reference
+    assert run(model, requests) == alone
 
 
 def test_training_is_possible_after_generation(model):
@@ -377,3 +433,12 @@ def test_logits_that_are_not_finite_are_an_error(model):
                 run(model, [Request(prompt(4), None, seed=0, temperature=temperature)])
     finally:
         hook.remove()
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_like_with_like():
+    """On the embedded base: answers are the same alone, and both sides answer at the same length."""
+    result = generation.measure({}, problems=12, samples=8, batch_rows=[48, 96], alone=288)
+    assert result["alone"] == {"requests": 288, "same": 1.0}
+    lengths = [entry["mean_tokens"] for side in ("ours", "transformers") for entry in result[side].values()]
+    assert max(lengths) < 1.1 * min(lengths)

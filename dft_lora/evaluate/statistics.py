@@ -98,7 +98,7 @@ def sign_flip_test(a_P: ArrayLike, b_P: ArrayLike) -> float:
 
 
 def holm(p_M: ArrayLike) -> Scores:
-    """p-values adjusted for M comparisons (Holm 1979): below 0.05, the chance of any false alarm is below 5 %."""
+    """p-values adjusted for M comparisons (Holm 1979); under 0.05, any false alarm has a chance under 5 %."""
     p_M = np.asarray(p_M, dtype=float)
     if p_M.ndim != 1 or not ((p_M >= 0) & (p_M <= 1)).all():
         raise ValueError("p_M: give a list of numbers in [0, 1]")
