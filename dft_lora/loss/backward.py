@@ -16,32 +16,31 @@ from .scoring import Pass, chunk_probabilities_
 class RowJacobian(torch.autograd.Function):
     """Ties what `score_rows` computed to the graph of the hidden states and of a trainable head.
 
-    Forward computes nothing. Saved for backward: J [M, D], targets and z_t [M]; with a trainable head the
-    hidden states too. A frozen weight is kept as a plain reference, not as a saved tensor, so that activation
-    offloading never copies it; only a gradient through `lse` reads it (M of its rows).
+    Forward computes nothing. Saved for backward: J [M, D], targets and raw target logits [M]; with a trainable
+    head the hidden states too. A frozen weight is kept as a plain reference, not as a saved tensor, so that
+    activation offloading never copies it; only a gradient through `lse` reads it (M of its rows).
     """
 
     @staticmethod
     def forward(ctx, h_MD, weight_VD, bias_V, a_RD, b_VR, head: Head, y_M, rows: int, done: Pass):
         ctx.head, ctx.rows = head, rows
-        ctx.save_for_backward(
-            done.jacobian_MD, y_M, done.logp_M + done.lse_M, h_MD if head.trainable else None, *trained(head)
-        )
+        h_MD = h_MD if head.trainable else None
+        ctx.save_for_backward(done.jacobian_MD, y_M, done.raw_M, h_MD, *trained(head))
         ctx.set_materialize_grads(False)
         return done.logp_M.clone(), done.lse_M.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g_logp_M, g_lse_M):
-        jacobian_MD, y_M, z_M, h_MD, *_ = ctx.saved_tensors
-        head, none = ctx.head, torch.zeros_like(z_M)
+        jacobian_MD, y_M, raw_M, h_MD, *_ = ctx.saved_tensors
+        head, none = ctx.head, torch.zeros_like(raw_M)
         g_logp_M = none if g_logp_M is None else g_logp_M
-        with torch.autocast(z_M.device.type, enabled=False):
+        with torch.autocast(raw_M.device.type, enabled=False):
             g_h_MD = None
             if ctx.needs_input_grad[0]:
                 g_h_MD = jacobian_MD * (g_logp_M if g_lse_M is None else g_logp_M - g_lse_M)[:, None]
                 if g_lse_M is not None:
-                    g_h_MD += head.target_rows(y_M, z_M).mul_(g_lse_M[:, None])
+                    g_h_MD += head.target_rows(y_M, raw_M).mul_(g_lse_M[:, None])
                 g_h_MD = g_h_MD.to(jacobian_MD.dtype)
             g_head = (None,) * 4
             if h_MD is not None:
@@ -78,7 +77,7 @@ def head_gradients(
         q_C = torch.sigmoid(others.lse_C - delta_C)
         # d loss / d (h @ W.T) is other_C * e / gain at j != target and own_C at the target
         other_C = s * q_C * (g_lse_M[c] - g_logp_M[c])
-        own_C = s * head.slope(target.logit_C) * (q_C * g_logp_M[c] + p_C * g_lse_M[c])
+        own_C = head.slope(target.raw_C) * (q_C * g_logp_M[c] + p_C * g_lse_M[c])
         peak = other_C.abs().max().clamp_min(torch.finfo(dtype).tiny)  # keeps a 16-bit product in range
         weight_C1 = (other_C / peak / others.gain_C)[:, None]
         if g_W is not None:

@@ -32,7 +32,7 @@ class Lora(NamedTuple):
 class Target(NamedTuple):
     """What a chunk needs of its target entries; float32 or float64, whatever the model's dtype."""
 
-    row_CD: Tensor  # d z_t / d h: the effective weight row, times scale and the softcap's slope
+    row_CD: Tensor  # d z_t / d h: the target's effective row times the slope
     raw_C: Tensor  # scale * (h . W_t + bias_t), before the softcap
     logit_C: Tensor  # z_t
 
@@ -59,9 +59,11 @@ class Head:
     def cap(self, raw: Tensor) -> Tensor:
         return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
 
-    def slope(self, logit: Tensor) -> Tensor:
-        """d z / d raw at a capped logit: 1 - tanh^2; ones without a softcap."""
-        return torch.ones_like(logit) if self.softcap is None else 1 - (logit / self.softcap) ** 2
+    def slope(self, raw: Tensor) -> Tensor:
+        """d z / d (h @ W.T + bias): the scale times 1 / cosh^2, which unlike 1 - tanh^2 does not cancel."""
+        return self.scale * (
+            torch.ones_like(raw) if self.softcap is None else (raw / self.softcap).cosh() ** -2
+        )
 
     def targets(self, h_CD: Tensor, y_C: Tensor) -> Target:
         """The target's row and logit, by an exact row dot product instead of the GEMM's rounded entry."""
@@ -71,9 +73,7 @@ class Head:
         if self.bias_V is not None:
             raw_C += self.bias_V[y_C]
         raw_C *= self.scale
-        logit_C = self.cap(raw_C)
-        row_CD.mul_((self.scale * self.slope(logit_C))[:, None])
-        return Target(row_CD, raw_C, logit_C)
+        return Target(row_CD.mul_(self.slope(raw_C)[:, None]), raw_C, self.cap(raw_C))
 
     def weight_rows(self, y_C: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the effective weight, a new tensor [C, D]."""
@@ -82,9 +82,9 @@ class Head:
             row_CD.addmm_(self.lora.b_VR[y_C].to(dtype), self.lora.a_RD.to(dtype), alpha=self.lora.scaling)
         return row_CD
 
-    def target_rows(self, y_C: Tensor, logit_C: Tensor) -> Tensor:
-        """d z_t / d h at capped target logits: the effective row times scale and slope."""
-        return self.weight_rows(y_C, logit_C.dtype).mul_((self.scale * self.slope(logit_C))[:, None])
+    def target_rows(self, y_C: Tensor, raw_C: Tensor) -> Tensor:
+        """d z_t / d h: the target's effective row times the slope at its raw logit."""
+        return self.weight_rows(y_C, raw_C.dtype).mul_(self.slope(raw_C)[:, None])
 
     def shifted_logits_(self, out_CV: Tensor, h_CD: Tensor, shift_C: Tensor) -> None:
         """out = scale * h @ W.T - shift, before bias and softcap, rounded once.
@@ -94,10 +94,10 @@ class Head:
         folded into the fill it would be rounded together with the large shift.
         """
         out_CV.copy_(-shift_C[:, None])
-        out_CV.addmm_(h_CD, self.weight_VD.t(), alpha=self.scale)
+        torch.addmm(out_CV, h_CD, self.weight_VD.t(), alpha=self.scale, out=out_CV)
         if self.lora:
             h_CR = h_CD @ self.lora.a_RD.t()
-            out_CV.addmm_(h_CR, self.lora.b_VR.t(), alpha=self.scale * self.lora.scaling)
+            torch.addmm(out_CV, h_CR, self.lora.b_VR.t(), alpha=self.scale * self.lora.scaling, out=out_CV)
 
     def mix(self, q_CV: Tensor) -> Tensor:
         """scale * q @ W, the mean row under the weights q; float32 or float64 [C, D]."""

@@ -73,9 +73,9 @@ def _block_(u_BV, x_BV, e_BV, shift_B1, y_B1, head, bias_V, write, needs) -> tup
     if bias_V is not None:
         x_BV.add_(bias_V)
     if head.softcap is not None:
-        x_BV.add_(shift_B1).div_(head.softcap).tanh_().mul_(head.softcap)
-        slope_BV = head.slope(x_BV) if write else None
-        x_BV.sub_(shift_B1)
+        x_BV.add_(shift_B1).div_(head.softcap).tanh_()
+        slope_BV = 1 - x_BV * x_BV if write else None
+        x_BV.mul_(head.softcap).sub_(shift_B1)
     x_BV.scatter_(1, y_B1, EXCLUDED)
     top_BK = x_BV.topk(min(TOP_K, x_BV.shape[1] - 1)).values if "top_k_entropy" in needs else None
     max_B = _over_row(torch.amax, x_BV)

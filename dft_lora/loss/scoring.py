@@ -36,6 +36,7 @@ class Pass:
 
     logp_M: Tensor
     lse_M: Tensor
+    raw_M: Tensor  # the target's logit before the soft-cap
     entropy_M: Tensor
     is_top1_M: Tensor  # bool
     sum_p_squared_M: Tensor | None
@@ -58,7 +59,7 @@ def score_rows(
 ) -> Pass:
     """One pass over the rows in chunks of `rows`: one GEMM, two with the Jacobian."""
     dtype, M = accumulator(h_MD.dtype), len(h_MD)
-    logp_M, lse_M, entropy_M = (h_MD.new_empty(M, dtype=dtype) for _ in range(3))
+    logp_M, lse_M, raw_M, entropy_M = (h_MD.new_empty(M, dtype=dtype) for _ in range(4))
     top1_M = torch.empty(M, dtype=torch.bool, device=h_MD.device)
     square_M = torch.empty_like(logp_M) if "sum_p_squared" in needs else None
     top_M = torch.empty_like(logp_M) if "top_k_entropy" in needs else None
@@ -72,7 +73,7 @@ def score_rows(
         odds_C = others.lse_C - delta_C  # log((1 - p) / p)
         logp_C, logq_C = -_softplus(odds_C), -_softplus(-odds_C)
         p_C, q_C = logp_C.exp(), logq_C.exp()
-        logp_M[c], lse_M[c] = logp_C, target.logit_C - logp_C
+        logp_M[c], lse_M[c], raw_M[c] = logp_C, target.logit_C - logp_C, target.raw_C
         entropy_M[c] = q_C * (others.entropy_C - logq_C) - p_C * logp_C
         top1_M[c] = delta_C >= others.max_C
         if square_M is not None and others.square_C is not None:
@@ -94,7 +95,7 @@ def score_rows(
             skipped += len(dropped)
             skipped_squares += (l1_C[dropped] ** 2).sum()
     bound = head.largest_row_norm() * float(skipped_squares.sqrt()) if skipped else 0.0
-    return Pass(logp_M, lse_M, entropy_M, top1_M, square_M, top_M, jacobian_MD, skipped, bound)
+    return Pass(logp_M, lse_M, raw_M, entropy_M, top1_M, square_M, top_M, jacobian_MD, skipped, bound)
 
 
 def chunk_probabilities_(

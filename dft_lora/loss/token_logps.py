@@ -36,6 +36,7 @@ from .scoring import Skip, score_rows
 
 REFERENCE_NEEDS = frozenset({"reference_logp", "reference_kl"})
 STATISTICS = frozenset({"sum_p_squared", "top_k_entropy"})
+NEEDS = REFERENCE_NEEDS | STATISTICS | {"sequence"}
 FLOOR_ROWS, CEILING_ROWS = 512, 4096  # below 512 rows the GEMMs slow down (256: 1.08x, 128: 1.36x)
 CHUNK_BYTES = {"cpu": 128 * 2**20}  # the workspace; on any other device:
 DEVICE_CHUNK_BYTES = 2**30
@@ -268,6 +269,8 @@ def _check_modes(
         raise ValueError("token_weight: skip needs the objective's detached weight (objective.token_weight)")
     if skip and head.trainable:
         raise ValueError("skip: needs a frozen head; its error bound does not cover the head's own gradient")
+    for name in needs - NEEDS:
+        raise ValueError(f"needs: {name!r} is none of {', '.join(sorted(NEEDS))}")
     if "sequence" in needs and sequence is None:
         raise ValueError("sequence: the objective needs the sequence id of each token")
     if needs & REFERENCE_NEEDS and reference is None:

@@ -1,0 +1,222 @@
+"""Laws of the objectives: each equals its formula under autograd, and DFT is what its paper says it is."""
+
+import math
+
+import pytest
+import torch
+from loss_cases import HEADS, Case, chunk_bytes, distance
+
+from dft_lora.errors import RecipeError
+from dft_lora.loss import gradient_weights, naive_token_logps, objective, objective_names, token_logps
+
+OBJECTIVES = {name: objective(name) for name in objective_names()}
+BATCH_NORMALISED = {"cadft", "infosft"}
+
+
+def gradient(scores, leaves, wanted):
+    return torch.autograd.grad(wanted(scores), leaves)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_equals_plain_autograd(name, dtype):
+    """Every head, chunk size and supervision; in 16 bits an error of naive's order."""
+    wanted = OBJECTIVES[name]
+    heads = ["plain", "bias", "scale"] if "reference_kl" in wanted.needs else HEADS
+    for head in heads:
+        for supervised, (N, D, V) in (("all", (13, 7, 31)), ("some", (22, 9, 53)), ("none", (5, 3, 11))):
+            case = Case.make(N, D, V, head, supervised).to(dtype)
+            truth, leaves = case.to(torch.float64).score(naive_token_logps)
+            loss, slope = wanted(truth), gradient(truth, leaves, wanted)
+            naive, leaves = case.score(naive_token_logps)
+            naive_error = distance(gradient(naive, leaves, wanted), slope)
+            tolerance = {8: 1e-12, 4: 1e-5}.get(dtype.itemsize, 2 * naive_error + 4 * torch.finfo(dtype).eps)
+            for rows in (1, 3, N, N + 1):
+                scores, leaves = case.score(
+                    token_logps, needs=wanted.needs, chunk_bytes=chunk_bytes(rows, V, dtype)
+                )
+                where = f"{head}, {supervised} of {N}, {rows} rows"
+                assert distance(wanted(scores), loss) <= tolerance, where
+                assert distance(gradient(scores, leaves, wanted), slope) <= tolerance, where
+
+
+# What the paper says (arXiv 2508.05629)
+
+
+def toy():
+    """A toy vocabulary of uneven logits: (hidden, weight, expert token, pi, grad log pi of every token)."""
+    hidden = torch.tensor([[0.9, -1.3]], dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor([[2.0, 0.1], [-1.0, 0.5], [0.3, 0.2], [0.0, -1.5], [1.0, 1.0]], dtype=torch.float64)
+    every = torch.arange(5)
+    scores = [token_logps(hidden, weight, token[None]) for token in every]
+    pi = torch.stack([s.probability[0] for s in scores])
+    slopes = torch.stack([torch.autograd.grad(s.logp.sum(), hidden)[0] for s in scores])
+    return hidden, weight, pi, slopes
+
+
+@pytest.mark.parametrize("expert", range(5))
+def test_equation_5_sft_is_a_policy_gradient_weighted_by_one_over_pi(expert):
+    """grad L_SFT = - E_{y ~ pi}[1[y = y*] / pi(y) grad log pi(y)], the expectation by enumeration."""
+    hidden, weight, pi, slopes = toy()
+    reward = (torch.arange(5) == expert).double()
+    policy_gradient = (pi * reward / pi) @ slopes[:, 0]
+    scores = token_logps(hidden, weight, torch.tensor([expert]))
+    assert distance(gradient(scores, hidden, objective("sft"))[0], -policy_gradient) < 1e-12
+
+
+@pytest.mark.parametrize("expert", range(5))
+def test_equation_6_dft_is_the_policy_gradient_without_it(expert):
+    """grad L_DFT = - E_{y ~ pi}[1[y = y*] grad log pi(y)]: a reward of one, and no weight."""
+    hidden, weight, pi, slopes = toy()
+    reward = (torch.arange(5) == expert).double()
+    policy_gradient = (pi * reward) @ slopes[:, 0]
+    scores = token_logps(hidden, weight, torch.tensor([expert]))
+    assert distance(gradient(scores, hidden, objective("dft"))[0], -policy_gradient) < 1e-12
+
+
+def test_the_detach_shows_in_the_gradient_only():
+    """Without it the value is the same, and the gradient turns its sign for p < 1/e."""
+    case = Case.make(40, 8, 20, "plain", "all")
+    scores, _ = case.score(token_logps)
+
+    def attached(s):
+        return -(s.logp.exp() * s.logp).sum()
+
+    assert distance(objective("dft")(scores), attached(scores)) < 1e-14
+    assert distance(gradient_weights(objective("dft"), scores), scores.probability) < 1e-14
+    wrong = gradient_weights(objective(attached), scores)
+    assert torch.equal(wrong < 0, scores.probability < 1 / math.e)
+    assert wrong.min() < 0 < wrong.max()
+    right = gradient(*case.score(token_logps), objective("dft"))
+    assert distance(gradient(*case.score(token_logps), attached), right) > 0.3
+
+
+# Relations between objectives
+
+
+def same(a, b, **options) -> bool:
+    case = Case.make(30, 8, 40, "all", "some", **options)
+    needs = a.needs | b.needs
+    first, second = (gradient(*case.score(token_logps, needs=needs), wanted) for wanted in (a, b))
+    return distance(first, second) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (objective("power", a=1.0), objective("dft")),
+        (objective("power", a=1e-9), objective("sft")),
+        (objective("threshold", tau=1e-12), objective("sft")),
+        (objective("focal", gamma=1e-9), objective("sft")),
+        (objective("iw-sft", low=1.0, high=1.0 + 1e-9), objective("sft")),
+        (objective("iw-sft-token", low=1.0, high=1.0 + 1e-9), objective("sft")),
+    ],
+    ids=lambda value: value.name,
+)
+def test_limits(one, other):
+    assert same(one, other)
+
+
+def test_every_other_pair_differs():
+    """On uneven batches no two objectives give the same gradient: none is another's copy by mistake."""
+    case = Case.make(30, 8, 40, "bias", "some")
+    needs = frozenset().union(*(wanted.needs for wanted in OBJECTIVES.values()))
+    slopes = {name: gradient(*case.score(token_logps, needs=needs), o) for name, o in OBJECTIVES.items()}
+    twins = {("dft", "power")}
+    for i, a in enumerate(slopes):
+        for b in list(slopes)[i + 1 :]:
+            assert (distance(slopes[a], slopes[b]) > 1e-3) != ((a, b) in twins), (a, b)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_accumulation_does_not_matter(name):
+    """Two halves, split between sequences, sum to the whole; batch-normalised ones are exempt by name."""
+    wanted = OBJECTIVES[name]
+    case = Case.make(24, 8, 40, "scale", "some").to(torch.float64)
+    whole = gradient(*case.score(token_logps, needs=wanted.needs), wanted)
+    halves = []
+    for rows in (slice(0, 8), slice(8, 24)):
+        hidden, *head, reference_hidden = case.tensors
+        part = Case(
+            (hidden[rows], *head, reference_hidden[rows]), case.targets[rows], case.sequence[rows], case.head
+        )
+        halves.append(gradient(*part.score(token_logps, needs=wanted.needs), wanted))
+    assert wanted.uses_batch_statistics == (name in BATCH_NORMALISED)
+    assert (distance(torch.cat(halves), whole) < 1e-12) != (name in BATCH_NORMALISED)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_token_weight_is_the_gradient_weight(name):
+    wanted = OBJECTIVES[name]
+    case = Case.make(50, 8, 40, "bias", "all")
+    scores, _ = case.score(token_logps, needs=wanted.needs)
+    weights = gradient_weights(wanted, scores)
+    assert not weights.requires_grad and weights.shape == scores.logp.shape
+    if wanted.token_weight is not None:
+        assert distance(wanted.token_weight(scores.logp), weights) < 1e-12
+        assert not wanted.token_weight(scores.logp).requires_grad
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_extreme_probabilities_stay_finite(name):
+    """p from e^-1e5 to exactly 1, in float32."""
+    wanted = OBJECTIVES[name]
+    logp = torch.tensor([-1e5, -200.0, -1.0, -1e-7, 0.0]).requires_grad_()
+    scores = token_logps(torch.zeros(5, 2), torch.zeros(3, 2), torch.zeros(5, dtype=torch.int64)).replace(
+        logp=logp,
+        sequence=torch.tensor([0, 1, 1, 2, 2]),
+        reference_logp=torch.tensor([-1.0, -1e5, -1.0, 0.0, -50.0]),
+        reference_kl=torch.zeros(5),
+        top_k_entropy=torch.zeros(5),
+        sum_p_squared=torch.tensor([1e-5, 0.2, 0.5, 1.0, 1.0]),
+    )
+    loss = wanted(scores)
+    assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, logp)[0]).all()
+
+
+# Any function, and what is refused
+
+
+def test_any_function_of_the_scores():
+    def hinge(scores):
+        return (-scores.logp - scores.top_k_entropy).clamp_min(0).sum()
+
+    hinge.needs = ("top_k_entropy",)
+    wanted = objective(hinge)
+    assert wanted.name == "hinge" and wanted.needs == {"top_k_entropy"}
+    case = Case.make()
+    truth, leaves = case.score(naive_token_logps)
+    want = gradient(truth, leaves, hinge)
+    assert distance(gradient(*case.score(token_logps, needs=wanted.needs), wanted), want) < 1e-12
+    assert objective(wanted) is wanted
+    with pytest.raises(ValueError, match="must return a scalar"):
+        objective(lambda scores: scores.logp)(truth)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"name": "dtf"}, "objective.name: there is no objective 'dtf' (did you mean 'dft'?)"),
+        ({"name": "zzz"}, "objective.name: there is no objective 'zzz'; known: sft, dft"),
+        ({"name": 3}, "objective.name: must be a name, or a function"),
+        ({"name": "dft", "a": 1.0}, "objective.a: 'dft' has no such number (power does)"),
+        (
+            {"name": "threshold", "tua": 1.0},
+            "objective.tua: 'threshold' has no such number (did you mean 'tau'?)",
+        ),
+        ({"name": "power", "a": 0}, "objective.a: must be positive"),
+        ({"name": "power", "a": "1"}, "objective.a: must be a finite number, got '1'"),
+        ({"name": "power", "a": True}, "objective.a: must be a finite number, got True"),
+        ({"name": "power", "a": math.nan}, "objective.a: must be a finite number"),
+        ({"name": "threshold", "tau": 1.0}, "objective.tau: must lie between 0 and 1"),
+        ({"name": "asft", "lam": -0.1}, "objective.lam: must be positive"),
+        ({"name": "infosft", "ceiling": 93}, "objective.ceiling: must lie between 0 and 1"),
+        ({"name": "focal", "gamma": 0}, "objective.gamma: must be positive"),
+        ({"name": "iw-sft", "low": 3, "high": 2}, "objective.high: must be larger than low = 3"),
+        ({"name": "iw-sft-token", "low": -1}, "objective.low: must not be negative"),
+    ],
+)
+def test_wrong_requests_are_named(request_, message):
+    with pytest.raises(RecipeError) as caught:
+        objective(**request_)
+    assert str(caught.value).startswith(message)
