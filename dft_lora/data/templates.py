@@ -22,10 +22,10 @@ Messages = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Template:
-    """How a prompt is written. `text` holds one `{question}`; without it the tokenizer's chat template is used.
+    """How a prompt is written.
 
-    `suffix` is added to the last user turn, `system` put before the first where there is none.
-    `stop` is text that ends an answer although the model did not end it (base models run on).
+    `text` holds one `{question}`; without it the tokenizer's own chat template is used, with `suffix`
+    added to the last user turn and `system` put first where there is no system turn.
     """
 
     name: str
@@ -80,6 +80,11 @@ class Example:
     id: str
     ids: tuple[int, ...]
     prompt_length: int
+
+    @property
+    def supervised(self) -> int:
+        """Label tokens; the first position has no prediction, so it never counts."""
+        return len(self.ids) - max(1, self.prompt_length)
 
 
 class Renderer:

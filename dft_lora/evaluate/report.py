@@ -75,10 +75,13 @@ class Answered:
         """One task's entry of report.json."""
         return {
             "avg": float(self.correct_PN.mean()),
-            "ci95": list(st.mean_interval(self.correct_PN)),
+            "ci95": list(st.interval(st.avg_at_n(self.correct_PN))),
             "greedy": float(self.greedy_P.mean()),
-            "greedy_ci95": list(st.mean_interval(self.greedy_P[:, None])),
-            "pass_at": {str(k): st.pass_at_k(self.correct_PN, k) for k in _powers(self.correct_PN.shape[1])},
+            "greedy_ci95": list(st.interval(self.greedy_P)),
+            "pass_at": {
+                str(k): float(st.pass_at_k(self.correct_PN, k).mean())
+                for k in _powers(self.correct_PN.shape[1])
+            },
             "samples": self.correct_PN.shape[1],
             "problems": len(self.problems),
             "truncated": self.truncated,
@@ -98,7 +101,7 @@ class Answered:
             tag: {
                 value: {
                     "avg": float(self.correct_PN[rows].mean()),
-                    "ci95": list(st.mean_interval(self.correct_PN[rows])),
+                    "ci95": list(st.interval(st.avg_at_n(self.correct_PN[rows]))),
                     "greedy": float(self.greedy_P[rows].mean()),
                     "problems": len(rows),
                 }
@@ -149,18 +152,24 @@ def _compare(a: str, b: str, task: str, left: Answered, right: Answered) -> dict
         raise RequestError(
             f"{a} and {b} answered {task!r} under different protocols ({'; '.join(differing)})"
         )
-    drawn = st.paired(left.correct_PN, right.correct_PN)
-    greedy = st.paired(left.greedy_P[:, None], right.greedy_P[:, None])
+    drawn = st.compare(st.avg_at_n(left.correct_PN), st.avg_at_n(right.correct_PN))
+    greedy = st.compare(left.greedy_P, right.greedy_P)
     return {
         "a": a,
         "b": b,
         "task": task,
-        "difference": drawn.difference,
-        "ci95": list(drawn.ci95),
-        "p_value": drawn.p_value,
-        "greedy_difference": greedy.difference,
-        "greedy_ci95": list(greedy.ci95),
-        "greedy_p_value": greedy.p_value,
+        **_paired(drawn),
+        **{f"greedy_{k}": v for k, v in _paired(greedy).items()},
+    }
+
+
+def _paired(comparison: st.Comparison) -> dict[str, Any]:
+    return {
+        "difference": comparison.difference,
+        "ci95": list(comparison.ci95),
+        "p_value": comparison.p_value,
+        "smallest_detectable": comparison.smallest_detectable,
+        "noise": comparison.noise,
     }
 
 

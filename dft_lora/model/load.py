@@ -99,7 +99,7 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> tuple[
 
 
 def _quieten() -> None:
-    """One bar for weights that load in a blink, and bitsandbytes' note on an optional package, tell nobody anything."""
+    """Bars for weights that load in a blink, and bitsandbytes' note on an optional package, tell nobody much."""
     import logging
 
     from transformers.utils import logging as transformers_logging

@@ -1,0 +1,122 @@
+"""The command line: light, and one clear line for a wrong request, before anything is loaded."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from dft_lora.cli import main
+
+HEAVY = ("torch", "transformers", "peft", "datasets", "gradio", "numpy", "scipy", "matplotlib", "bitsandbytes")
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_import_and_help_pull_in_no_heavy_package():
+    code = (
+        "import sys, dft_lora, dft_lora.cli\n"
+        "try: dft_lora.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        f"print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
+
+
+def test_exports_and_all_agree():
+    import dft_lora
+
+    assert sorted(dft_lora.__all__) == sorted(dft_lora._HOMES)
+    for name in dft_lora.__all__:
+        assert getattr(dft_lora, name).__name__ == name
+    with pytest.raises(AttributeError):
+        dft_lora.nothing  # noqa: B018
+
+
+def test_every_command_has_an_example():
+    def walk(command, path):
+        for name, sub in getattr(command, "commands", {}).items():
+            if not getattr(sub, "commands", None):
+                assert f"Example: dft-lora {' '.join([*path, name])}" in sub.help, name
+            walk(sub, [*path, name])
+
+    walk(main, [])
+
+
+def refused(*arguments):
+    """The one line of a refused request."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"problem": "1+1?", "solution": "2"}) + "\n")
+    return file
+
+
+def test_wrong_requests_are_refused_before_a_model_is_loaded(tmp_path, rows, monkeypatch):
+    monkeypatch.setattr("dft_lora.model.load.load_base", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    out = f"output={tmp_path / 'run'}"
+
+    def train(*changes):
+        return refused("train", "tiny_dft", *(x for change in (out, *changes) for x in ("--set", change)))
+
+    assert "no file" in train("data.source=nope.jsonl")
+    assert "no column 'question'" in train(f"data.source={rows}", "data.prompt=question")
+    assert "model.name" in train("model.name=./nope")
+    assert "did you mean 'learning_rate'" in train("train.learning_rat=1")
+    assert "did you mean 'dft'" in train("objective.name=dfft")
+    assert "template" in train("data.template=nope")
+    assert "longer than data.max_length 2" in train(f"data.source={rows}", "data.max_length=2")
+    rows.write_text('{"problem": "x", "solution": ""}\n')
+    assert "row 1" in train(f"data.source={rows}")
+    rows.write_text("")
+    assert "no rows" in train(f"data.source={rows}")
+    assert not (tmp_path / "run").exists()
+    assert "no recipe" in refused("train", tmp_path / "nope.yaml")
+
+
+def test_an_output_that_exists_or_cannot_be_written_is_refused(tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("precious")
+    assert "exists" in refused("train", "tiny_dft", "--set", f"output={taken}")
+    assert "exists" in refused("train", "tiny_dft", "--set", f"output={taken / 'mine.txt'}")
+    assert "cannot write" in refused("train", "tiny_dft", "--set", f"output={taken / 'mine.txt' / 'run'}")
+    assert "demo did not write" in refused("demo", "--out", taken)
+    assert [p.name for p in taken.iterdir()] == ["mine.txt"] and (taken / "mine.txt").read_text() == "precious"
+
+
+def test_evaluate_and_compare_refuse_what_is_no_run(tmp_path):
+    assert "not a run folder" in refused("evaluate", tmp_path)
+    assert "not a run folder" in refused("compare", tmp_path)
+
+
+def test_recipes_list_show_copy(tmp_path):
+    assert "tiny_dft" in invoke("recipes", "list").output
+    shown = invoke("recipes", "show", "tiny_dft").output
+    target = tmp_path / "mine.yaml"
+    assert invoke("recipes", "copy", "tiny_dft", target).exit_code == 0
+    assert target.read_text() == shown
+    assert "exists" in refused("recipes", "copy", "tiny_dft", target)
+    assert "did you mean 'tiny_dft'" in refused("recipes", "show", "tiny_dt")
+
+
+def test_an_unknown_command_names_the_nearest():
+    result = invoke("trian")
+    assert result.exit_code == 2 and "did you mean 'train'" in result.stderr
+
+
+def test_doctor_tells_versions_and_device():
+    found = json.loads(invoke("doctor", "--json").stdout)
+    assert found["torch"] and "device" in found
