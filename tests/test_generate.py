@@ -172,7 +172,7 @@ def test_a_sliding_window_is_kept_while_rows_of_other_ages_join():
 
 
 def test_the_cache_holds_what_a_list_of_rows_would():
-    """Rows come, grow and leave at random; a row's last columns stay its own; keys and values differ in size."""
+    """Rows come, grow and leave at random; a row's last columns stay its own (keys, values)."""
     generator = torch.Generator().manual_seed(0)
     cache, rows = RaggedCache(), []
 
