@@ -16,7 +16,7 @@ from .scoring import Pass, chunk_probabilities_
 class RowJacobian(torch.autograd.Function):
     """Ties what `score_rows` computed to the graph of the hidden states and of a trainable head.
 
-    Forward computes nothing. Saved for backward: J [M, D], targets and raw target logits [M]; with a trainable
+    Forward computes nothing. Saved for backward: J [M, D], targets and raw target logits; with a trainable
     head the hidden states too. A frozen weight is kept as a plain reference, not as a saved tensor, so that
     activation offloading never copies it; only a gradient through `lse` reads it (M of its rows).
     """

@@ -1,0 +1,63 @@
+"""`python -m dft_lora.bench`: the loss engine against the peers that are installed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from .table import RESULTS, loss_table, tables
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Measure, print a table, write JSON with its birth certificate."""
+    if context.invoked_subcommand is None:
+        context.invoke(loss)
+
+
+@main.command()
+@click.option("--input", "source", default="prescribed", type=click.Choice(["prescribed", "forward"]))
+@click.option("--tokens", default=2048, help="N; about 60 % are supervised")
+@click.option("--hidden", default=896, help="D")
+@click.option("--vocabulary", default=151_936, help="V")
+@click.option("--dtype", default="bfloat16", type=click.Choice(["bfloat16", "float16", "float32"]))
+@click.option("--device", default="cpu", help="cpu or cuda")
+@click.option("--rounds", default=5, help="measured rounds; one more is thrown away")
+@click.option("--threads", default=1)
+@click.option("--only", default="", help="only variants whose name contains this, and the floor")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=None, help="the JSON; beside the bench by default"
+)
+def loss(source, tokens, hidden, vocabulary, dtype, device, rounds, threads, only, out) -> None:
+    """Time, memory and error of the head's forward and backward pass."""
+    from .loss import measure
+
+    result = measure(
+        source=source,
+        N=tokens,
+        D=hidden,
+        V=vocabulary,
+        dtype=dtype,
+        device=device,
+        rounds=rounds,
+        threads=threads,
+        only=only,
+    )
+    out = out or RESULTS / f"loss-{device}-{source}-{dtype}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    click.echo(loss_table(result))
+    click.echo(f"\n{out}", err=True)
+
+
+@main.command()
+def table() -> None:
+    """The committed results as Markdown."""
+    click.echo(tables())
+
+
+if __name__ == "__main__":
+    main()

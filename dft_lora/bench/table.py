@@ -1,0 +1,42 @@
+"""Committed results as the README's tables: `python -m dft_lora.bench table`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def loss_table(result: dict[str, Any]) -> str:
+    """One result of `bench loss` as Markdown: what was measured, then a line a variant."""
+    shape, birth, p, skip = result["shape"], result["provenance"], result["probability"], result["skip"]
+    lines = [
+        f"{result['dtype']}, D = {shape['D']}, V = {shape['V']:,}, {shape['N']} tokens, "
+        f"{shape['M']} supervised; {result['input']} (mean p {p['mean']:.2f}); {result['device']}, {result['threads']} thread(s), "
+        f"{result['clock']}; torch {birth['versions']['torch']}, {birth['date'][:10]}, "
+        f"commit {birth['commit']}.",
+        "",
+        "| forward + backward | time / bare GEMMs | seconds | peak MiB | gradient error |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, row in result["variants"].items():
+        if row["missing"]:
+            lines.append(f"| {name} | not run: {row['missing']} | | | |")
+            continue
+        error = f"{row['gradient_error']:.1e}" if "gradient_error" in row else ""
+        cells = f"{row['ratio']:.2f} | {row['median']:.2f} | {row['peak_mb']:.0f} | {error}"
+        lines.append(f"| {name} | {cells} |")
+    lines += [
+        "",
+        f"`skip=1e-3` leaves out {skip['rows']:.0%} of the rows; that adds an error of {skip['error']:.1e} "
+        f"under a reported bound of {skip['bound']:.1e}, where the gradient's norm is {skip['gradient']:.1e}.",
+    ]
+    return "\n".join(lines)
+
+
+def tables(folder: Path = RESULTS) -> str:
+    """The tables of every loss result of a folder, in the order of their names."""
+    results = [json.loads(file.read_text()) for file in sorted(folder.glob("loss-*.json"))]
+    return "\n\n".join(loss_table(result) for result in results)
