@@ -73,8 +73,9 @@ def demo(out: str, seed: int, quick: bool, as_json: bool) -> None:
 @main.command()
 @click.argument("recipe")
 @set_option
-@click.option("--resume", is_flag=True, help="Go on from the newest valid checkpoint.")
-def train(recipe: str, changes: tuple[str, ...], resume: bool) -> None:
+@click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint.")
+@click.option("--extend", is_flag=True, help="Go on, with a larger train.max_steps or train.epochs.")
+def train(recipe: str, changes: tuple[str, ...], resume: bool, extend: bool) -> None:
     """Train one adapter. RECIPE is a file or the name of a shipped recipe.
 
     Example: dft-lora train tiny_dft --set train.max_steps=20
@@ -82,7 +83,7 @@ def train(recipe: str, changes: tuple[str, ...], resume: bool) -> None:
     chosen = load_recipe(recipe, changes)
     from .train.loop import train as run
 
-    click.echo(run(chosen).path)
+    click.echo(run(chosen, resume=resume, extend=extend).path)
 
 
 @main.command()

@@ -7,6 +7,7 @@
     │   ├── ModelError      a model cannot be found, or has a part we cannot train exactly
     │   └── MissingPart     an optional package or a piece of hardware is not there
     └── RunError            the run failed after it had begun (exit 1)
+        └── Interrupted     a signal asked it to stop (exit 128 + signal); it can be resumed
 
 Each message is one line. `ValueError` is kept for wrong arguments to numerical functions.
 """
@@ -47,6 +48,14 @@ class MissingPart(RequestError):
 
 class RunError(DftLoraError):
     """The run failed after it had begun."""
+
+
+class Interrupted(RunError):
+    """SIGTERM or Ctrl-C; a checkpoint was kept. The exit code is a shell's: 143 or 130."""
+
+    def __init__(self, message: str, signal_number: int | None):
+        super().__init__(message)
+        self.exit_code = 128 + (signal_number or 0)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -16,11 +16,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .config import Recipe, parse_recipe
-from .errors import DataError, RequestError
+from .errors import DataError, RequestError, RunError
 
 
 class RunFolder:
@@ -38,18 +39,24 @@ class RunFolder:
         return self.path.resolve().name
 
     @property
+    def begun(self) -> bool:
+        return (self.path / "run.json").is_file()
+
+    @property
     def has_adapter(self) -> bool:
         return (self.adapter / "adapter_config.json").is_file()
 
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
-        """A new, empty folder.
+        """A new, empty folder; hidden leftovers of a run killed before it began do not count.
 
         Raises RequestError when it already holds anything, or cannot be written.
         """
         folder = cls(path)
         try:
-            if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+            if folder.path.exists() and (
+                not folder.path.is_dir() or any(not p.name.startswith(".") for p in folder.path.iterdir())
+            ):
                 raise RequestError(
                     f"output: {folder.path} exists; name another folder, or go on with --resume"
                 )
@@ -73,7 +80,8 @@ class RunFolder:
         """Add facts to `run.json`."""
         file = self.path / "run.json"
         before = self.run() if file.is_file() else {}
-        write_json(file, before | facts)
+        with writing(file):
+            write_json(file, before | facts)
 
     def run(self) -> dict[str, Any]:
         return read_json(self.path / "run.json")
@@ -84,14 +92,47 @@ class RunFolder:
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one step to `metrics.jsonl`."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+        with writing(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def flush_metrics(self) -> None:
+        """Force `metrics.jsonl` to the disk."""
+        if self.metrics_file.is_file():
+            with writing(self.metrics_file), self.metrics_file.open("a") as file:
+                os.fsync(file.fileno())
+
+    def cut_metrics(self, step: int) -> None:
+        """Forget the lines after `step`, and one that a kill cut off: those steps are done again."""
+        if not self.metrics_file.is_file():
+            return
+        kept = []
+        for text in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(text)["step"] > step:
+                    break
+            except ValueError:
+                break
+            kept.append(text + "\n")
+        with writing(self.metrics_file):
+            write_text(self.metrics_file, "".join(kept))
 
     def metrics(self) -> list[dict[str, Any]]:
         return list(read_lines(self.metrics_file)) if self.metrics_file.is_file() else []
 
     def evaluation(self, task: str) -> Path:
         return self.path / "evaluation" / f"{task}.jsonl"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within it, a full or broken disk becomes a RunError that names `path` and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} could not be written ({error.strerror or error}); what was there before is untouched: "
+            "make room and go on with --resume"
+        ) from None
 
 
 def read_json(path: Path) -> Any:

@@ -1,0 +1,117 @@
+"""Folders that are whole or not there at all.
+
+A sealed folder is written aside, flushed to disk, proven by reading it back, and renamed into place. Its
+`manifest.json` holds size and sha256 of every file. A crash at any moment leaves the old folder or the
+new one, and perhaps a hidden leftover that nobody reads and the next save removes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .config import digest
+
+MANIFEST = "manifest.json"
+
+
+def write_sealed(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write `files`, (relative name, content) pairs taken one at a time, as the folder `path`.
+
+    A folder of that name is replaced. Raises OSError when the disk is full or broken; the old folder is
+    then as it was.
+    """
+    aside, old = _hidden(path, "new"), _hidden(path, "old")
+    for leftover in (aside, old):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    try:
+        manifest = {}
+        for name, content in files:
+            _write(aside / name, content)
+            manifest[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        sealed = {"files": manifest, "sha256": digest(manifest)}
+        _write(aside / MANIFEST, json.dumps(sealed, indent=1).encode())
+        for folder in {aside, *((aside / name).parent for name in manifest)}:
+            _flush(folder)
+        if why := damage(aside):
+            raise OSError(f"{path} reads back differently from what was written: {why}")
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if path.exists():
+        os.rename(path, old)
+    os.rename(aside, path)
+    _flush(path.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def damage(path: Path, required: Collection[str] = ()) -> str | None:
+    """What is wrong with a sealed folder, in words; None when every file is as it was written.
+
+    `required` names files that must be among the sealed ones.
+    """
+    try:
+        sealed = json.loads((path / MANIFEST).read_bytes())
+        files: dict[str, Any] = sealed["files"]
+        if sealed["sha256"] != digest(files):
+            return f"{MANIFEST} is damaged"
+        if missing := sorted(set(required) - set(files)):
+            return f"{', '.join(missing)} is not part of it"
+        for name, expected in files.items():
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                return f"{MANIFEST} names a file outside the folder"
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["size"]:
+                return f"{name} has {file.stat().st_size:,} bytes instead of {expected['size']:,}"
+            with file.open("rb") as content:
+                if hashlib.file_digest(content, "sha256").hexdigest() != expected["sha256"]:
+                    return f"{name} is damaged (its checksum differs)"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except OSError as error:
+        return f"unreadable ({error.strerror or error})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    return None
+
+
+def discard(path: Path) -> None:
+    """Remove a sealed folder; a kill half-way leaves a hidden leftover, not half a folder."""
+    old = _hidden(path, "old")
+    os.rename(path, old)
+    shutil.rmtree(old)
+
+
+def _hidden(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}")
+
+
+def _write(file: Path, content: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _flush(folder: Path) -> None:
+    """Make a folder's entries durable. Some network and Windows file systems cannot; theirs to answer for."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)

@@ -1,0 +1,201 @@
+"""Checkpoints: all that the next step depends on, beside the recipe and the data.
+
+    checkpoints/step-000030/
+        adapter/                 peft format: adapter_model.safetensors, adapter_config.json
+        optimizer.safetensors    the optimizer's tensors, as they are (8-bit states stay 8-bit)
+        random.safetensors       random generators, one row a rank
+        state.json               the optimizer's structure and the plain values
+        manifest.json            size and sha256 of each file
+
+Tensors in safetensors, everything else in JSON: nothing is ever unpickled. A folder is written whole
+or not at all (`sealed.py`); the newest one that is as it was written is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import RunError
+from ..run_folder import writing
+from ..sealed import damage, discard, write_sealed
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PARTS = (
+    f"adapter/{WEIGHTS}",
+    f"adapter/{CONFIG}",
+    "optimizer.safetensors",
+    "random.safetensors",
+    "state.json",
+)
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands after `step` optimizer steps."""
+
+    step: int
+    adapter: dict[str, torch.Tensor]
+    """Adapter weights by peft's names."""
+    optimizer: dict[str, Any]
+    """`optimizer.state_dict()`."""
+    random: torch.Tensor
+    """[ranks, bytes], uint8: see `random_state`."""
+    progress: dict[str, Any]
+    """Plain values: how the step is cut up, skipped steps, loss scale, seconds."""
+
+
+class Checkpoints:
+    """The checkpoints of one run; `keep` of them stay."""
+
+    def __init__(self, path: Path, keep: int):
+        self.path, self.keep = path, keep
+
+    def all(self) -> list[Path]:
+        """Oldest first."""
+        found = [p for p in self.path.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name)]
+        return sorted(found, key=_step)
+
+    def save(self, state: State, adapter_config: Any) -> Path:
+        """Write a checkpoint; old ones go only after it was proven.
+
+        Raises RunError when it cannot be written.
+        """
+        path = self.path / f"step-{state.step:06d}"
+        with writing(path):
+            write_sealed(path, _files(state, adapter_config))
+            for leftover in self.path.glob(".step-*"):
+                shutil.rmtree(leftover)
+            kept = [p for p in self.all() if _step(p) <= state.step][-self.keep :]
+            for other in set(self.all()) - set(kept):
+                discard(other)
+        return path
+
+    def newest(self) -> tuple[State | None, list[str]]:
+        """The newest whole checkpoint (None where there is no checkpoint at all), and what was passed over.
+
+        Raises RunError when there are checkpoints and none is whole: a run never starts afresh by itself.
+        """
+        passed = []
+        for path in reversed(self.all()):
+            why = damage(path, PARTS)
+            if why is None:
+                try:
+                    return _load(path), passed
+                except (OSError, ValueError, KeyError, TypeError) as error:
+                    why = f"unreadable ({error})"
+            passed.append(f"{path.name}: {why}")
+        if passed:
+            raise RunError(
+                f"{self.path}: no checkpoint can be used ({'; '.join(passed)}); "
+                "bring one back from a copy, or start a new run in another folder"
+            )
+        return None, []
+
+
+def write_adapter(path: Path, weights: dict[str, torch.Tensor], config: Any) -> None:
+    """A final adapter, sealed. Raises RunError when it cannot be written."""
+    with writing(path):
+        write_sealed(path, adapter_files(weights, config))
+
+
+def adapter_files(weights: dict[str, torch.Tensor], config: Any) -> Iterator[tuple[str, bytes]]:
+    """An adapter in peft's format, file by file."""
+    yield WEIGHTS, _tensors(weights)
+    values = config.to_dict() | {"inference_mode": True}
+    yield CONFIG, json.dumps(values, indent=2, sort_keys=True, default=sorted).encode()
+
+
+def random_state(device: torch.device) -> torch.Tensor:
+    """torch's generator on the CPU, and the device's own behind it, as bytes."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
+
+def set_random_state(state: torch.Tensor, device: torch.device) -> None:
+    """The reverse of `random_state`."""
+    host = len(torch.get_rng_state())
+    torch.set_rng_state(state[:host])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[host:], device)
+
+
+def pack(value: Any, tensors: dict[str, torch.Tensor], name: str = "") -> Any:
+    """`value` as JSON, its tensors moved into `tensors` under their paths.
+
+    Dicts become lists of pairs, since their keys may be numbers.
+    """
+    match value:
+        case torch.Tensor():
+            # A copy: bitsandbytes shares one quantile map between all states, which safetensors refuses.
+            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+            return {"tensor": name}
+        case dict():
+            return {"dict": [[key, pack(item, tensors, f"{name}.{key}")] for key, item in value.items()]}
+        case list() | tuple():
+            items = [pack(item, tensors, f"{name}.{i}") for i, item in enumerate(value)]
+            return {type(value).__name__: items}
+        case None | bool() | int() | float() | str():
+            return value
+    raise TypeError(f"{name}: a {type(value).__name__} cannot be kept in a checkpoint")
+
+
+def unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The reverse of `pack`."""
+    match value:
+        case {"tensor": name}:
+            return tensors[name]
+        case {"dict": pairs}:
+            return {key: unpack(item, tensors) for key, item in pairs}
+        case {"list": items}:
+            return [unpack(item, tensors) for item in items]
+        case {"tuple": items}:
+            return tuple(unpack(item, tensors) for item in items)
+    return value
+
+
+def _files(state: State, adapter_config: Any) -> Iterator[tuple[str, bytes]]:
+    for name, content in adapter_files(state.adapter, adapter_config):
+        yield f"adapter/{name}", content
+    tensors: dict[str, torch.Tensor] = {}
+    structure = pack(state.optimizer, tensors)
+    yield "optimizer.safetensors", _tensors(tensors)
+    yield "random.safetensors", _tensors({"random": state.random})
+    values = {"step": state.step, "progress": state.progress, "optimizer": structure}
+    yield "state.json", json.dumps(values).encode()
+
+
+def _load(path: Path) -> State:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        values = json.loads((path / "state.json").read_bytes())
+        return State(
+            step=values["step"],
+            adapter=load_file(path / "adapter" / WEIGHTS),
+            optimizer=unpack(values["optimizer"], load_file(path / "optimizer.safetensors")),
+            random=load_file(path / "random.safetensors")["random"],
+            progress=values["progress"],
+        )
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+
+
+def _tensors(tensors: dict[str, torch.Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

@@ -1,0 +1,170 @@
+"""What goes wrong in a run, each with its small mechanism: signals, numbers, memory.
+
+StopSignals       SIGTERM or Ctrl-C: finish the step, keep a checkpoint, leave
+Skips             loss or gradient not finite: skip the step, give up after five in a row
+Layout            out of memory: the same step in smaller pieces, three times at most
+SaveClock         when the next checkpoint is due
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import RunError
+
+LIMIT_IN_A_ROW = 5
+RETREATS = 3
+MINUTES_BETWEEN_SAVES = 5
+
+log = logging.getLogger(__name__)
+
+
+class StopSignals:
+    """Within it, SIGTERM and SIGINT ask for a stop instead of stopping; a second SIGINT stops at once.
+
+    `number` is the signal that asked. In a thread other than the main one
+    it does nothing: Python delivers signals to the main thread alone.
+    """
+
+    ASKING = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._since = 0.0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in self.ASKING}
+        return self
+
+    def __exit__(self, *_error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def asked(self) -> bool:
+        return self.number is not None
+
+    def _ask(self, number: int, _frame) -> None:
+        if self.number is None:
+            self.number, self._since = number, time.monotonic()
+            # print() may be interrupted halfway by this very handler; a system call may not.
+            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
+        elif number == signal.SIGINT and time.monotonic() - self._since > 1:
+            # Not within a second: launchers pass on a Ctrl-C that the terminal has sent already.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+@dataclass
+class Skips:
+    """Steps left out because the loss or a gradient was not finite."""
+
+    total: int = 0
+    in_a_row: int = 0
+
+    def note(self, sound: bool, step: int, dtype: str, examples: Sequence[str]) -> None:
+        """Count a step. Raises RunError with a diagnosis at the fifth in a row that was not sound."""
+        if sound:
+            self.in_a_row = 0
+            return
+        self.total += 1
+        self.in_a_row += 1
+        shown = ", ".join(examples[:8]) + (f" and {len(examples) - 8} more" if len(examples) > 8 else "")
+        log.warning("step %d skipped: loss or gradient is not finite (examples %s)", step, shown)
+        if self.in_a_row == LIMIT_IN_A_ROW:
+            raise RunError(
+                f"loss or gradient was not finite in {LIMIT_IN_A_ROW} steps in a row, up to step {step}; "
+                f"base in {dtype}, adapter in float32; the last step's examples: {shown}. Look at these "
+                "rows, lower train.learning_rate, or set model.dtype: float32 (bfloat16 in place of float16)"
+            )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is cut into pieces. Every layout gives the same step, up to rounding."""
+
+    micro_batch_size: int
+    chunk_bytes: int | None = None
+    """Workspace of the loss; None: the loss engine's own choice."""
+
+    def smaller(self, rows: int, row_bytes: int) -> Layout | None:
+        """The next smaller layout, None when there is none.
+
+        First half the loss chunk, which holds `rows` rows of `row_bytes` (below the engine's floor too); then
+        half the micro-batch, which doubles accumulation; with micro-batches of one example, half the chunk
+        again, down to one row.
+        """
+        chunk = self.chunk_bytes or rows * row_bytes
+        if self.chunk_bytes is not None and self.micro_batch_size > 1:
+            return Layout(math.ceil(self.micro_batch_size / 2), chunk)
+        halved = Layout(self.micro_batch_size, max(row_bytes, chunk // 2))
+        return None if halved == self else halved
+
+
+def out_of_memory_text(
+    layout: Layout, sizes: Sequence[tuple[int, int]], passed: int, checkpointing: bool
+) -> str:
+    """What was tried and what would fit.
+
+    `sizes` are [B, L] of the step's micro-batches, shortest first; the first `passed` of them went through.
+    """
+    longest = max(length for _, length in sizes)
+    tried = f"{layout.micro_batch_size} example(s) of up to {longest} tokens at a time"
+    if layout.chunk_bytes:
+        tried += f" and a loss chunk of {layout.chunk_bytes / 2**20:.1f} MB"
+    fits = [] if checkpointing else ["train.gradient_checkpointing: true"]
+    if layout.micro_batch_size > 1:
+        fits.append(f"train.micro_batch_size: {max(1, layout.micro_batch_size // 2)}")
+    if went := max((length for _, length in sizes[:passed]), default=0):
+        fits.append(f"data.max_length: {went} (rows of {went} tokens went through)")
+    else:
+        fits.append(f"data.max_length: {longest // 2}")
+    return f"out of memory with {tried}, after {RETREATS} retreats at most; what may fit: {', '.join(fits)}"
+
+
+def ran_out_of_memory(work: Callable[[], None]) -> bool:
+    """Do `work`; whether memory ran out. Other errors pass through."""
+    try:
+        work()
+        return False
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Only here, outside the except clause, are the frames gone that held the tensors of the failed attempt.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return True
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's own error, Python's, and the texts under which torch's CPU allocator and cuBLAS report it."""
+    texts = ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(t in str(error) for t in texts)
+
+
+class SaveClock:
+    """When a checkpoint is due: every `steps`, or every five minutes where `steps` is None."""
+
+    def __init__(self, steps: int | None):
+        self.steps, self.last = steps, time.monotonic()
+
+    def due(self, step: int) -> bool:
+        if self.steps is not None:
+            return step % self.steps == 0
+        return time.monotonic() - self.last >= 60 * MINUTES_BETWEEN_SAVES
+
+    def saved(self) -> None:
+        self.last = time.monotonic()

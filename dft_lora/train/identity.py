@@ -1,0 +1,87 @@
+"""What must be equal for a run to go on where it stopped: recipe, data, template, base, dtype, ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import ModelConfig
+from ..errors import RequestError
+from ..model.hardware import choose
+from ..model.load import count_parameters, load_model_config, resolve
+from .plan import Plan
+
+FREE = ("name", "output", "evaluate.", "train.save_steps", "train.keep_checkpoints")
+"""Recipe fields that do not touch the training steps."""
+LENGTH = ("train.max_steps", "train.epochs")
+"""Fields that make the number of steps, which is compared in their place."""
+BLOCK, BLOCKS = 2**16, 64
+
+
+def identity(plan: Plan, device: torch.device, processes: int) -> dict[str, Any]:
+    """Names and plain values, flat. The dtype stands as resolved: `auto` differs between GPUs."""
+    config = plan.recipe.model
+    hardware = choose(config.dtype, count_parameters(load_model_config(config)), device)
+    fields = {
+        name: value
+        for name, value in _flat(plan.recipe.as_dict()).items()
+        if not name.startswith(FREE) and name not in LENGTH and name != "model.dtype"
+    }
+    return fields | {
+        "steps": plan.steps,
+        "data": plan.data_hash,
+        "template": plan.renderer.fingerprint,
+        "base": base_fingerprint(config),
+        "dtype": str(hardware.dtype).removeprefix("torch."),
+        "processes": processes,
+    }
+
+
+def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], extend: bool) -> None:
+    """Raises RequestError listing what changed. More steps are no difference with `extend`."""
+    changed = {name for name in {*before, *now} if before.get(name) != now.get(name)}
+    if extend and now["steps"] > before.get("steps", 0):
+        changed.discard("steps")
+    if not changed:
+        return
+    lines = [f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}" for name in sorted(changed)]
+    if changed == {"steps"} and now["steps"] > before["steps"]:
+        remedy = "a longer run needs --extend"
+    else:
+        remedy = "put them back, or start a new run in another folder"
+    raise RequestError(f"--resume: this is not the run that stopped: {'; '.join(lines)}; {remedy}")
+
+
+def base_fingerprint(config: ModelConfig) -> str:
+    """Which weights these are: the Hub's commit; for a folder, a hash over its config and weight files.
+
+    Of each weight file the size and 64 blocks of 64 KB spread evenly over it are hashed (all of a small one):
+    another training run changes every block, and a 16 GB base takes no longer than a small one.
+    """
+    if commit := getattr(load_model_config(config), "_commit_hash", None):
+        return commit
+    sha, folder = hashlib.sha256(), Path(resolve(config))
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = file.stat().st_size
+        sha.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as content:
+            for start in range(0, size, max(BLOCK, size // BLOCKS)):
+                content.seek(start)
+                sha.update(content.read(BLOCK))
+    return sha.hexdigest()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:17]}…"

@@ -1,0 +1,69 @@
+"""The processes of a run: who writes, and how all of them agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..config import Recipe
+from ..errors import RequestError
+from ..model.hardware import choose
+
+
+class Ranks:
+    """Accelerate's view of this process among the others; alone, sums are what they are.
+
+    float16 bases get loss scaling. Raises RequestError when there are more processes than examples in a step.
+    """
+
+    def __init__(self, recipe: Recipe):
+        from accelerate import Accelerator
+
+        scaled = choose(recipe.model.dtype).scales_loss
+        self.accelerator = Accelerator(mixed_precision="fp16" if scaled else "no")
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
+        self.is_main: bool = self.accelerator.is_main_process
+        if recipe.train.batch_size < self.world:
+            raise RequestError(
+                f"train.batch_size {recipe.train.batch_size} is smaller than {self.world} processes"
+            )
+
+    def wait(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` added up over all ranks."""
+        return self.accelerator.reduce(values, reduction="sum")
+
+    def stack(self, values: torch.Tensor) -> torch.Tensor:
+        """[ranks, ...] on the CPU, from each rank's own `values`."""
+        return self.accelerator.gather(values[None].to(self.device)).cpu()
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Each flag, true for all ranks where it is true for one: they decide alike."""
+        if self.world == 1:
+            return list(flags)
+        return [bool(flag) for flag in self.sum(torch.tensor(flags, dtype=torch.float32, device=self.device))]
+
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Add up gradients, in one message: LoRA's are small.
+
+        Nobody sends before every rank's part went through: one that runs out of memory leaves none waiting.
+        """
+        if self.world == 1:
+            return
+        flat = torch.cat(
+            [p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in parameters]
+        )
+        pieces = self.sum(flat).split([p.numel() for p in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
+
+    @property
+    def scaler(self) -> Any:
+        """The loss scaler of float16, else None."""
+        return self.accelerator.scaler
