@@ -1,0 +1,63 @@
+"""What many answers to one problem, or many votes, add up to: shares with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..tasks.answers import extract, tidy
+from .session import Answer
+
+
+def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % score interval of a share (Wilson 1927): never outside [0, 1], never of width 0."""
+    if n == 0:
+        return 0.0, 1.0
+    p, q = hits / n, z * z / n
+    middle = (p + q / 2) / (1 + q)
+    half = z / (1 + q) * math.sqrt(p * (1 - p) / n + q / (4 * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The samples of one run: `answers` counts the extracted ones, most frequent first."""
+
+    run: str
+    samples: int
+    judged: bool
+    correct: int
+    right: frozenset[str]
+    answers: tuple[tuple[str, int], ...]
+    cut: int
+
+    @classmethod
+    def of(cls, run: str, answers: Sequence[Answer]) -> Tally:
+        found = [(extract(answer.text), answer) for answer in answers]
+        named = [(tidy(text), answer) for text, answer in found if text]
+        verdicts = [answer.verdict for answer in answers if answer.verdict]
+        return cls(
+            run=run,
+            samples=len(answers),
+            judged=bool(verdicts),
+            correct=sum(verdict.correct for verdict in verdicts),
+            right=frozenset(name for name, answer in named if answer.verdict and answer.verdict.correct),
+            answers=tuple(Counter(name for name, _ in named).most_common()),
+            cut=sum(answer.state == "cut" for answer in answers),
+        )
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(self.correct, self.samples)
+
+    @property
+    def unparsable(self) -> int:
+        """Samples in which no final answer was found."""
+        return self.samples - sum(count for _, count in self.answers)
+
+    @property
+    def majority(self) -> str | None:
+        """The most frequent answer, on a tie the first one (self-consistency, arXiv 2203.11171)."""
+        return self.answers[0][0] if self.answers else None

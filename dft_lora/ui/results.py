@@ -1,0 +1,269 @@
+"""The recorded results of some runs, drawn from their folders: no model, no plotting library.
+
+Accuracy with intervals, paired differences, how often each problem was solved, training curves: SVG in
+the page's own colours, for gr.HTML.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..run_folder import RunFolder, read_json, read_lines
+from .text import plain
+from .views import Legend, interval_bar, table
+
+CURVES = (
+    ("nll", "NLL, nats a token"),
+    ("mean_probability", "mean probability of the target"),
+    ("entropy", "entropy, nats"),
+)
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 320, 170, 40, 24, 8
+BINS = 5  # of the share of a problem's samples that are right
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What was found on disk: the report, and the folders behind it by run name."""
+
+    report: Mapping[str, Any]
+    folders: Mapping[str, RunFolder]
+
+    @classmethod
+    def read(cls, folders: Sequence[RunFolder]) -> Recorded | None:
+        """The report that compares the runs, written beside them; else their own, side by side; else None.
+
+        Raises DataError for a broken file.
+        """
+        by_name = {folder.name: folder for folder in folders}
+        together = {folder.path.resolve().parent / "report.json" for folder in folders}
+        for file in together if len(together) == 1 else ():
+            if file.is_file() and set(by_name) <= set(_runs(read_json(file), file)):
+                return cls(read_json(file), by_name)
+        runs: dict[str, Any] = {}
+        for name, folder in by_name.items():
+            if folder.report_file.is_file():
+                own = _runs(read_json(folder.report_file), folder.report_file)
+                runs |= own if name in own else {name: next(iter(own.values()), {"tasks": {}})}
+        return cls({"runs": runs, "paired": []}, by_name) if runs else None
+
+
+def _runs(report: Any, file: Path) -> dict[str, Any]:
+    try:
+        assert all("tasks" in run for run in report["runs"].values())
+        return report["runs"]
+    except (AssertionError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{file}: not a report (no runs with tasks)") from None
+
+
+def results_view(folders: Sequence[RunFolder]) -> str:
+    """For gr.HTML: all that the folders' reports and logs say; how to make them where there are none."""
+    recorded = Recorded.read(folders)
+    label = Legend([folder.name for folder in folders])
+    curves = _curves(label, {folder.name: folder.metrics() for folder in folders})
+    if recorded is None:
+        command = f"dft-lora evaluate {' '.join(str(folder.path) for folder in folders)}"
+        return f'<p class="nothing">No results yet: <code>{plain(command)}</code> makes them.</p>{curves}'
+    report = recorded.report
+    return "".join(
+        (
+            _accuracy(label, recorded),
+            _paired(label, report.get("paired", []), set(recorded.folders)),
+            _solved(label, recorded),
+            curves,
+            _birth(report.get("provenance")),
+        )
+    )
+
+
+def _entries(recorded: Recorded) -> list[tuple[str, list[tuple[str, Mapping[str, Any]]]]]:
+    """[(task, [(run, its figures)])], in the order of the report."""
+    found = [
+        (task, name, figures)
+        for name in recorded.folders
+        for task, figures in recorded.report["runs"].get(name, {"tasks": {}})["tasks"].items()
+    ]
+    order = list(dict.fromkeys(task for task, _, _ in found))
+    found.sort(key=lambda entry: order.index(entry[0]))
+    return [(task, [entry[1:] for entry in group]) for task, group in groupby(found, lambda entry: entry[0])]
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def _accuracy(label: Legend, recorded: Recorded) -> str:
+    head = ["run", "correct, 0 to 100 %", "sampled", "95 % interval", "greedy", "truncated", "unparsable"]
+    blocks = []
+    for task, entries in _entries(recorded):
+        rows = []
+        for run, r in entries:
+            low, high = r["ci95"]
+            bar = f'<div class="wide">{interval_bar(100 * low, 100 * r["avg"], 100 * high)}</div>'
+            shares = [_percent(r[key]) for key in ("greedy", "truncated", "unparsable")]
+            interval = f"{_percent(low)} to {_percent(high)}"
+            rows.append(
+                [
+                    label(run),
+                    bar,
+                    f"<b>{_percent(r['avg'])}</b>",
+                    interval,
+                    *shares,
+                ]
+            )
+        size = f"{entries[0][1]['problems']} problems, {entries[0][1]['samples']} samples each"
+        title = f'<h3>{plain(task)} <span class="small">{size}</span></h3>'
+        blocks.append(title + table(head, rows, numbers=range(2, 7)))
+    return "".join(blocks)
+
+
+def _paired(label: Legend, paired: Sequence[Mapping[str, Any]], known: set[str]) -> str:
+    rows = [
+        [
+            f"{label(e['b'])} − {label(e['a'])}",
+            plain(e["task"]),
+            f"<b>{100 * e['difference']:+.1f}</b>",
+            f"{100 * e['ci95'][0]:+.1f} to {100 * e['ci95'][1]:+.1f}",
+            f"{e['p_value']:.4f}",
+        ]
+        for e in paired
+        if {e["a"], e["b"]} <= known
+    ]
+    if not rows:
+        return ""
+    head = ["runs", "task", "difference", "95 % interval", "p"]
+    title = '<h3>Differences on the same problems <span class="small">in points</span></h3>'
+    return title + table(head, rows, numbers=range(2, 5))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _birth(provenance: Mapping[str, Any] | None) -> str:
+    if not provenance:
+        return ""
+    facts = [provenance.get("command"), provenance.get("date"), f"commit {provenance.get('commit')}"]
+    return f'<p class="small">Made by {plain(", ".join(map(str, facts)))}.</p>'
+
+
+# --- charts ---------------------------------------------------------------------------------------
+
+
+def _solved(label: Legend, recorded: Recorded) -> str:
+    """A histogram a run and task: problems by the share of their samples that were right."""
+    charts = []
+    for task, entries in _entries(recorded):
+        counted = {run: _by_share(recorded.folders[run].evaluation(task)) for run, _ in entries}
+        most = max((max(bins) for bins in counted.values() if bins), default=0)
+        for run, bins in counted.items():
+            if bins:
+                chart = _bars(bins, most, label.colour(run))
+                charts.append(_figure(f"{label(run)} {plain(task)}", chart))
+    if not charts:
+        return ""
+    note = '<span class="small">problems, by the share of their samples that are right</span>'
+    return f'<h3>How often each problem was solved {note}</h3><div class="charts">{"".join(charts)}</div>'
+
+
+def _by_share(file: Path) -> list[int]:
+    """Problems in BINS equal steps of their share of right samples; [] without a file."""
+    if not file.is_file():
+        return []
+    right: Counter[str] = Counter()
+    samples: Counter[str] = Counter()
+    for line in read_lines(file):
+        if line["sample"] >= 0:
+            samples[line["problem"]] += 1
+            right[line["problem"]] += line["verdict"] == "correct"
+    bins = [0] * BINS
+    for problem, n in samples.items():
+        bins[min(BINS - 1, BINS * right[problem] // n)] += 1
+    return bins
+
+
+def _bars(bins: Sequence[int], most: int, colour: str) -> str:
+    across, down = _axes((0, 1), (0, most or 1))
+    width = (WIDTH - LEFT) / len(bins)
+    bars = "".join(
+        f'<rect class="{colour} fill" x="{LEFT + i * width + 2:.1f}" y="{down(n):.1f}" '
+        f'width="{width - 4:.1f}" height="{down(0) - down(n):.1f}"><title>{n} problems</title></rect>'
+        f"{_text(LEFT + (i + 0.5) * width, max(down(n) - 4, 10), n)}"
+        for i, n in enumerate(bins)
+    )
+    ticks = "".join(
+        _text(across(i / len(bins)), HEIGHT - 6, f"{100 * i // len(bins)} %") for i in range(len(bins) + 1)
+    )
+    return _svg(bars + ticks, "problems by share of right samples")
+
+
+def _curves(label: Legend, metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    metrics = {run: lines for run, lines in metrics.items() if lines}
+    if not metrics:
+        return ""
+    legend = " ".join(label(run) for run in metrics)
+    charts = "".join(_figure(plain(title), _lines(label, key, metrics)) for key, title in CURVES)
+    note = f'<span class="small">{legend} · the same plain figures whatever the objective</span>'
+    return f'<h3>Training, step by step {note}</h3><div class="charts">{charts}</div>'
+
+
+def _lines(label: Legend, key: str, metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    points = {
+        run: [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+        for run, lines in metrics.items()
+    }
+    values = [y for series in points.values() for _, y in series]
+    steps = [x for series in points.values() for x, _ in series]
+    if not values:
+        return _svg("", "no figures")
+    low, high = min(0.0, *values), max(values) or 1.0
+    across, down = _axes((min(steps), max(steps)), (low, high))
+    paths = "".join(
+        f'<polyline class="{label.colour(run)} line" points="'
+        + " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in series)
+        + f'"><title>{plain(run)}</title></polyline>'
+        for run, series in points.items()
+    )
+    grid = "".join(
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{down(y):.1f}" y2="{down(y):.1f}"></line>'
+        f"{_text(LEFT - 5, down(y) + 4, f'{y:.2g}', 'end')}"
+        for y in (low, (low + high) / 2, high)
+    )
+    ends = "".join(
+        _text(across(x), HEIGHT - 6, said, anchor)
+        for x, said, anchor in (
+            (min(steps), f"step {min(steps)}", "start"),
+            (max(steps), max(steps), "end"),
+        )
+    )
+    return _svg(grid + paths + ends, key)
+
+
+def _axes(
+    x_range: tuple[float, float], y_range: tuple[float, float]
+) -> tuple[Callable[[float], float], Callable[[float], float]]:
+    """Data to pixels."""
+    (x0, x1), (y0, y1) = x_range, y_range
+    return (
+        lambda x: LEFT + (x - x0) / ((x1 - x0) or 1) * (WIDTH - LEFT - 6),
+        lambda y: HEIGHT - BOTTOM - (y - y0) / ((y1 - y0) or 1) * (HEIGHT - BOTTOM - TOP - 8),
+    )
+
+
+def _figure(caption: str, chart: str) -> str:
+    return f"<figure><figcaption>{caption}</figcaption>{chart}</figure>"
+
+
+def _text(x: float, y: float, said: object, anchor: str = "middle") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{said}</text>'
+
+
+def _svg(body: str, title: str) -> str:
+    axis = (
+        f'<line class="axis" x1="{LEFT}" x2="{WIDTH}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"></line>'
+    )
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{plain(title)}">{axis}{body}</svg>'

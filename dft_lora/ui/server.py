@@ -1,0 +1,117 @@
+"""Serving the page: what is refused before it is read, what the browser may do, and who may come in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import RequestError
+from ..run_folder import RunFolder
+
+HERE = Path(__file__).parent
+MAX_BODY = 256 * 1024  # bytes of a request; a comparison's own state is far below
+MAX_WAITING = 64  # events in the queue; the next one is told that it is full
+POLICY = (  # the page talks to its own server and to nobody else, whatever it is made to show
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; object-src 'none'; "
+    "frame-src 'none'; base-uri 'self'; form-action 'self'"
+)
+HEADERS = (
+    (b"content-security-policy", POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"same-origin"),
+)
+
+
+class Guard:
+    """ASGI middleware: a body that is too long, or of unknown length, is refused unread (413, 411);
+    every answer carries the content security policy."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_guarded(message):
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", []), *HEADERS]}
+            await send(message)
+
+        status = self._refusal(dict(scope["headers"]))
+        if status is None:
+            await self.app(scope, receive, send_guarded)
+            return
+        body = f'{{"detail":"a request holds at most {MAX_BODY} bytes, and says how many"}}'.encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send_guarded({"type": "http.response.start", "status": status, "headers": headers})
+        await send_guarded({"type": "http.response.body", "body": body})
+
+    @staticmethod
+    def _refusal(headers: dict[bytes, bytes]) -> int | None:
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > MAX_BODY:
+            return 413
+        return 411 if b"transfer-encoding" in headers else None
+
+
+def credentials() -> tuple[str, str]:
+    """User and password of the page, from DFT_LORA_USER and DFT_LORA_PASSWORD.
+
+    Raises RequestError where one is not set: a page that asks for a password must have one.
+    """
+    names = ("DFT_LORA_USER", "DFT_LORA_PASSWORD")
+    user, password = (os.environ.get(name, "") for name in names)
+    if not user or not password:
+        raise RequestError(f"--auth: set {' and '.join(name for name in names if not os.environ.get(name))}")
+    return user, password
+
+
+def serve(
+    folders: Sequence[RunFolder],
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    share: bool = False,
+    auth: bool = False,
+    results_only: bool = False,
+    votes: Path = Path("runs/votes.jsonl"),
+    block: bool = True,
+    max_waiting: int = MAX_WAITING,
+):
+    """Load the runs, serve their page, and return the running Blocks (after it ends, where `block`).
+
+    Binds to this machine alone, shares nothing and reports nothing unless told otherwise. The port is
+    7860, or the next free one. Raises RequestError before a model is loaded for a request that is wrong.
+    """
+    login = credentials() if auth else None
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    from starlette.middleware import Middleware
+
+    from .page import THEME, build
+    from .session import Session
+    from .votes import Ballot
+
+    session = None if results_only else Session(folders)
+    ballot = None if session is None else Ballot(votes, session.identities)
+    page = build(folders, session, ballot).queue(max_size=max_waiting, default_concurrency_limit=4)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        auth=login,
+        theme=THEME,
+        css=(HERE / "style.css").read_text(encoding="utf-8"),
+        js=(HERE / "keys.js").read_text(encoding="utf-8"),
+        app_kwargs={"middleware": [Middleware(Guard)]},
+        max_file_size=MAX_BODY,
+        footer_links=["api", "settings"],
+        ssr_mode=False,
+        pwa=False,
+        enable_monitoring=False,
+        prevent_thread_lock=not block,
+    )
+    return page
