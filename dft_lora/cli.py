@@ -128,6 +128,43 @@ def compare(run_dirs, out, as_json) -> None:
     )
 
 
+@main.command()
+@click.argument("run_dirs", nargs=-1, metavar="[RUN_DIR]...", type=click.Path())
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    envvar="GRADIO_SERVER_NAME",
+    help="Address to listen on.",
+)
+@click.option("--port", type=click.IntRange(0, 65535), envvar="GRADIO_SERVER_PORT", help="Default: 7860.")
+@click.option("--share", is_flag=True, help="Make a public link through Gradio's servers.")
+@click.option("--auth", is_flag=True, help="Ask for DFT_LORA_USER and DFT_LORA_PASSWORD (environment).")
+@click.option(
+    "--results-only",
+    is_flag=True,
+    envvar="DFT_LORA_RESULTS_ONLY",
+    help="Load no model: show the recorded results.",
+)
+@click.option(
+    "--votes",
+    default="runs/votes.jsonl",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Where blind votes are kept.",
+)
+def app(run_dirs, **options) -> None:
+    """The page: the runs' answers side by side, token by token.
+
+    Without RUN_DIR it shows the demo's runs, and first trains their adapters where there are none.
+
+    Example: dft-lora app runs/demo/base runs/demo/sft runs/demo/dft
+    """
+    from .ui.server import serve
+
+    serve(run_dirs, **options)
+
+
 @main.group(cls=Commands)
 def recipes() -> None:
     """The recipes that come with the package."""
@@ -174,20 +211,22 @@ def copy(name: str, path: str) -> None:
 
 
 @main.command()
+@click.argument("recipe", required=False)
+@set_option
 @json_option
-def doctor(as_json: bool) -> None:
-    """Versions, device, dtype rule, what is installed and what is missing.
+def doctor(recipe: str | None, changes: tuple[str, ...], as_json: bool) -> None:
+    """Versions, device, dtype rules, what is missing; with RECIPE, what is wrong with its data.
 
-    Example: dft-lora doctor
+    Example: dft-lora doctor tiny_dft
     """
-    from .doctor import examine
+    from .doctor import examine, examine_data
 
-    found = examine()
+    found = examine() if recipe is None else examine_data(load_recipe(recipe, changes))
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
         for part, value in found.items():
-            click.echo(f"{part:22} {value}")
+            click.echo(f"{part:34} {value}")
 
 
 def _shipped(name: str) -> Path:

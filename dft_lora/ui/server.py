@@ -5,9 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import RequestError
 from ..run_folder import RunFolder
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+    from .session import Session
+    from .votes import Ballot
 
 HERE = Path(__file__).parent
 MAX_BODY = 256 * 1024  # bytes of a request; a comparison's own state is far below
@@ -70,8 +77,26 @@ def credentials() -> tuple[str, str]:
     return user, password
 
 
+def default_runs(home: Path = Path("runs")) -> list[RunFolder]:
+    """The demo's runs below `home`; where there are none, the same adapters, trained here and now.
+
+    That takes a minute or two on two CPU cores, with a progress bar on stderr, and is kept in home/page.
+    """
+    from ..demo import RUNS, clear, demo_recipe, keep_mark, runs
+    from ..evaluate.sampling import base_run
+    from ..train.loop import train
+
+    for made in (home / "demo", home / "page"):
+        if (made / RUNS[-1] / "adapter").is_dir():
+            return runs(made)
+    clear(home / "page")
+    keep_mark(home / "page")
+    recipes = [demo_recipe(name, home / "page") for name in RUNS[1:]]
+    return [base_run(recipes[0], home / "page" / RUNS[0]), *map(train, recipes)]
+
+
 def serve(
-    folders: Sequence[RunFolder],
+    run_dirs: Sequence[str | Path] = (),
     *,
     host: str = "127.0.0.1",
     port: int | None = None,
@@ -79,25 +104,42 @@ def serve(
     auth: bool = False,
     results_only: bool = False,
     votes: Path = Path("runs/votes.jsonl"),
-    block: bool = True,
-    max_waiting: int = MAX_WAITING,
-):
-    """Load the runs, serve their page, and return the running Blocks (after it ends, where `block`).
+) -> None:
+    """Load the runs (default: the demo's) and serve their page until it is interrupted.
 
-    Binds to this machine alone, shares nothing and reports nothing unless told otherwise. The port is
-    7860, or the next free one. Raises RequestError before a model is loaded for a request that is wrong.
+    It binds to this machine alone, shares nothing and reports nothing unless told otherwise. Raises
+    RequestError, before a model is loaded, for a request that is wrong.
     """
     login = credentials() if auth else None
+    folders = [RunFolder.open(path) for path in run_dirs] or default_runs()
+    session = ballot = None
+    if not results_only:
+        from .session import Session
+        from .votes import Ballot
+
+        session = Session(folders)
+        ballot = Ballot(votes, session.identities)
+    launch(folders, session, ballot, host=host, port=port, share=share, login=login).block_thread()
+
+
+def launch(
+    folders: Sequence[RunFolder],
+    session: Session | None,
+    ballot: Ballot | None,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    share: bool = False,
+    login: tuple[str, str] | None = None,
+    max_waiting: int = MAX_WAITING,
+) -> gr.Blocks:
+    """Start serving a page in the background; the port is 7860 or the next free one unless given."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     from starlette.middleware import Middleware
 
     from .page import THEME, build
-    from .session import Session
-    from .votes import Ballot
 
-    session = None if results_only else Session(folders)
-    ballot = None if session is None else Ballot(votes, session.identities)
-    page = build(folders, session, ballot).queue(max_size=max_waiting, default_concurrency_limit=4)
+    page = build(folders, session, ballot).queue(max_size=max_waiting)
     page.launch(
         server_name=host,
         server_port=port,
@@ -112,6 +154,6 @@ def serve(
         ssr_mode=False,
         pwa=False,
         enable_monitoring=False,
-        prevent_thread_lock=not block,
+        prevent_thread_lock=True,
     )
     return page
