@@ -92,6 +92,7 @@ class TrainConfig(Part):
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     logging_steps: int = Field(1, ge=1)
     save_steps: int | None = Field(None, ge=1)
+    """Steps between checkpoints; null: one every five minutes. The end and a signal always bring one."""
     keep_checkpoints: int = Field(2, ge=1)
     skip_rows: float = Field(0.0, ge=0, lt=1)
     """Relative budget of loss rows to drop (`token_logps(skip=)`); only with a weighted objective."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from .model.hardware import choose
+from .config import Recipe
+from .data.doctor import table
+from .model.hardware import RULES, choose
 from .provenance import commit, versions
 
 OPTIONAL = {
@@ -13,6 +15,17 @@ OPTIONAL = {
     "vllm": "pip install 'dft-lora[vllm]' (CUDA)",
     "triton": "comes with the CUDA build of torch",
 }
+
+
+def examine_data(recipe: Recipe) -> dict[str, str]:
+    """The rows, counts and findings of a recipe's data: all bad rows are told, none is refused."""
+    from .train.plan import make_plan
+
+    plan = make_plan(recipe.override(["data.skip_bad_rows=1"]))
+    found = {name.replace("_", " "): f"{count:,}" for name, count in plan.counts.items()}
+    return found | {
+        f"finding {i}": line.strip() for i, line in enumerate(table(plan.findings).splitlines(), start=1)
+    }
 
 
 def examine() -> dict[str, str]:
@@ -25,6 +38,7 @@ def examine() -> dict[str, str]:
         "dtype, small model": f"{small.dtype} ({small.rule})".replace("torch.", ""),
         "dtype, large model": f"{large.dtype} ({large.rule})".replace("torch.", ""),
     }
+    found |= {f"rule: {rule.where}": rule.consequence for rule in RULES}
     return found | {
         name: "installed" if find_spec(name) else f"missing: {how}" for name, how in OPTIONAL.items()
     }

@@ -1,23 +1,49 @@
-"""Which device computes, and in which dtype: decided by capability, in one table.
+"""Which device computes, and in which dtype: decided by capability, in one table (`RULES`).
 
-    device                              base computes in   LoRA, loss, optimizer
-    CUDA, compute capability >= 8       bfloat16           float32
-    CUDA, older (T4: 7.5)               float16, scaled    float32
-    CPU, model under 50 M parameters    float32            float32
-    CPU with AMX or AVX512-BF16         bfloat16           float32
-    CPU, other                          float32            float32
-
-float16 needs loss scaling. bfloat16 on a CPU without matrix units, or on a model of a few
-million parameters, is many times slower than float32 (15x measured on the embedded base).
+LoRA, loss and optimizer are float32 everywhere. float16 needs loss scaling. bfloat16 on a CPU without
+matrix units, or on a model of a few million parameters, is many times slower than float32 (15x measured
+on the embedded base).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 SMALL = 50_000_000
+
+
+@dataclass(frozen=True)
+class Rule:
+    """In what dtype the base computes where `applies(device, parameters)`."""
+
+    where: str
+    dtype: torch.dtype
+    applies: Callable[[torch.device, int], bool]
+
+    @property
+    def consequence(self) -> str:
+        scaled = ", loss scaled" if self.dtype == torch.float16 else ""
+        return f"base {str(self.dtype).removeprefix('torch.')}{scaled}; LoRA, loss and optimizer float32"
+
+
+def _capable(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def _matrix_units() -> bool:
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+RULES = (  # the first that applies
+    Rule("CUDA, compute capability >= 8", torch.bfloat16, lambda on, _: on.type == "cuda" and _capable(on)),
+    Rule("CUDA, older (T4: 7.5)", torch.float16, lambda on, _: on.type == "cuda"),
+    Rule("CPU, under 50 M parameters", torch.float32, lambda _, parameters: parameters < SMALL),
+    Rule("CPU with AMX or AVX512-BF16", torch.bfloat16, lambda *_: _matrix_units()),
+    Rule("CPU, other", torch.float32, lambda *_: True),
+)
 
 
 @dataclass(frozen=True)
@@ -49,15 +75,8 @@ def choose(dtype: str = "auto", parameters: int = 0, device: torch.device | None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     if dtype != "auto":
         return Hardware(device, name, getattr(torch, dtype), f"model.dtype is {dtype}")
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        chosen = torch.bfloat16 if major >= 8 else torch.float16
-        return Hardware(device, name, chosen, f"compute capability {major}.{minor}")
-    if parameters < SMALL:
-        return Hardware(device, name, torch.float32, f"CPU, under {SMALL // 10**6} M parameters")
-    if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
-        return Hardware(device, name, torch.bfloat16, "CPU with bfloat16 matrix units")
-    return Hardware(device, name, torch.float32, "CPU without bfloat16 matrix units")
+    rule = next(rule for rule in RULES if rule.applies(device, parameters))
+    return Hardware(device, name, rule.dtype, rule.where)
 
 
 def _cpu_name() -> str:

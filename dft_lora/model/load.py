@@ -15,9 +15,13 @@ import torch
 
 from ..config import AdapterConfig, ModelConfig
 from ..errors import ModelError
+from ..sealed import MANIFEST, damage
 from .hardware import Hardware, choose
 from .head import bare
 from .tiny import TINY_DIR
+
+NO_CODE = {"trust_remote_code": False}
+"""Said aloud: left out, transformers asks at a terminal whether to run a model's own code."""
 
 CHECKPOINTING_FROM = (
     300_000_000  # parameters; below, activations are small and recomputing them costs a third
@@ -46,7 +50,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(resolve(config), revision=config.revision)
+        return AutoTokenizer.from_pretrained(resolve(config), revision=config.revision, **NO_CODE)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.name: no tokenizer for {config.name!r} ({_first_line(error)})") from None
 
@@ -56,7 +60,7 @@ def load_model_config(config: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(resolve(config), revision=config.revision)
+        return AutoConfig.from_pretrained(resolve(config), revision=config.revision, **NO_CODE)
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name: no model {config.name!r} ({_first_line(error)})") from None
 
@@ -84,6 +88,7 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> tuple[
         "dtype": hardware.dtype,
         "revision": config.revision,
         "attn_implementation": "sdpa",
+        **NO_CODE,
     }
     if config.quantization == "nf4":
         arguments |= {"quantization_config": _nf4(hardware.dtype)}
@@ -99,7 +104,7 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> tuple[
 
 
 def _quieten() -> None:
-    """Bars for weights that load in a blink, and bitsandbytes' note on an optional package, tell nobody much."""
+    """Bars for weights that load in a blink, and a note on an optional package, tell nobody much."""
     import logging
 
     from transformers.utils import logging as transformers_logging
@@ -159,7 +164,7 @@ def add_lora(base: Any, config: AdapterConfig) -> Any:
 def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
     """A peft model with the named adapters over one base, in eval mode; the base itself when there are none.
 
-    Raises ModelError for a folder without a readable adapter.
+    Raises ModelError for a folder without a readable adapter, or with a damaged one.
     """
     from peft import PeftModel
 
@@ -167,6 +172,10 @@ def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
     for name, path in adapters.items():
         if not (path / "adapter_config.json").is_file():
             raise ModelError(f"{path}: no adapter there (adapter_config.json is missing)")
+        if not (path / "adapter_model.safetensors").is_file():  # peft would take a pickle in its place
+            raise ModelError(f"{path}: no adapter_model.safetensors; other formats are not read")
+        if (path / MANIFEST).is_file() and (why := damage(path)):
+            raise ModelError(f"{path}: the adapter is damaged: {why}")
         try:
             if model is base:
                 model = PeftModel.from_pretrained(base, path, adapter_name=name)

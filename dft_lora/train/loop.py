@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,6 +23,7 @@ import torch
 
 from ..config import Recipe
 from ..data.batches import Batch, micro_batches, step_examples
+from ..data.doctor import table
 from ..data.templates import Example
 from ..errors import Interrupted, RunError
 from ..loss import REFERENCE_NEEDS, TokenScores, token_logps
@@ -70,6 +72,10 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
         itself = identity(plan, ranks.device, ranks.world)
         state = reopen(folder, checkpoints, itself, extend) if resume or extend else None
         ranks.wait()  # all have read before one writes
+        if ranks.is_main and plan.findings:
+            print(
+                f"{recipe.data.source}: {plan.counts['rows']} rows\n{table(plan.findings)}", file=sys.stderr
+            )
         if ranks.is_main and not ((resume or extend) and folder.begun):
             RunFolder.create(folder.path)
         trainer = Trainer(plan, ranks)
@@ -340,6 +346,7 @@ class Trainer:
             "template_hash": plan.renderer.fingerprint,
             "data_hash": plan.data_hash,
             "data": plan.counts,
+            "findings": [asdict(finding) | {"rows": finding.rows[:100]} for finding in plan.findings],
             "steps": plan.steps,
             "gradient_checkpointing": self.checkpointing,
             "trainable_parameters": sum(parameter.numel() for parameter in self.trainable),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import Recipe, digest
+from ..data.doctor import Finding, examine, usable
 from ..data.sources import load_problems
 from ..data.templates import Example, Renderer
 from ..errors import DataError
@@ -24,6 +24,7 @@ class Plan:
     objective: Any
     examples: list[Example]
     counts: dict[str, int]
+    findings: list[Finding]
     steps: int
     """Optimizer steps: train.max_steps where given, else what train.epochs make."""
 
@@ -35,8 +36,7 @@ class Plan:
 def make_plan(recipe: Recipe) -> Plan:
     """Read and render all data, and resolve every name of the recipe.
 
-    Raises a RequestError naming what is wrong. Over-long examples are counted and left out, never
-    cut: half a solution would teach the model to stop in the middle.
+    Raises a RequestError naming what is wrong.
     """
     chosen = objective(recipe.objective.name, **recipe.objective.numbers)
     load_model_config(recipe.model)
@@ -44,18 +44,8 @@ def make_plan(recipe: Recipe) -> Plan:
     rows = load_problems(recipe.data, recipe.train.seed)
     limit = recipe.data.max_length
     rendered = [renderer.render(problem) for problem in rows.problems if problem.solution is not None]
-    examples = [example for example in rendered if len(example.ids) <= limit]
-    counts = Counter(
-        rows=rows.total,
-        bad_rows=len(rows.bad),
-        without_solution=len(rows.problems) - len(rendered),
-        over_long=len(rendered) - len(examples),
-        prompts_that_fill_max_length=sum(example.prompt_length >= limit for example in rendered),
-        duplicates=len(examples) - len({example.ids for example in examples}),
-        examples=len(examples),
-        tokens=sum(len(example.ids) for example in examples),
-        supervised_tokens=sum(len(example.ids) - example.prompt_length for example in examples),
-    )
+    counts, findings = examine(rows, rendered, limit, recipe.evaluate.tasks)
+    examples = usable(rendered, limit)
     if not examples:
         raise DataError(
             f"data.source {recipe.data.source!r}: no example is left "
@@ -63,4 +53,4 @@ def make_plan(recipe: Recipe) -> Plan:
         )
     one_pass = math.ceil(len(examples) * recipe.train.epochs / recipe.train.batch_size)
     steps = recipe.train.max_steps or one_pass
-    return Plan(recipe, renderer, chosen, examples, dict(counts), steps)
+    return Plan(recipe, renderer, chosen, examples, counts, findings, steps)

@@ -1,0 +1,102 @@
+"""The data doctor: what a careful reader would notice in a data set, counted, with row numbers.
+
+Rows that cannot be used are refused or skipped in `sources.py`; what is found here is told. An example
+that does not fit, or that teaches nothing, is left out and never cut: half a solution would teach the
+model to stop in the middle.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..errors import DataError
+from ..tasks import get_task
+from ..tasks.base import Problem
+from .sources import Rows
+from .templates import Example
+
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about some rows: a sentence, and the rows' names (`row-N`, or the ids of a task)."""
+
+    what: str
+    rows: tuple[str, ...]
+
+
+def usable(examples: Sequence[Example], limit: int) -> list[Example]:
+    """Examples of at most `limit` tokens that have a token to learn."""
+    return [example for example in examples if len(example.ids) <= limit and example.supervised > 0]
+
+
+def examine(
+    rows: Rows, rendered: Sequence[Example], limit: int, tasks: Iterable[str]
+) -> tuple[dict[str, int], list[Finding]]:
+    """Counts of everything that was looked for, and a finding for each that is not zero.
+
+    `tasks` are those the run will be evaluated on; a row whose question is one of theirs, up to case and
+    white space, is an overlap. Raises RequestError for a task that does not exist.
+    """
+    kept = usable(rendered, limit)
+    noted = {
+        "without_solution": ("no solution: left out", [p.id for p in rows.problems if p.solution is None]),
+        "over_long": (
+            f"longer than data.max_length {limit}: left out",
+            [example.id for example in rendered if len(example.ids) > limit],
+        ),
+        "prompts_that_fill_max_length": (
+            f"the prompt alone fills data.max_length {limit}: left out",
+            [example.id for example in rendered if example.prompt_length >= limit],
+        ),
+        "nothing_to_learn": (
+            "no token to learn: left out",
+            [example.id for example in rendered if example.supervised <= 0],
+        ),
+        "duplicates": ("same tokens as an earlier row: kept", _repeated(kept)),
+    }
+    unchecked = []
+    for task in tasks:
+        try:
+            asked = {_plain(problem) for problem in get_task(task).problems()}
+        except DataError as error:
+            unchecked.append(Finding(f"overlap with {task} not checked: {error}", ()))
+            continue
+        shared = [problem.id for problem in rows.problems if _plain(problem) in asked]
+        noted[f"overlap_with_{task}"] = (f"question also asked by the evaluation task {task}: kept", shared)
+
+    by_reason = defaultdict(list)
+    for bad in rows.bad:
+        by_reason[bad.reason].append(f"row-{bad.number}")
+    findings = [Finding(f"{reason}: skipped", tuple(names)) for reason, names in by_reason.items()]
+    findings += [Finding(what, tuple(names)) for what, names in noted.values() if names]
+    counts = {
+        "rows": rows.total,
+        "bad_rows": len(rows.bad),
+        **{name: len(names) for name, (_, names) in noted.items()},
+        "examples": len(kept),
+        "tokens": sum(len(example.ids) for example in kept),
+        "supervised_tokens": sum(example.supervised for example in kept),
+    }
+    return counts, findings + unchecked
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """The findings as text, one a line, with the first rows of each; empty without findings."""
+    lines = []
+    for finding in findings:
+        shown = ", ".join(finding.rows[:SHOWN]) + (", …" if len(finding.rows) > SHOWN else "")
+        lines.append(f"{len(finding.rows):>7}  {finding.what}" + (f"  ({shown})" if shown else ""))
+    return "\n".join(lines)
+
+
+def _repeated(examples: Sequence[Example]) -> list[str]:
+    first = {example.ids: example for example in reversed(examples)}
+    return [example.id for example in examples if first[example.ids] is not example]
+
+
+def _plain(problem: Problem) -> str:
+    return " ".join(problem.question.casefold().split())
