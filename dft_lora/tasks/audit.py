@@ -2,7 +2,8 @@ r"""A second opinion on verdicts, reached another way: answers are put into numb
 
 Nothing is shared with `answers` or math_verify. LaTeX is rewritten into a Python expression, the expression
 is evaluated in complex floats at three fixed points, and two answers agree when all their parts have the same
-values there. Where that cannot be done, and the answers are not the same string, there is no opinion.
+values there. Where that cannot be done (words, units, lists of tuples), and the answers are not the same
+string, there is no opinion.
 
     audit(pairs).rate      share of verdicts, among those with a second opinion, that it contradicts
 """
@@ -32,15 +33,16 @@ _FUNCTIONS = {
 }
 _CONSTANTS = {"pi": cmath.pi, "e": cmath.e, "i": 1j}
 _REWRITES = [  # in this order; the ones with braces take the innermost first and are repeated
-    (r"\\(?:left|right|[!,;: ]|quad|displaystyle)|\\?\$|~|\s|\\circ|°", ""),
-    (r"\\(?:text|mathrm|mbox|mathbf|textbf)\{([^{}]*)\}", r"\1"),
+    (r"(?<=\d),(?:\\!)?(?=\d{3}(?!\d))|\{,\}", ""),
+    (r"(?<![\d.}])(\d+)\s*\\[dt]?frac\s*\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),
+    (r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"),
+    (r"\\(?:left|right|quad|displaystyle)(?![a-z])|\\[!,;: ]|\\?\$|~|\s|\^\{?\\circ\}?|°", ""),
     (r"\\[dt]frac", r"\\frac"),
     (r"\\frac(\d)(\d)", r"((\1)/(\2))"),
     (r"\\(?:cdot|times)", "*"),
     (r"\\sqrt(\d)", r"sqrt(\1)"),
     (r"\\(sin|cos|tan|exp|pi)", r"\1"),
     (r"\\ln", "log"),
-    (r"(?<=\d),(?=\d{3}(?!\d))", ""),
     (r"(\d)[eE]([-+]?\d+)", r"\1*10**(\2)"),
 ]
 _BRACES = [
@@ -84,15 +86,19 @@ def second_opinion(answer: str, reference: str) -> bool | None:
     """Same values (True), other values (False), or no opinion (None)."""
     if re.sub(r"\s|\$", "", answer) == re.sub(r"\s|\$", "", reference):
         return True
-    if len(answer) + len(reference) > 600:
+    if len(answer) + len(reference) > 600 or re.search(r"\)\s*,\s*\(|=", answer + reference):
         return None
-    given, wanted = _values(answer), _values(reference)
+    shapes = [re.sub(r"[^][()]", "", text) for text in (answer, reference)]
+    if any("[" in shape or "]" in shape for shape in shapes) and shapes[0] != shapes[1]:
+        return False if "," in answer and "," in reference else None
+    ordered = any(re.match(r"\$?(?:\\left)?[(\[].*,", text) for text in (answer, reference))
+    given, wanted = _values(answer, ordered), _values(reference, ordered)
     if given is None or wanted is None:
         return None
     near = 1e-4 if "." in answer + reference else 1e-10
-    percent = "%" in answer + reference
+    scales = {1, 100 ** (("%" in answer) - ("%" in reference))}
     return len(given) == len(wanted) and all(
-        any(_near(a, b * scale, near) for scale in ((1, 0.01, 100) if percent else (1,)))
+        any(_near(a, b * scale, near) for scale in scales)
         for one, other in zip(given, wanted, strict=True)
         for a, b in zip(one, other, strict=True)
     )
@@ -102,13 +108,13 @@ def _near(a: complex, b: complex, relative: float) -> bool:
     return abs(a - b) <= (relative * max(abs(a), abs(b)) if a and b else 1e-12)
 
 
-def _values(text: str) -> list[tuple[complex, ...]] | None:
-    """Values of each comma-separated part at each point; sorted unless brackets give them an order."""
+def _values(text: str, ordered: bool) -> list[tuple[complex, ...]] | None:
+    """Values of each comma-separated part at each point; None where a part is not an expression."""
     text = text.strip().rstrip(".").replace("\\%", "").replace("%", "")
-    ordered = text.lstrip("$ ").startswith(("(", "[", "\\left(", "\\left["))
-    text = re.sub(r"^\$?[a-zA-Z](?:\([a-z]\))?\s*=", "", text)
     for pattern, new in _REWRITES:
         text = re.sub(pattern, new, text)
+    if re.search(r"(?<![a-zA-Z\\])(?!sqrt|sin|cos|tan|exp|pi|log)[a-zA-Z]{3,}", text):
+        return None
     parts = [text]
     if "," in text:
         parts = re.sub(r"^(?:\\\{|[(\[])|(?:\\\}|[)\]])$", "", text).split(",")

@@ -1,11 +1,11 @@
 r"""Where an answer is judged: `judge(text, reference) -> Verdict`, in any thread of any process.
 
 The final answer is extracted and compared exactly (`answers`); only what needs algebra goes to math_verify,
-which can neither be stopped nor be used outside a main thread. So it lives in processes of its own:
-started when first needed, killed when an answer takes more than `LIMIT` seconds, ended with the
-program. They are plain subprocesses that import nothing but the checker (no fork of a process
-with threads and CUDA, no re-run of the user's script as `spawn` would do), and a warm spare takes the
-place of a killed one, so that a hostile answer costs its own three seconds and nobody else's.
+which can neither be stopped nor be used outside a main thread. So it lives in processes of its own: started
+when first needed, ended with the program. They are plain subprocesses that import nothing but the checker:
+no fork of a process with threads and CUDA, no second run of the user's script as `spawn` would do. When an
+answer takes more than LIMIT seconds the process that computes is killed, and the warm one behind it puts
+another in its place, so that a hostile answer costs its own three seconds and nobody else's.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import atexit
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
-from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,8 +64,8 @@ def _exactly(text: str, reference: str) -> tuple[str | None, str | None]:
         return answer, None
 
 
-class _Worker:
-    """One checking process."""
+class _Checker:
+    """One checking process and the child of it that computes (see `algebra`)."""
 
     def __init__(self):
         package = str(Path(__file__).resolve().parents[2])
@@ -76,72 +76,97 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
         )
-        self.ready = False
+        self.child: int | None = None  # its process id, once it has said that it is ready
 
-    def ask(self, answer: str, reference: str) -> str | None:
-        """The status; "timed_out" where the process had to be killed; None where it was dead before."""
-        if not self.ready:
-            if not self.process.stdout.readline():
-                self.close()
-                raise RunError("the answer checker does not start: try `python -m dft_lora.tasks.algebra`")
-            self.ready = True
-        try:
-            self.process.stdin.write(
-                json.dumps({"answer": answer, "reference": reference, "limit": LIMIT}) + "\n"
-            )
-            self.process.stdin.flush()
-        except OSError:
-            self.close()
-            return None
-        timer = threading.Timer(LIMIT, self.process.kill)
+    def ask(self, answer: str, reference: str) -> str:
+        """The status; "timed_out" where the computing child was killed or died over it.
+
+        Waits first until a child is ready: a second at the start of the process, milliseconds after a kill.
+        That is no part of the answer's time. Raises RunError where the process does not start.
+        """
+        if self.child is None:
+            self._meet(self.process.stdout.readline())
+        expired = threading.Event()
+        timer = threading.Timer(LIMIT, self._kill_child, [self.child, expired])
         timer.start()
-        reply = self.process.stdout.readline().strip()
-        timer.cancel()
-        timer.join()  # a kill under way has happened after this
-        if not reply:
+        try:
+            job = {"answer": answer, "reference": reference, "limit": LIMIT}
+            print(json.dumps(job), file=self.process.stdin, flush=True)
+            reply = self.process.stdout.readline()
+        finally:
+            timer.cancel()
+            timer.join()
+        if expired.is_set():  # perhaps in the moment of its reply
+            self.child = None
+        if not reply:  # no next child either
             self.close()
-            return "timed_out"
-        return reply
+        elif reply.startswith("ready"):
+            self._meet(reply)
+        else:
+            return reply.strip()
+        return "timed_out"
+
+    def _meet(self, line: str) -> None:
+        if not line.startswith("ready"):
+            raise RunError("the answer checker does not start: `python -m dft_lora.tasks.algebra` says why")
+        self.child = int(line.split()[1])
+
+    @staticmethod
+    def _kill_child(child: int, expired: threading.Event) -> None:
+        with contextlib.suppress(OSError):  # it has just died by itself
+            os.kill(child, getattr(signal, "SIGKILL", signal.SIGTERM))
+            expired.set()
 
     @property
     def alive(self) -> bool:
         return self.process.poll() is None
 
     def close(self) -> None:
-        """Kill and reap: no zombie stays."""
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(OSError):  # what was still buffered for a dead process
-                pipe.close()
+        """End both and reap, so that no zombie stays."""
+        with contextlib.suppress(OSError):  # what was still buffered for a dead process
+            self.process.stdin.close()
+        if self.child is not None:
+            self._kill_child(self.child, threading.Event())
+        try:
+            self.process.wait(1)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
 
 
 class _Pool:
-    """As many checkers as cores and a spare, each started when first wanted."""
+    """A checker for each core, up to 8, started when first wanted."""
 
-    def __init__(self, size: int | None = None):
-        self.size = size or min(os.cpu_count() or 1, 16)
+    def __init__(self):
+        self.size = min(os.cpu_count() or 1, 8)
         self.slots = threading.BoundedSemaphore(self.size)
         self.lock = threading.Lock()
-        self.idle: deque[_Worker] = deque()  # the warmest left, a starting spare right
+        self.idle: list[_Checker] = []
 
     def ask(self, answer: str, reference: str) -> str:
+        """The status of one answer; waits while every checker is busy."""
         with self.slots:
             while True:
                 with self.lock:
-                    worker = self.idle.popleft() if self.idle else _Worker()
-                    if not self.idle:
-                        self.idle.append(_Worker())
-                status = worker.ask(answer, reference)
-                if worker.alive:
+                    checker = self.idle.pop() if self.idle else _Checker()
+                try:
+                    status = checker.ask(answer, reference)
+                except OSError:  # somebody ended it while it was idle: a fresh one answers
+                    checker.close()
+                    continue
+                except BaseException:  # Ctrl-C while it computes
+                    checker.close()
+                    raise
+                if checker.alive:
                     with self.lock:
-                        self.idle.appendleft(worker)
-                if status is not None:
-                    return status
+                        self.idle.append(checker)
+                return status
 
     def close(self) -> None:
+        """End every checker that is not at work."""
         with self.lock:
             while self.idle:
                 self.idle.pop().close()
