@@ -1,0 +1,194 @@
+"""A run that is stopped, in whatever way, ends as the run that was not: same adapter and metrics, to the bit."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+from fault_runs import adapter, finish, lines, run, start, wait_for, write_data, write_recipe
+
+from dft_lora.config import load_recipe
+from dft_lora.errors import RequestError
+from dft_lora.train.loop import train
+
+STEPS = 9
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The run that nothing disturbed; it leaves checkpoints of steps 3, 6 and 9."""
+    path = tmp_path_factory.mktemp("whole")
+    recipe = write_recipe(path / "r.yaml", data, path / "run", train={"max_steps": STEPS})
+    code, told = run("train", str(recipe))
+    assert code == 0, told
+    return path / "run"
+
+
+@pytest.fixture
+def recipe(data, tmp_path):
+    return write_recipe(tmp_path / "r.yaml", data, tmp_path / "run", train={"max_steps": STEPS})
+
+
+@pytest.fixture
+def stopped(whole, recipe):
+    """The whole run as if it had been killed while logging step 10, with checkpoints of 3 and 6."""
+    run_dir = recipe.parent / "run"
+    shutil.copytree(whole, run_dir)
+    shutil.rmtree(run_dir / "adapter")
+    shutil.rmtree(run_dir / "checkpoints" / f"step-{STEPS:06d}")
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "lo')
+    return run_dir
+
+
+def assert_same(run_dir, whole):
+    assert adapter(run_dir) == adapter(whole)
+    assert lines(run_dir) == lines(whole)
+    assert not list(run_dir.rglob(".*")), "leftovers"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_and_keeps_it_and_the_run_goes_on_to_the_bit(whole, recipe, number, code):
+    run_dir = recipe.parent / "run"
+    child = start("train", str(recipe))
+    wait_for(lambda: (run_dir / "metrics.jsonl").is_file() and len(lines(run_dir)) >= 4)
+    os.kill(child.pid, number)
+    exit_code, told = finish(child)
+    done = len(lines(run_dir))
+    assert exit_code == code and done < STEPS, told
+    assert (run_dir / "checkpoints" / f"step-{done:06d}").is_dir() and not (run_dir / "adapter").exists()
+    assert "--resume" in told and "Traceback" not in told
+    assert run("train", str(recipe), "--resume")[0] == 0
+    assert_same(run_dir, whole)
+
+
+def test_a_second_ctrl_c_stops_at_once(data, tmp_path):
+    endless = {"batch_size": 40_000, "max_steps": 2}
+    child = start("train", str(write_recipe(tmp_path / "r.yaml", data, tmp_path / "run", train=endless)))
+    wait_for((tmp_path / "run" / "run.json").is_file)
+    os.kill(child.pid, signal.SIGINT)
+    time.sleep(1.2)  # two within a second are taken for one key pressed
+    os.kill(child.pid, signal.SIGINT)
+    assert finish(child)[0] == -signal.SIGINT
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(whole, recipe, stopped):
+    state = stopped / "checkpoints" / "step-000006" / "optimizer.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    code, told = run("train", str(recipe), "--resume")
+    assert code == 0 and "step-000006: optimizer.safetensors has" in told and "after step 3" in told
+    assert_same(stopped, whole)
+
+
+def test_without_a_whole_checkpoint_the_run_does_not_start_afresh(recipe, stopped):
+    before = (stopped / "metrics.jsonl").read_bytes()
+    for checkpoint in (stopped / "checkpoints").iterdir():
+        (checkpoint / "optimizer.safetensors").unlink()
+    code, told = run("train", str(recipe), "--resume")
+    assert code == 1 and "Traceback" not in told
+    assert all(f"step-00000{n}: optimizer.safetensors is missing" in told for n in (3, 6))
+    assert (stopped / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, recipe, stopped):
+    shutil.rmtree(stopped / "checkpoints")
+    code, told = run("train", str(recipe), "--resume")
+    assert code == 0 and "after step 0" in told
+    assert_same(stopped, whole)
+
+
+def test_extending_a_finished_run_goes_on_and_is_remembered(whole, recipe):
+    run_dir = recipe.parent / "run"
+    shutil.copytree(whole, run_dir)
+    longer = ("train", str(recipe), "--set", f"train.max_steps={STEPS + 2}")
+    code, told = run(*longer, "--resume")
+    assert code == 2 and "steps was 9, is 11" in told and "--extend" in told
+    assert run(*longer, "--extend")[0] == 0
+    assert lines(run_dir)[:STEPS] == lines(whole) and len(lines(run_dir)) == STEPS + 2
+    assert adapter(run_dir) != adapter(whole)
+    facts = json.loads((run_dir / "run.json").read_text())
+    assert [again["step"] for again in facts["resumed"]] == [STEPS] and facts["steps"] == STEPS + 2
+
+
+CHANGES = {
+    "train.learning_rate=2e-3": "train.learning_rate was 0.001, is 0.002",
+    "objective.name=sft": "objective.name was 'dft', is 'sft'",
+    "adapter.dropout=0": "adapter.dropout was 0.1, is 0.0",
+    "data.template=plain": "template was",
+    "model.dtype=bfloat16": "dtype was 'float32', is 'bfloat16'",
+    "train.max_steps=8": "steps was 9, is 8",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("extend", [False, True])
+def test_another_recipe_is_refused_with_what_differs(recipe, stopped, change, extend):
+    with pytest.raises(RequestError) as refused:
+        train(load_recipe(recipe, [change]), resume=True, extend=extend)
+    assert CHANGES[change] in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_other_data_and_another_base_are_refused(recipe, data, stopped, tmp_path):
+    from dft_lora.config import ModelConfig
+    from dft_lora.model.load import resolve
+
+    base = tmp_path / "base"
+    shutil.copytree(resolve(ModelConfig(name=load_recipe(recipe).model.name)), base)
+    weights = bytearray((base / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (base / "model.safetensors").write_bytes(weights)
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text().replace("so so", "so"))
+    for change, names in ((f"data.source={other}", "data was"), (f"model.name={base}", "base was")):
+        with pytest.raises(RequestError, match=names):
+            train(load_recipe(recipe, [change]), resume=True)
+
+
+def test_where_it_is_written_and_how_it_is_judged_are_free(whole, recipe, stopped):
+    moved = stopped.rename(stopped.with_name("moved"))
+    free = ("evaluate.samples=3", "train.save_steps=100", f"output={moved}")
+    assert run("train", str(recipe), "--resume", *(x for f in free for x in ("--set", f)))[0] == 0
+    assert_same(moved, whole)
+
+
+def kill_and_resume(recipe, whole, delay: float) -> bool:
+    """SIGKILL `delay` seconds after the start, then resume; whether the kill came before the end."""
+    run_dir = recipe.parent / "run"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    child = start("train", str(recipe))
+    time.sleep(delay)
+    child.kill()
+    killed = finish(child)[0] == -signal.SIGKILL
+    code, told = run("train", str(recipe), "--resume")
+    assert code == 0, told
+    assert_same(run_dir, whole)
+    return killed
+
+
+def test_sigkill_at_random_points(whole, recipe):
+    started = time.monotonic()
+    assert kill_and_resume(recipe, whole, 0.2)
+    length = time.monotonic() - started
+    assert kill_and_resume(recipe, whole, random.Random(0).uniform(0.3, 0.7) * length)
+
+
+@pytest.mark.slow
+def test_sigkill_at_50_random_points_of_a_30_step_run(data, tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", data, tmp_path / "run")
+    started = time.monotonic()
+    assert run("train", str(recipe))[0] == 0
+    length = time.monotonic() - started
+    whole = (tmp_path / "run").rename(tmp_path / "whole")
+    rng, killed = random.Random(0), 0
+    for _ in range(50):
+        killed += kill_and_resume(recipe, whole, rng.uniform(0, length))
+    print(f"50 of 50 ended bit-equal; {killed} were killed before their end, of a run of {length:.1f} s")
+    assert killed >= 40
