@@ -49,6 +49,12 @@ class Case:
     def to(self, dtype: torch.dtype) -> Case:
         return replace(self, tensors=tuple(tensor.to(dtype) for tensor in self.tensors))
 
+    def on(self, device: str) -> Case:
+        moved = tuple(tensor.to(device) for tensor in self.tensors)
+        return replace(
+            self, tensors=moved, targets=self.targets.to(device), sequence=self.sequence.to(device)
+        )
+
     def score(self, scorer, trained=("hidden",), **more) -> tuple[TokenScores, list[Tensor]]:
         """(scores, the leaves that require grad) by `token_logps` or `naive_token_logps`."""
         names = ("hidden", "weight", "bias", "A", "B")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .table import RESULTS, loss_table, tables
+from .table import RESULTS, insert, loss_table, tables
 
 
 @click.group(invoke_without_command=True)
@@ -54,9 +54,14 @@ def loss(source, tokens, hidden, vocabulary, dtype, device, rounds, threads, onl
 
 
 @main.command()
-def table() -> None:
+@click.option(
+    "--into", type=click.Path(path_type=Path, exists=True), help="a document whose marked place takes them"
+)
+def table(into) -> None:
     """The committed results as Markdown."""
     click.echo(tables())
+    if into:
+        into.write_text(insert(into.read_text(), tables()))
 
 
 if __name__ == "__main__":

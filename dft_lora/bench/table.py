@@ -12,10 +12,11 @@ RESULTS = Path(__file__).parent / "results"
 def loss_table(result: dict[str, Any]) -> str:
     """One result of `bench loss` as Markdown: what was measured, then a line a variant."""
     shape, birth, p, skip = result["shape"], result["provenance"], result["probability"], result["skip"]
+    threads = f"{result['threads']} thread" + "s" * (result["threads"] > 1)
     lines = [
         f"{result['dtype']}, D = {shape['D']}, V = {shape['V']:,}, {shape['N']} tokens, "
-        f"{shape['M']} supervised; {result['input']} (mean p {p['mean']:.2f}); {result['device']}, {result['threads']} thread(s), "
-        f"{result['clock']}; torch {birth['versions']['torch']}, {birth['date'][:10]}, "
+        f"{shape['M']} supervised; {result['input']} (mean p {p['mean']:.2f}); {result['device']}, "
+        f"{threads}, {result['clock']}; torch {birth['versions']['torch']}, {birth['date'][:10]}, "
         f"commit {birth['commit']}.",
         "",
         "| forward + backward | time / bare GEMMs | seconds | peak MiB | gradient error |",
@@ -31,9 +32,21 @@ def loss_table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"`skip=1e-3` leaves out {skip['rows']:.0%} of the rows; that adds an error of {skip['error']:.1e} "
-        f"under a reported bound of {skip['bound']:.1e}, where the gradient's norm is {skip['gradient']:.1e}.",
+        f"under a reported bound of {skip['bound']:.1e}; the gradient's norm is {skip['gradient']:.1e}.",
     ]
     return "\n".join(lines)
+
+
+BEGIN, END = "<!-- bench: loss -->\n", "<!-- /bench: loss -->\n"
+
+
+def insert(document: str, text: str) -> str:
+    """`document` with `text` between its two marks; ValueError where it has none."""
+    head, begin, rest = document.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the document must hold the lines {BEGIN.strip()} and {END.strip()}")
+    return f"{head}{BEGIN}\n{text}\n\n{END}{tail}"
 
 
 def tables(folder: Path = RESULTS) -> str:

@@ -71,7 +71,7 @@ def other_entries_(
 ) -> OtherEntries:
     """The kernel's version of `rows.other_entries_`; all but the top-k."""
     C, V = u_CV.shape
-    half = u_CV.dtype == torch.float16
+    half = write and u_CV.dtype == torch.float16
     max_C, sum_C, dot_C, square_C = u_CV.new_empty(4, C, dtype=torch.float32)
     bias_V = None if head.bias_V is None else head.scale * head.bias_V.float()
     _rows[(C,)](

@@ -1,0 +1,113 @@
+"""The bench measures what it says: its inputs, its truth, its peers' equality and its table."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from dft_lora.bench.__main__ import main
+from dft_lora.bench.inputs import SOURCES, prescribed
+from dft_lora.bench.loss import measure, relative, true_gradient
+from dft_lora.bench.peers import FLOOR, VARIANTS
+from dft_lora.bench.table import RESULTS, insert, loss_table, tables
+from dft_lora.loss import token_logps
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """`measure` sets torch's thread count for its process; here the process is pytest's."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_prescribed_probabilities_are_bimodal_with_large_logits():
+    x = prescribed(2000, 64, 3000, dtype=torch.float32)
+    scores = token_logps(x.hidden_ND, x.weight_VD, x.targets_N)
+    p = scores.probability
+    assert 0.35 < (p > 0.99).float().mean() < 0.55 and 0.2 < (p < 0.01).float().mean() < 0.45
+    assert 0.55 < len(x.supervised) / 2000 < 0.65
+    assert 15 < scores.lse.mean() < 25
+    again = prescribed(2000, 64, 3000, dtype=torch.float32)
+    assert torch.equal(again.hidden_ND, x.hidden_ND) and torch.equal(again.targets_N, x.targets_N)
+
+
+@pytest.mark.parametrize("real_text", [True, False])
+def test_a_forward_pass_over_text(real_text, request, monkeypatch, tmp_path):
+    folder = request.getfixturevalue("data_dir") if real_text else tmp_path
+    monkeypatch.setenv("DFT_LORA_DATA", str(folder))
+    x = SOURCES["forward"](400, 64, 151_936 if real_text else 256)
+    assert x.hidden_ND.shape == (400, 64) and torch.isfinite(x.hidden_ND).all()
+    assert ("GSM8K" in x.description) == real_text
+    assert 0 < len(x.supervised) < 400 and x.targets_N[0] == -100 and x.targets_N.max() < len(x.weight_VD)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.exact], ids=lambda v: v.name)
+def test_every_peer_computes_the_same_gradient(variant):
+    """Otherwise its time would mean nothing."""
+    if variant.missing("cpu"):
+        pytest.skip(variant.missing("cpu"))
+    x = prescribed(60, 32, 500, dtype=torch.float32)
+    hidden = x.hidden_ND.clone().requires_grad_()
+    variant.run(hidden, x)
+    assert relative(hidden.grad, true_gradient(x)) < 5e-3  # the budget of skip 1e-3; others are near 1e-6
+    assert (hidden.grad[x.targets_N == -100] == 0).all()
+
+
+def test_a_result_has_its_birth_certificate_and_its_table(tmp_path):
+    out = tmp_path / "loss.json"
+    options = [
+        "--tokens",
+        "80",
+        "--hidden",
+        "64",
+        "--vocabulary",
+        "700",
+        "--rounds",
+        "1",
+        "--only",
+        "unchecked",
+    ]
+    done = CliRunner().invoke(main, ["loss", *options, "--out", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0
+    result = json.loads(out.read_text())
+    assert {"date", "command", "commit", "versions", "peers"} <= set(result["provenance"])
+    assert result["shape"]["V"] == 700 and result["device"] and result["threads"] == 1
+    ours = result["variants"]["ours, values unchecked"]
+    assert ours["peak_mb"] >= 0 and ours["gradient_error"] < 1e-2 and len(ours["seconds"]) == 1
+    assert result["variants"][FLOOR.name]["ratio"] == 1
+    assert result["skip"]["error"] <= result["skip"]["bound"] + 1e-9
+    assert done.stdout.strip() == loss_table(result)
+
+
+def test_what_is_missing_is_said():
+    result = measure(
+        source="prescribed",
+        N=20,
+        D=16,
+        V=50,
+        dtype="float32",
+        device="cpu",
+        rounds=1,
+        threads=1,
+        only="Liger",
+    )
+    reason = result["variants"]["Liger fused linear CE, token scaling"]["missing"]
+    assert reason in ("liger_kernel is not installed", "needs a CUDA GPU")
+    assert f"not run: {reason}" in loss_table(result)
+
+
+def test_the_readme_holds_the_committed_tables():
+    """`python -m dft_lora.bench table --into README.md` changes nothing."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert list(RESULTS.glob("loss-*.json"))
+    assert insert(readme, tables()) == readme
+
+
+def test_a_document_without_its_marks_is_refused():
+    marked = "before\n<!-- bench: loss -->\n{}<!-- /bench: loss -->\nafter\n"
+    assert insert(marked.format("old\n"), "new") == marked.format("\nnew\n\n")
+    with pytest.raises(ValueError, match="must hold the lines"):
+        insert("no marks", "new")
