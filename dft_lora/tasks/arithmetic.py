@@ -1,6 +1,6 @@
 """The embedded task: word problems of a few steps, generated when asked for, with worked solutions.
 
-A problem is a chain: a start and k operations on it, kept whole numbers from 2 to 240. The chain is told as
+A problem is a chain: a start and k operations on it, kept whole numbers from 2 to 99. The chain is told as
 a story (who, what, one sentence an operation) and solved in one of five styles, always ending in `#### x`.
 
     story     Mia has 12 apples. Mia buys 7 more. The collection doubles. How many apples are there now?
@@ -32,7 +32,7 @@ from zlib import crc32
 from dft_lora.errors import DataError
 from dft_lora.tasks.base import Problem, Task
 
-LARGEST = 240
+LARGEST = 99  # and operands to 12: a million parameters can learn this arithmetic in minutes
 APPLY: Mapping[str, Callable[[int, int], int]] = {
     "+": operator.add,
     "-": operator.sub,
@@ -88,7 +88,7 @@ class Chain:
 
     @classmethod
     def draw(cls, rng: Random, length: int) -> Chain:
-        value = start = rng.randint(3, 60)
+        value = start = rng.randint(3, 40)
         steps = []
         for _ in range(length):
             op, operands = rng.choice([(op, ns) for op, ns in _operands(value).items() if ns])
@@ -108,7 +108,7 @@ class Chain:
         for op, n in self.steps:
             result = APPLY[op](value, n)
             if wrong and rng.random() < wrong:
-                result = abs(result + rng.choice((-20, -10, -2, -1, 1, 2, 10, 20)))
+                result = abs(result + rng.choice((-10, -2, -1, 1, 2, 10)))
             lines.append(Line(value, op, n, result))
             value = result
         return lines
@@ -133,8 +133,8 @@ class Line:
 def _operands(value: int) -> dict[str, list[int]]:
     """For each operation, what it may be done with so that the value stays whole and in 2..LARGEST."""
     return {
-        "+": list(range(2, min(60, LARGEST - value) + 1)),
-        "-": list(range(2, min(60, value - 2) + 1)),
+        "+": list(range(2, min(12, LARGEST - value) + 1)),
+        "-": list(range(2, min(12, value - 2) + 1)),
         "*": [n for n in FOLDS if value * n <= LARGEST],
         "/": [n for n in range(2, 7) if value % n == 0 and value // n >= 2],
     }
@@ -246,6 +246,6 @@ TASKS = (
         "arithmetic-long",
         "word problems of 4 and 5 steps, more than the fine-tuning set has",
         {"train": FINE_TUNING, "test": Part("arithmetic-long/test", (4, 5), quarters=(0,), size=300)},
-        max_new_tokens=128,
+        max_new_tokens=160,
     ),
 )
