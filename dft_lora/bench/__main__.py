@@ -1,4 +1,4 @@
-"""`python -m dft_lora.bench`: the loss engine against the peers that are installed."""
+"""`python -m dft_lora.bench`: the loss engine and the training step against the peers that are installed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .table import RESULTS, insert, loss_table, tables
+from .table import RESULTS, TABLES, insert, loss_table, tables, train_table
 
 
 @click.group(invoke_without_command=True)
@@ -53,15 +53,49 @@ def loss(source, tokens, hidden, vocabulary, dtype, device, rounds, threads, onl
     click.echo(f"\n{out}", err=True)
 
 
+@main.command("train")
+@click.option(
+    "--ladder", is_flag=True, help="our techniques, each on top of the one before, instead of peers"
+)
+@click.option("--dtype", default="auto", type=click.Choice(["auto", "bfloat16", "float16", "float32"]))
+@click.option("--steps", default=3, help="measured steps of a round; one more is thrown away")
+@click.option("--rounds", default=3, help="rounds, each in fresh processes")
+@click.option("--threads", default=2)
+@click.option("--only", default="", help="only variants whose name contains this")
+@click.option("--hidden", default=512, help="D of the random Qwen2")
+@click.option("--layers", default=8)
+@click.option("--vocabulary", default=151_936, help="V")
+@click.option("--batch", default=4, help="examples a step")
+@click.option("--max-length", default=512, help="longest example, tokens")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=None, help="the JSON; beside the bench by default"
+)
+def train_step(
+    ladder, dtype, steps, rounds, threads, only, hidden, layers, vocabulary, batch, max_length, out
+):
+    """Seconds and memory of a whole training step, against TRL's SFTTrainer where it is installed."""
+    from .train import COMPARISON, LADDER, Measurement, Shape, measure
+
+    shape = Shape(hidden, layers, vocabulary, hidden * 11 // 2, batch, max_length)
+    chosen = tuple(variant for variant in (LADDER if ladder else COMPARISON) if only in variant.name)
+    result = measure(chosen, Measurement(shape, dtype, steps, rounds, threads))
+    out = out or RESULTS / f"train-{'ladder' if ladder else 'peers'}-{result['dtype']}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    click.echo(train_table(result))
+    click.echo(f"\n{out}", err=True)
+
+
 @main.command()
 @click.option(
-    "--into", type=click.Path(path_type=Path, exists=True), help="a document whose marked place takes them"
+    "--into", type=click.Path(path_type=Path, exists=True), help="a document; its marked places take them"
 )
 def table(into) -> None:
     """The committed results as Markdown."""
-    click.echo(tables())
-    if into:
-        into.write_text(insert(into.read_text(), tables()))
+    for kind in TABLES:
+        click.echo(tables(kind=kind))
+        if into and f"<!-- bench: {kind} -->" in into.read_text():
+            into.write_text(insert(into.read_text(), tables(kind=kind), kind))
 
 
 if __name__ == "__main__":

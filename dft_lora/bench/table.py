@@ -37,19 +37,46 @@ def loss_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-BEGIN, END = "<!-- bench: loss -->\n", "<!-- /bench: loss -->\n"
+def train_table(result: dict[str, Any]) -> str:
+    """One result of `bench train` as Markdown; ratios against the first variant that ran."""
+    shape, birth = result["shape"], result["provenance"]
+    lines = [
+        f"A training step: Qwen2 of random weights, D = {shape['D']}, {shape['layers']} layers, "
+        f"V = {shape['V']:,}, nf4, LoRA r 8, {result['dtype']}; {result['data']}, batch {shape['batch']} "
+        f"(up to {shape['max_length']} tokens, {result['tokens_a_step']:.0f} a step); {result['device']}, "
+        f"{result['threads']} threads; torch {birth['versions']['torch']}, "
+        f"TRL {birth['peers']['trl'] or 'not installed'}, {birth['date'][:10]}, commit {birth['commit']}.",
+        "",
+        "| | seconds a step | ratio | CPU seconds | ratio | MB above the loaded model | ratio | MB in all |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    keys = ("seconds", "cpu_seconds", "above_loaded_mb")
+    first = next((row for row in result["variants"].values() if row["runs"]), {})
+    for name, row in result["variants"].items():
+        if not row["runs"]:
+            lines.append(f"| {name} | not run: {row['missing']} | | | | | | |")
+            continue
+        digits = {"seconds": 2, "cpu_seconds": 2, "above_loaded_mb": 0}
+        cells = [f"{row[key]:.{digits[key]}f} | {row[key] / first[key]:.2f}" for key in keys]
+        whole = row["loaded_mb"] + row["above_loaded_mb"]
+        lines.append(f"| {name} | {' | '.join(cells)} | {whole:.0f} |")
+    return "\n".join(lines)
 
 
-def insert(document: str, text: str) -> str:
-    """`document` with `text` between its two marks; ValueError where it has none."""
-    head, begin, rest = document.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+TABLES = {"loss": loss_table, "train": train_table}
+
+
+def insert(document: str, text: str, kind: str = "loss") -> str:
+    """`document` with `text` between the two marks of its kind; ValueError where it has none."""
+    first, last = f"<!-- bench: {kind} -->\n", f"<!-- /bench: {kind} -->\n"
+    head, begin, rest = document.partition(first)
+    _, end, tail = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"the document must hold the lines {BEGIN.strip()} and {END.strip()}")
-    return f"{head}{BEGIN}\n{text}\n\n{END}{tail}"
+        raise ValueError(f"the document must hold the lines {first.strip()} and {last.strip()}")
+    return f"{head}{first}\n{text}\n\n{last}{tail}"
 
 
-def tables(folder: Path = RESULTS) -> str:
-    """The tables of every loss result of a folder, in the order of their names."""
-    results = [json.loads(file.read_text()) for file in sorted(folder.glob("loss-*.json"))]
-    return "\n\n".join(loss_table(result) for result in results)
+def tables(folder: Path = RESULTS, kind: str = "loss") -> str:
+    """The tables of every result of a kind in a folder, in the order of their names."""
+    results = [json.loads(file.read_text()) for file in sorted(folder.glob(f"{kind}-*.json"))]
+    return "\n\n".join(TABLES[kind](result) for result in results)

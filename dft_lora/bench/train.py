@@ -1,0 +1,340 @@
+"""One optimizer step of ours against TRL's `SFTTrainer(loss_type="dft")`, and the memory ladder.
+
+All variants train the same LoRA over the same 4-bit base on the same ids in the same order. Each runs in a
+process of its own, the rounds in turn, so that a slow minute of the machine falls on all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from ..config import Recipe, load_recipe, parse_recipe
+from ..data.batches import Batch, step_examples
+from ..data.templates import Example
+from ..loss import TokenScores
+from ..model.hardware import choose
+from ..model.memory import MIB, memory_of
+from ..provenance import certificate, versions
+from ..train.loop import Trainer
+from ..train.plan import Plan, make_plan
+from ..train.ranks import Ranks
+
+PEERS = ("trl", "datasets")
+HUB = ({"source": "openai/gsm8k", "subset": "main"}, "Qwen/Qwen2.5-0.5B")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Qwen2 of random weights, and the batch it is trained on."""
+
+    D: int = 512
+    layers: int = 8
+    V: int = 151_936
+    intermediate: int = 2816
+    batch: int = 4
+    max_length: int = 512
+
+
+class Watch:
+    """Memory when the model is ready, at most afterwards, and the time of each step but the first."""
+
+    def __init__(self) -> None:
+        self.device = choose().device
+        self.memory = memory_of(self.device)
+        self.empty = self.memory.now()
+        self.ticks: list[tuple[float, float]] = []
+
+    def ready(self) -> None:
+        self.loaded = self.memory.now()
+        self.memory.reset()
+
+    def tick(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.ticks.append((time.perf_counter(), time.process_time()))
+
+    def figures(self) -> dict[str, Any]:
+        walls, works = zip(*self.ticks, strict=True)
+        return {
+            "loaded_mb": (self.loaded - self.empty) / MIB,
+            "above_loaded_mb": (self.memory.peak() - self.loaded) / MIB,
+            "seconds": [b - a for a, b in pairwise(walls)],
+            "cpu_seconds": [b - a for a, b in pairwise(works)],
+        }
+
+
+Run = Callable[[Plan, int, Watch], float]
+"""Train so many steps, calling the watch when ready and after each step; returns the first step's loss."""
+
+
+def run_ours(plan: Plan, steps: int, watch: Watch, kind: type[Trainer] = Trainer) -> float:
+    trainer = kind(plan, Ranks(plan.recipe))
+    watch.ready()
+    losses = []
+    for step in range(steps):
+        losses.append(trainer.step(step)["loss"])
+        watch.tick()
+    return losses[0]
+
+
+class FullLogits(Trainer):
+    """Our step with the loss as transformers computes it: all logits, and a float32 copy of them."""
+
+    def score(self, batch: Batch, sums: Any) -> torch.Tensor:
+        z_NV = self.model(**batch.inputs(self.ranks.device), use_cache=False).logits[:, :-1].flatten(0, 1)
+        y_N = batch.labels_BL[:, 1:].flatten().to(z_NV.device)
+        logp_N = -cross_entropy(z_NV.float(), y_N, reduction="none")
+        index = (y_N != -100).nonzero()[:, 0]
+        none = torch.zeros(len(index), device=z_NV.device)
+        scores = TokenScores(logp_N[index], none, none, none.bool(), index)
+        loss = self.plan.objective(scores)
+        sums.add(loss, scores, batch)
+        return loss
+
+
+def run_full_logits(plan: Plan, steps: int, watch: Watch) -> float:
+    return run_ours(plan, steps, watch, FullLogits)
+
+
+def run_trl(plan: Plan, steps: int, watch: Watch, **settings: Any) -> float:
+    """TRL with its own defaults, but for what `plan.recipe` states, over a base loaded by us."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from ..model.load import load_base
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            watch.ready()
+
+        def on_step_end(self, *_, **__):
+            watch.tick()
+
+    recipe = plan.recipe
+    model, hardware = load_base(recipe.model)
+    rows = [
+        {
+            "input_ids": list(e.ids),
+            "labels": [-100] * e.prompt_length + list(e.ids[e.prompt_length :]),
+        }
+        for e in examples_of(plan, steps)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SFTConfig(
+            folder,
+            loss_type="dft",
+            per_device_train_batch_size=recipe.train.batch_size,
+            max_steps=steps,
+            max_length=recipe.data.max_length,
+            learning_rate=recipe.train.learning_rate,
+            train_sampling_strategy="sequential",
+            use_cpu=hardware.device.type == "cpu",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **settings,
+        )
+        lora = LoraConfig(
+            r=recipe.adapter.r,
+            lora_alpha=recipe.adapter.alpha,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        trainer = SFTTrainer(
+            model,
+            arguments,
+            train_dataset=Dataset.from_list(rows),
+            peft_config=lora,
+            processing_class=plan.renderer.tokenizer,
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    return trainer.state.log_history[0]["loss"]
+
+
+def run_trl_plain(plan: Plan, steps: int, watch: Watch) -> float:
+    return run_trl(plan, steps, watch, gradient_checkpointing=False)
+
+
+def examples_of(plan: Plan, steps: int) -> Iterator[Example]:
+    """The examples of the first steps, in our order."""
+    size, seed = plan.recipe.train.batch_size, plan.recipe.train.seed
+    for step in range(steps):
+        yield from (plan.examples[i] for i in step_examples(len(plan.examples), size, seed, step))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train; `changes` are recipe fields."""
+
+    name: str
+    run: Run
+    changes: tuple[str, ...] = ()
+    package: str | None = None
+
+    @property
+    def missing(self) -> str:
+        absent = self.package and find_spec(self.package) is None
+        return f"{self.package} is not installed" if absent else ""
+
+
+OURS = Variant("ours", run_ours)
+TRL = Variant("TRL SFTTrainer, dft, its defaults (checkpointing)", run_trl, package="trl")
+COMPARISON = (OURS, TRL, Variant("TRL SFTTrainer, dft, without checkpointing", run_trl_plain, package="trl"))
+
+NO_4BIT = "model.quantization=none"
+LADDER = (
+    Variant("LoRA over a 16-bit base, full logits", run_full_logits, (NO_4BIT,)),
+    Variant("+ 4-bit base (nf4)", run_full_logits),
+    Variant("+ loss in chunks (this engine)", run_ours),
+    Variant("+ gradient checkpointing", run_ours, ("train.gradient_checkpointing=true",)),
+    Variant(
+        "+ micro-batches of one example",
+        run_ours,
+        ("train.gradient_checkpointing=true", "train.micro_batch_size=1"),
+    ),
+    Variant(
+        "+ 8-bit AdamW",
+        run_ours,
+        ("train.gradient_checkpointing=true", "train.micro_batch_size=1", "train.optimizer=adamw8bit"),
+    ),
+)
+VARIANTS = {variant.name: variant for variant in (*COMPARISON, *LADDER)}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured, and how often."""
+
+    shape: Shape = field(default_factory=Shape)
+    dtype: str = "auto"
+    steps: int = 3
+    rounds: int = 3
+    threads: int = 2
+
+
+def measure(chosen: tuple[Variant, ...], m: Measurement) -> dict[str, Any]:
+    """Every chosen variant as a JSON value with its birth certificate; missing ones by name."""
+    rows: dict[str, dict[str, Any]] = {v.name: {"missing": v.missing, "runs": []} for v in chosen}
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = write_inputs(Path(folder), m)
+        for round_ in range(m.rounds):
+            for variant in (v for v in chosen if not v.missing):
+                figures = _in_fresh_process(variant, Path(folder), m)
+                rows[variant.name]["runs"].append(figures)
+                text = f"{statistics.median(figures['seconds']):7.2f} s  {figures['above_loaded_mb']:7.0f} MB"
+                print(f"round {round_}  {variant.name:50} {text}", file=sys.stderr, flush=True)
+        plan = make_plan(recipe)
+    batches = [len(e.ids) for e in examples_of(plan, m.steps + 1)][m.shape.batch :]
+    for row in rows.values():
+        if row["runs"]:
+            row |= summary(row["runs"], sum(batches) / m.steps)
+    hardware = choose(m.dtype, parameters=10**9)
+    return {
+        "kind": "train",
+        "shape": asdict(m.shape),
+        "data": Path(recipe.data.source).name,
+        "dtype": str(hardware.dtype).removeprefix("torch."),
+        "device": hardware.name,
+        "threads": m.threads,
+        "tokens_a_step": sum(batches) / m.steps,
+        "variants": rows,
+        "provenance": certificate(peers=versions(PEERS)),
+    }
+
+
+def summary(runs: list[dict[str, Any]], tokens: float) -> dict[str, float]:
+    """Medians over all steps of all rounds; the loaded size and the peak as medians over rounds."""
+    seconds = statistics.median(s for run in runs for s in run["seconds"])
+    return {
+        "seconds": seconds,
+        "cpu_seconds": statistics.median(s for run in runs for s in run["cpu_seconds"]),
+        "tokens_per_second": tokens / seconds,
+        "loaded_mb": statistics.median(run["loaded_mb"] for run in runs),
+        "above_loaded_mb": statistics.median(run["above_loaded_mb"] for run in runs),
+        "first_loss": runs[0]["first_loss"],
+    }
+
+
+def write_inputs(folder: Path, m: Measurement) -> Recipe:
+    """A base of random weights with Qwen's tokenizer, and `recipe.json`: GSM8K rows of up to `max_length`."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    text, tokenizer = gsm8k()
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder / "base")
+    shape = m.shape
+    config = Qwen2Config(
+        vocab_size=shape.V,
+        hidden_size=shape.D,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.D // 64,
+        num_key_value_heads=max(1, shape.D // 256),
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=151_643,
+    )
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "base")
+    recipe = parse_recipe(
+        {
+            "name": "bench",
+            "model": {"name": str(folder / "base"), "dtype": m.dtype},
+            "data": text | {"template": "qwen-boxed", "max_length": shape.max_length, "sample": 512},
+            "train": {
+                "batch_size": shape.batch,
+                "micro_batch_size": shape.batch,
+                "max_steps": m.steps + 1,
+                "gradient_checkpointing": False,
+            },
+            "output": str(folder / "run"),
+        }
+    )
+    (folder / "recipe.json").write_text(json.dumps(recipe.as_dict()))
+    return recipe
+
+
+def gsm8k() -> tuple[dict[str, Any], str]:
+    """The data part of a recipe, and a tokenizer: files below DFT_LORA_DATA, else the Hub's."""
+    data = Path(os.environ.get("DFT_LORA_DATA", "../shared/data"))
+    text, tokenizer = data / "train/gsm8k_train.jsonl", data / "tokenizers/qwen2.5"
+    source, name = ({"source": str(text)}, str(tokenizer)) if text.exists() and tokenizer.exists() else HUB
+    return source | {"prompt": "question", "completion": "answer"}, name
+
+
+def _in_fresh_process(variant: Variant, folder: Path, m: Measurement) -> dict[str, Any]:
+    command = [sys.executable, "-m", __spec__.name, variant.name, str(folder), str(m.steps), str(m.threads)]
+    child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def _child(name: str, folder: str, steps: str, threads: str) -> dict[str, Any]:
+    """One step more than is measured: the first one pays for what is set up once."""
+    torch.set_num_threads(int(threads))
+    variant = VARIANTS[name]
+    plan = make_plan(load_recipe(Path(folder) / "recipe.json", variant.changes))
+    watch = Watch()
+    loss = variant.run(plan, int(steps) + 1, watch)
+    return watch.figures() | {"first_loss": loss}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_child(*sys.argv[1:])))
