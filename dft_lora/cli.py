@@ -137,7 +137,7 @@ def compare(run_dirs, out, as_json) -> None:
     envvar="GRADIO_SERVER_NAME",
     help="Address to listen on.",
 )
-@click.option("--port", type=click.IntRange(0, 65535), envvar="GRADIO_SERVER_PORT", help="Default: 7860.")
+@click.option("--port", type=click.IntRange(1, 65535), envvar="GRADIO_SERVER_PORT", help="Default: 7860.")
 @click.option("--share", is_flag=True, help="Make a public link through Gradio's servers.")
 @click.option("--auth", is_flag=True, help="Ask for DFT_LORA_USER and DFT_LORA_PASSWORD (environment).")
 @click.option(

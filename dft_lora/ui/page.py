@@ -208,7 +208,7 @@ def _compare_tab(session: Session) -> Asked:
 
     @told
     @on_gpu
-    def compare(*asked) -> Iterator[tuple]:
+    def ask(*asked) -> Iterator[tuple]:
         question = Question(*asked)
         shown = 0.0
         for written in session.answers(question):
@@ -226,7 +226,7 @@ def _compare_tab(session: Session) -> Asked:
 
     run = gr.on(
         [go.click, problem.submit],
-        compare,
+        ask,
         inputs,
         [answers, comparison],
         validator=_valid,

@@ -1,4 +1,4 @@
-"""Serving the page: what is refused before it is read, what the browser may do, and who may come in."""
+"""Serving the page: what is refused unparsed, what the browser may do, and who may come in."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 MAX_BODY = 256 * 1024  # bytes of a request; a comparison's own state is far below
+DRAINED = 16 * 1024 * 1024  # bytes of a refused body that are taken off the wire, so that the answer is read
 MAX_WAITING = 64  # events in the queue; the next one is told that it is full
 POLICY = (  # the page talks to its own server and to nobody else, whatever it is made to show
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -32,7 +33,7 @@ HEADERS = (
 
 
 class Guard:
-    """ASGI middleware: a body that is too long, or of unknown length, is refused unread (413, 411);
+    """ASGI middleware: a body that is too long, or of unknown length, is refused unparsed (413, 411);
     every answer carries the content security policy."""
 
     def __init__(self, app):
@@ -52,6 +53,7 @@ class Guard:
         if status is None:
             await self.app(scope, receive, send_guarded)
             return
+        await _drain(receive)
         body = f'{{"detail":"a request holds at most {MAX_BODY} bytes, and says how many"}}'.encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send_guarded({"type": "http.response.start", "status": status, "headers": headers})
@@ -63,6 +65,15 @@ class Guard:
         if not length.isdigit() or int(length) > MAX_BODY:
             return 413
         return 411 if b"transfer-encoding" in headers else None
+
+
+async def _drain(receive) -> None:
+    """Let a refused body pass by unkept: a client that is still sending would not read the answer."""
+    passed, more = 0, True
+    while more and passed < DRAINED:
+        message = await receive()
+        passed += len(message.get("body", b""))
+        more = message.get("more_body", False)
 
 
 def credentials() -> tuple[str, str]:
@@ -77,10 +88,11 @@ def credentials() -> tuple[str, str]:
     return user, password
 
 
-def default_runs(home: Path = Path("runs")) -> list[RunFolder]:
+def default_runs(home: Path = Path("runs"), make: bool = True) -> list[RunFolder]:
     """The demo's runs below `home`; where there are none, the same adapters, trained here and now.
 
     That takes a minute or two on two CPU cores, with a progress bar on stderr, and is kept in home/page.
+    Raises RequestError where there are none and `make` is off.
     """
     from ..demo import RUNS, clear, demo_recipe, keep_mark, runs
     from ..evaluate.sampling import base_run
@@ -89,6 +101,8 @@ def default_runs(home: Path = Path("runs")) -> list[RunFolder]:
     for made in (home / "demo", home / "page"):
         if (made / RUNS[-1] / "adapter").is_dir():
             return runs(made)
+    if not make:
+        raise RequestError(f"RUN_DIR: name the runs to show, or make {home / 'demo'} with dft-lora demo")
     clear(home / "page")
     keep_mark(home / "page")
     recipes = [demo_recipe(name, home / "page") for name in RUNS[1:]]
@@ -111,7 +125,7 @@ def serve(
     RequestError, before a model is loaded, for a request that is wrong.
     """
     login = credentials() if auth else None
-    folders = [RunFolder.open(path) for path in run_dirs] or default_runs()
+    folders = [RunFolder.open(path) for path in run_dirs] or default_runs(make=not results_only)
     session = ballot = None
     if not results_only:
         from .session import Session
@@ -133,27 +147,33 @@ def launch(
     login: tuple[str, str] | None = None,
     max_waiting: int = MAX_WAITING,
 ) -> gr.Blocks:
-    """Start serving a page in the background; the port is 7860 or the next free one unless given."""
+    """Start serving a page in the background; the port is 7860 or the next free one unless given.
+
+    Raises RequestError where the address cannot be used.
+    """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     from starlette.middleware import Middleware
 
     from .page import THEME, build
 
     page = build(folders, session, ballot).queue(max_size=max_waiting)
-    page.launch(
-        server_name=host,
-        server_port=port,
-        share=share,
-        auth=login,
-        theme=THEME,
-        css=(HERE / "style.css").read_text(encoding="utf-8"),
-        js=(HERE / "keys.js").read_text(encoding="utf-8"),
-        app_kwargs={"middleware": [Middleware(Guard)]},
-        max_file_size=MAX_BODY,
-        footer_links=["api", "settings"],
-        ssr_mode=False,
-        pwa=False,
-        enable_monitoring=False,
-        prevent_thread_lock=True,
-    )
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            auth=login,
+            theme=THEME,
+            css=(HERE / "style.css").read_text(encoding="utf-8"),
+            js=(HERE / "keys.js").read_text(encoding="utf-8"),
+            app_kwargs={"middleware": [Middleware(Guard)]},
+            max_file_size=MAX_BODY,
+            footer_links=["api", "settings"],
+            ssr_mode=False,
+            pwa=False,
+            enable_monitoring=False,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise RequestError(f"--host, --port: cannot serve there ({error})") from None
     return page

@@ -15,7 +15,7 @@ DELIMITERS = (
     {"left": "\\[", "right": "\\]", "display": True},
     {"left": "\\(", "right": "\\)", "display": False},
 )
-LONGEST_FORMULA = 2000  # characters; bounds the search for a closing delimiter
+LONGEST_FORMULA = 1000  # characters; bounds the search for a closing delimiter
 
 _ANY = f"(?:(?!\\n\\s*\\n).){{1,{LONGEST_FORMULA}}}?"
 _MATH = re.compile(

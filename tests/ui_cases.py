@@ -1,0 +1,131 @@
+"""What the tests of the page share: runs over the embedded base, a page that is served, hostile text.
+
+The adapters are random: what is tested is that each column has its own, not that it is right.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from dft_lora.config import load_recipe
+from dft_lora.evaluate.sampling import base_run
+from dft_lora.model.load import add_lora, load_base
+from dft_lora.run_folder import RunFolder
+from dft_lora.ui.server import launch
+from dft_lora.ui.session import Session
+from dft_lora.ui.votes import Ballot
+
+HOSTILE = [
+    "<script>hit()</script>",
+    "<img src=x onerror=hit()>",
+    "<img src=//elsewhere.invalid/a.png>",
+    '<img src="http://elsewhere.invalid/b.png" onload="hit()">',
+    "<svg onload=hit()>",
+    "<svg><script>hit()</script></svg>",
+    "<svg><animate onbegin=hit() attributeName=x dur=1s>",
+    "<iframe src=javascript:hit()></iframe>",
+    "<iframe srcdoc='<script>parent.hit()</script>'></iframe>",
+    "<iframe src=https://elsewhere.invalid/></iframe>",
+    "<object data=javascript:hit()></object>",
+    "<embed src=//elsewhere.invalid/x>",
+    "<video src=//elsewhere.invalid/v onerror=hit()></video>",
+    "<audio src=x onerror=hit()></audio>",
+    "<link rel=stylesheet href=//elsewhere.invalid/c.css>",
+    "<style>@import '//elsewhere.invalid/d.css';</style>",
+    "<style>*{background:url(//elsewhere.invalid/e)}</style>",
+    "<base href=//elsewhere.invalid/>",
+    "<meta http-equiv=refresh content='0;url=//elsewhere.invalid/'>",
+    "<form action=//elsewhere.invalid/><input autofocus onfocus=hit()>",
+    "<details open ontoggle=hit()>x</details>",
+    "<body onload=hit()>",
+    "<math><mtext><img src=x onerror=hit()></mtext></math>",
+    "<a href=javascript:hit()>a</a>",
+    "[a](javascript:hit())",
+    "[a](https://elsewhere.invalid/)",
+    "![a](https://elsewhere.invalid/f.png)",
+    "![a](x){onerror=hit()}",
+    "[![a](https://elsewhere.invalid/g.png)](javascript:hit())",
+    "> > ![a](https://elsewhere.invalid/h.png)",
+    "- 1. ![a][r]\n\n[r]: https://elsewhere.invalid/i.png",
+    "<https://elsewhere.invalid/j>",
+    "```html\n<img src=x onerror=hit()>\n```",
+    "```mermaid\ngraph TD; A-->B; click A call hit()\n```",
+    "`<img src=x onerror=hit()>`",
+    "# <img src=x onerror=hit()>",
+    "| a | <img src=x onerror=hit()> |\n|---|---|\n| b | c |",
+    "    <img src=x onerror=hit()>",
+    "text\n\n<div><img src=x onerror=hit()></div>\n\ntext",
+    "</div></section></div>\n\n<img src=x onerror=hit()>",
+    "\\href{javascript:hit()}{x}",
+    "$\\href{javascript:hit()}{x}$",
+    "\\(\\href{https://elsewhere.invalid/}{x}\\)",
+    "\\[\\url{javascript:hit()}\\]",
+    "$$\\includegraphics{https://elsewhere.invalid/k.png}$$",
+    "$\\htmlData{onclick=hit()}{x}$",
+    "$\\htmlStyle{background:url(//elsewhere.invalid/l)}{x}$",
+    "$<img src=x onerror=hit()>$",
+    "\\(<img src=x onerror=hit()>\\)",
+    "\\[ a \\] <img src=x onerror=hit()> \\[ b \\]",
+    "$![a](https://elsewhere.invalid/m.png)$",
+    "$\\text{<img src=x onerror=hit()>}$",
+    "\\(x\\) %%%LATEX_BLOCK_0%%% %%%LATEX_BLOCK_1%%%<img src=x onerror=hit()>",
+    "$%%%LATEX_BLOCK_0%%%$ \\(<svg onload=hit()>\\)",
+    "\\def\\a{\\a\\a}\\a $\\def\\a{\\a\\a}\\a$",
+    "$\\rule{9999em}{9999em}$",
+    "&lt;img src=x onerror=hit()&gt; &#60;img src=x onerror=hit()&#62;",
+    "\u202e<img src=x onerror=hit()>\u0000\u0007",
+    "${hit()} {{hit()}} {{constructor.constructor('hit()')()}}",
+    "'\"><img src=x onerror=hit()>",
+]
+
+
+@cache
+def runs() -> list[RunFolder]:
+    """base, sft and dft over the embedded base, with random adapters of different ranks."""
+    home = Path(tempfile.mkdtemp(prefix="dft-lora-page-"))
+    import atexit
+
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    folders = []
+    for seed, (name, rank) in enumerate((("base", None), ("sft", 4), ("dft", 8))):
+        rank_change = [f"adapter.r={rank}"] if rank else []
+        recipe = load_recipe("tiny_dft", [f"name={name}", f"output={home / name}", *rank_change])
+        folders.append(base_run(recipe, home / name))
+        if rank:
+            torch.manual_seed(seed)
+            model = add_lora(load_base(recipe.model)[0], recipe.adapter)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    torch.nn.init.normal_(parameter, std=0.2)
+            model.save_pretrained(folders[-1].adapter)
+    return folders
+
+
+@cache
+def session() -> Session:
+    return Session(runs())
+
+
+@contextlib.contextmanager
+def served(max_waiting: int = 64, **options) -> Iterator[str]:
+    """The page of `runs`, really served; its address."""
+    votes = runs()[0].path.parent / "votes.jsonl"
+    page = launch(runs(), session(), Ballot(votes, session().identities), max_waiting=max_waiting, **options)
+    try:
+        yield page.local_url
+    finally:
+        page.close(verbose=False)
+
+
+def missing(reason: str) -> None:
+    """What a test cannot do without: a skip for a person, an error in CI."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
