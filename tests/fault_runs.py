@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-BASE = os.environ.get("FAULTS_BASE", "tiny")
+BASE = "tiny"
 HEAVY = ["torch", "transformers.models.qwen2.modeling_qwen2", "peft", "bitsandbytes", "accelerate", "tqdm"]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([*HEAVY, "safetensors.torch", "dft_lora.cli", "dft_lora.train.loop"])

@@ -1,6 +1,7 @@
 """What is written can be trusted: whole or not there, every damage seen, nothing executed."""
 
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import time
 import pytest
 import torch
 
+from dft_lora.config import digest
 from dft_lora.errors import RunError
 from dft_lora.sealed import damage, discard, write_sealed
 from dft_lora.train.checkpoints import PARTS, Checkpoints, State, pack, random_state, set_random_state, unpack
@@ -128,7 +130,9 @@ def test_a_checkpoint_sealed_without_its_optimizer_is_an_error(checkpoints):
 
 def test_a_manifest_cannot_point_outside(tmp_path):
     (tmp_path / "secret").write_bytes(b"x")
-    write_sealed(tmp_path / "a", [("../secret", b"x")])
+    files = {"../secret": {"size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps({"files": files, "sha256": digest(files)}))
     assert "outside" in damage(tmp_path / "a")
 
 
@@ -137,7 +141,7 @@ def test_a_run_without_checkpoints_has_none(tmp_path):
 
 
 def flip_bits(checkpoints: Checkpoints, count: int) -> int:
-    """Flip one random bit in any file of any checkpoint, look, and put it back; how many were found and named."""
+    """Flip a random bit in any file of any checkpoint, look, put it back; how many were found and named."""
     rng, found = random.Random(0), 0
     files = sorted(path for path in checkpoints.path.rglob("*") if path.is_file())
     for _ in range(count):
@@ -190,7 +194,7 @@ def save_and_die(checkpoints: Checkpoints, state: State, at_line: int, counted=N
 
 
 def kill_saves(checkpoints: Checkpoints, by_line: int, by_time: int) -> int:
-    """Kill saves of step 30, at lines spread over the save and at random moments; how many left a whole one."""
+    """Kill saves of step 30, at lines spread over it and at random moments; how many left a whole one."""
     state, whole = make_state(30, width=20_000), 0  # 5 MB, so that a kill by the clock falls into a write
     counted = FORK.Value("i", 0)
     started = time.monotonic()
@@ -251,10 +255,7 @@ def test_a_full_disk_is_one_error_and_leaves_the_old_checkpoint(checkpoints):
         child.join()
         message = told.get()
         assert "File too large" in message and "step-000030" in message and "\n" not in message
-        assert [path.name for path in checkpoints.path.iterdir()].sort() == [
-            "step-000010",
-            "step-000020",
-        ].sort()
+        assert sorted(path.name for path in checkpoints.path.iterdir()) == ["step-000010", "step-000020"]
         assert same(checkpoints.newest()[0], make_state(20))
 
 

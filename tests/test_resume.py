@@ -1,4 +1,4 @@
-"""A run that is stopped, in whatever way, ends as the run that was not: same adapter and metrics, to the bit."""
+"""A run that is stopped, in whatever way, ends as the run that was not: adapter and metrics, to the bit."""
 
 import json
 import os
