@@ -9,7 +9,17 @@ from click.testing import CliRunner
 
 from dft_lora.cli import main
 
-HEAVY = ("torch", "transformers", "peft", "datasets", "gradio", "numpy", "scipy", "matplotlib", "bitsandbytes")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "gradio",
+    "numpy",
+    "scipy",
+    "matplotlib",
+    "bitsandbytes",
+)
 
 
 def invoke(*arguments):
@@ -94,7 +104,9 @@ def test_an_output_that_exists_or_cannot_be_written_is_refused(tmp_path):
     assert "exists" in refused("train", "tiny_dft", "--set", f"output={taken / 'mine.txt'}")
     assert "cannot write" in refused("train", "tiny_dft", "--set", f"output={taken / 'mine.txt' / 'run'}")
     assert "demo did not write" in refused("demo", "--out", taken)
-    assert [p.name for p in taken.iterdir()] == ["mine.txt"] and (taken / "mine.txt").read_text() == "precious"
+    assert [p.name for p in taken.iterdir()] == ["mine.txt"] and (
+        taken / "mine.txt"
+    ).read_text() == "precious"
 
 
 def test_evaluate_and_compare_refuse_what_is_no_run(tmp_path):

@@ -9,8 +9,16 @@ from dft_lora.errors import RecipeError
 def test_defaults_are_the_papers():
     recipe = parse_recipe({})
     assert (recipe.adapter.r, recipe.adapter.alpha) == (8, 16)
-    assert (recipe.train.learning_rate, recipe.train.batch_size, recipe.train.betas) == (5e-5, 256, (0.9, 0.95))
-    assert (recipe.data.max_length, recipe.evaluate.samples, recipe.evaluate.max_new_tokens) == (2048, 16, 4096)
+    assert (recipe.train.learning_rate, recipe.train.batch_size, recipe.train.betas) == (
+        5e-5,
+        256,
+        (0.9, 0.95),
+    )
+    assert (recipe.data.max_length, recipe.evaluate.samples, recipe.evaluate.max_new_tokens) == (
+        2048,
+        16,
+        4096,
+    )
     assert recipe.objective.name == "dft"
 
 
@@ -21,7 +29,9 @@ def test_shipped_recipes_load_and_round_trip(name):
     assert str(recipe.output_dir) == f"runs/{name}"
 
 
-@pytest.mark.parametrize("pair", sorted({name.removesuffix("_sft") for name in shipped_recipes() if "_sft" in name}))
+@pytest.mark.parametrize(
+    "pair", sorted({name.removesuffix("_sft") for name in shipped_recipes() if "_sft" in name})
+)
 def test_a_pair_differs_in_the_objective_alone(pair):
     sft, dft = (load_recipe(f"{pair}_{name}").as_dict() for name in ("sft", "dft"))
     assert {key for key in sft if sft[key] != dft[key]} == {"name", "objective"}

@@ -31,7 +31,11 @@ def randomise(model):
 
 
 def test_linear_layers_are_nf4_with_double_quantisation_and_the_head_is_not(nf4):
-    kinds = {name: type(module).__name__ for name, module in nf4.named_modules() if "Linear" in type(module).__name__}
+    kinds = {
+        name: type(module).__name__
+        for name, module in nf4.named_modules()
+        if "Linear" in type(module).__name__
+    }
     assert kinds.pop("lm_head") == "Linear"
     assert set(kinds.values()) == {"Linear4bit"} and len(kinds) == 14
     weight = nf4.model.layers[0].self_attn.q_proj.weight
@@ -63,7 +67,9 @@ def test_gradients_equal_the_naive_full_logits_path_after_an_evaluation(nf4, nam
     h_BLD = hidden_states(model, input_ids=IDS_BL)[:, :-1]
     head = check_head(nf4)
     targets_N = targets_BL[:, 1:].flatten()
-    scores = token_logps(h_BLD.flatten(0, 1), targets=targets_N, chunk_bytes=4 * 151_936 * 3, **head.arguments())
+    scores = token_logps(
+        h_BLD.flatten(0, 1), targets=targets_N, chunk_bytes=4 * 151_936 * 3, **head.arguments()
+    )
     objective(name)(scores).backward()
     ours = gradients(model)
     model.zero_grad()
@@ -80,7 +86,9 @@ def test_gradients_equal_the_naive_full_logits_path_after_an_evaluation(nf4, nam
 
 def test_the_avx512_repacking_trap_stays_closed(nf4):
     """What bitsandbytes does where the CPU has AVX512-BF16, if nobody switches it off."""
-    assert all(not m.support_avx512bf16_for_cpu for m in nf4.modules() if hasattr(m, "support_avx512bf16_for_cpu"))
+    assert all(
+        not m.support_avx512bf16_for_cpu for m in nf4.modules() if hasattr(m, "support_avx512bf16_for_cpu")
+    )
 
 
 def test_a_missing_or_wrong_model_is_named(tmp_path, monkeypatch):
@@ -106,7 +114,13 @@ def test_an_adapter_on_the_head_is_refused_by_name(nf4):
 def tiny_config(family, **more):
     from transformers import AutoConfig
 
-    sizes = dict(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     return AutoConfig.for_model(family, **sizes, num_key_value_heads=2, head_dim=16, pad_token_id=0, **more)
 
 
@@ -132,7 +146,9 @@ def test_heads_with_a_twist_are_scored_exactly(family, more):
     head = check_head(model, tolerance=1e-4)
     h_BLD = hidden_states(model, input_ids=IDS_BL)[:, :-1]
     scores = token_logps(h_BLD.flatten(0, 1), targets=IDS_BL[:, 1:].flatten(), **head.arguments())
-    truth = torch.log_softmax(model(input_ids=IDS_BL).logits[:, :-1].float(), -1).gather(-1, IDS_BL[:, 1:, None])
+    truth = torch.log_softmax(model(input_ids=IDS_BL).logits[:, :-1].float(), -1).gather(
+        -1, IDS_BL[:, 1:, None]
+    )
     assert (scores.logp - truth.flatten()).abs().max() < 1e-4
     grads = []
     for loss in (scores.logp.sum(), truth.sum()):

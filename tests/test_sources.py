@@ -17,12 +17,16 @@ def write(path, rows):
 
 
 def test_gsm8k_columns_become_a_boxed_solution(data_dir):
-    data = DataConfig(source=str(data_dir / "train" / "gsm8k_train.jsonl"), prompt="question", completion="answer")
+    data = DataConfig(
+        source=str(data_dir / "train" / "gsm8k_train.jsonl"), prompt="question", completion="answer"
+    )
     problems = load_problems(data).problems
     assert len(problems) == 7473
     assert problems[0].answer == "72"
     assert "<<" not in problems[0].solution and "####" not in problems[0].solution
-    assert problems[0].solution.endswith("\\boxed{72}") or "\\boxed{72}" in problems[0].solution.splitlines()[-1]
+    assert (
+        problems[0].solution.endswith("\\boxed{72}") or "\\boxed{72}" in problems[0].solution.splitlines()[-1]
+    )
 
 
 def test_math_columns_are_the_defaults(data_dir):
@@ -47,7 +51,9 @@ def test_parquet_equals_jsonl(tmp_path):
     rows = [GOOD | {"problem": f"{i}+1?"} for i in range(5)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     write(tmp_path / "a.jsonl", rows)
-    parquet, jsonl = (load_problems(DataConfig(source=str(tmp_path / f"a.{kind}"))) for kind in ("parquet", "jsonl"))
+    parquet, jsonl = (
+        load_problems(DataConfig(source=str(tmp_path / f"a.{kind}"))) for kind in ("parquet", "jsonl")
+    )
     assert parquet == jsonl
 
 

@@ -13,7 +13,9 @@ PROBLEM = Problem.ask("1", "What is 2 + 3?", solution="It is \\boxed{5}.", answe
 
 @pytest.fixture(scope="module", params=["qwen2.5", "phi-3-mini", "tiny"])
 def tokenizer(request, data_dir):
-    return AutoTokenizer.from_pretrained(TINY_DIR if request.param == "tiny" else data_dir / "tokenizers" / request.param)
+    return AutoTokenizer.from_pretrained(
+        TINY_DIR if request.param == "tiny" else data_dir / "tokenizers" / request.param
+    )
 
 
 @pytest.fixture(params=[*TEMPLATES, "auto"])
@@ -54,7 +56,10 @@ def test_generation_stops_at_eos_and_at_the_end_of_a_turn(data_dir):
 def test_qwen_boxed_text_is_the_chat_template_with_the_papers_system_turn(data_dir):
     renderer = Renderer(AutoTokenizer.from_pretrained(data_dir / "tokenizers" / "qwen2.5"), "qwen-boxed")
     question = "Why?\nPlease reason step by step, and put your final answer within \\boxed{}."
-    turns = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": question}]
+    turns = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": question},
+    ]
     text = renderer.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert renderer.prompt_text([{"role": "user", "content": "Why?"}]) == text
 
@@ -68,7 +73,9 @@ def test_fingerprint_tells_templates_apart_and_is_stable(tokenizer):
 def test_a_changed_chat_template_changes_the_fingerprint(data_dir):
     tokenizer = AutoTokenizer.from_pretrained(data_dir / "tokenizers" / "qwen2.5")
     before = Renderer(tokenizer, "chat").fingerprint
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>assistant\\n", "<|im_start|>assistant:\\n")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "<|im_start|>assistant\\n", "<|im_start|>assistant:\\n"
+    )
     assert Renderer(tokenizer, "chat").fingerprint != before
 
 

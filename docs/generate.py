@@ -1,0 +1,110 @@
+"""Fill the generated parts of README.md and docs/: `python docs/generate.py [--check]`.
+
+A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`; the function of that name
+below makes it, from the JSON beside the measurement or from the code itself. `--check` changes nothing
+and fails when a part is stale.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def demo() -> str:
+    """base, SFT and DFT of the demo, mean of its recorded seeds; paired differences seed by seed."""
+    reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("demo-seed-*.json"))]
+    first = reports[0]
+
+    def mean(run: str, task: str, key: str) -> str:
+        return f"{100 * np.mean([r['runs'][run]['tasks'][task][key] for r in reports]):.1f}"
+
+    lines = [
+        "| | "
+        + " | ".join(f"{task}, T = 1 | {task}, greedy" for task in first["runs"]["base"]["tasks"])
+        + " |",
+        "|---|" + "---|" * (2 * len(first["runs"]["base"]["tasks"])),
+    ]
+    for run, values in first["runs"].items():
+        cells = [mean(run, task, key) for task in values["tasks"] for key in ("avg", "greedy")]
+        lines.append(f"| {run} | " + " | ".join(cells) + " |")
+    differences = []
+    for task in first["runs"]["base"]["tasks"]:
+        pairs = [
+            e for r in reports for e in r["paired"] if (e["a"], e["b"], e["task"]) == ("sft", "dft", task)
+        ]
+        each = "; ".join(
+            f"{100 * e['difference']:+.1f} ({100 * e['ci95'][0]:+.1f} to {100 * e['ci95'][1]:+.1f})"
+            for e in pairs
+        )
+        differences.append(f"{task}: {each}")
+    problems, samples = (first["runs"]["base"]["tasks"]["arithmetic"][key] for key in ("problems", "samples"))
+    return (
+        "\n".join(lines)
+        + f"\n\nPercent correct, mean over {len(reports)} seeds; {problems} problems a set, "
+        + f"{samples} samples a problem. "
+        + "DFT minus SFT at T = 1, in points, each seed with its paired 95 % interval: "
+        + "; ".join(differences)
+        + "."
+    )
+
+
+def recipes() -> str:
+    """The shipped recipes and their first line."""
+    from dft_lora.config import shipped_recipes
+
+    lines = ["| recipe | what it is |", "|---|---|"]
+    for name, path in shipped_recipes().items():
+        lines.append(f"| `{name}` | {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')} |")
+    return "\n".join(lines)
+
+
+def cli() -> str:
+    """The help of every command."""
+    import click
+
+    from dft_lora.cli import main
+
+    def walk(command: click.Command, path: list[str]) -> list[str]:
+        context = click.Context(command, info_name=" ".join(path), max_content_width=100)
+        text = [f"## {' '.join(path)}\n\n```\n{command.get_help(context)}\n```"]
+        for name, sub in sorted(getattr(command, "commands", {}).items()):
+            text += walk(sub, [*path, name])
+        return text
+
+    return "\n\n".join(walk(main, ["dft-lora"]))
+
+
+PARTS: dict[str, Callable[[], str]] = {"demo": demo, "recipes": recipes, "cli": cli}
+
+
+def fill(text: str) -> str:
+    """`text` with every generated part made anew."""
+    return PART.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}\n{match[3]}", text)
+
+
+def main(check: bool = False) -> int:
+    stale = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        before = path.read_text(encoding="utf-8")
+        after = fill(before)
+        if after != before:
+            stale.append(path.relative_to(ROOT))
+            if not check:
+                path.write_text(after, encoding="utf-8")
+    for path in stale:
+        print(f"{path}: {'stale; run python docs/generate.py' if check else 'written'}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))

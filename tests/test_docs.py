@@ -1,0 +1,93 @@
+"""Generated parts are fresh, and the README's commands run."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from dft_lora.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_generated_parts_are_fresh():
+    run = subprocess.run(
+        [sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_links_and_files_of_the_readme_exist():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", text):
+        assert (ROOT / target).exists(), target
+    for target in re.findall(r"\]\(#([^)]+)\)", text):
+        titles = [
+            re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-") for line in text.splitlines()
+        ]
+        assert target in titles, target
+
+
+def commands(language=""):
+    """Lines of the README's fenced blocks that start with a command of ours."""
+    blocks = re.findall(r"```" + language + r"\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith(("dft-lora ", "make ", "python -m dft_lora"))]
+
+
+def test_make_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for line in commands():
+        if line.startswith("make "):
+            assert re.search(rf"^{line.split()[1]}:", makefile, re.M), line
+
+
+def test_ci_calls_the_readmes_test_command():
+    assert "make test" in commands() and "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_command_line_of_the_readme_parses():
+    for line in commands():
+        if line.startswith("dft-lora "):
+            words = shlex.split(line)[1:]
+            command = main
+            while words and words[0] in getattr(command, "commands", {}):
+                command = command.commands[words.pop(0)]
+            command.make_context(line, list(words), resilient_parsing=False)
+
+
+def test_own_data_to_an_answered_task_in_the_readmes_commands(tmp_path, monkeypatch):
+    """recipes copy, train, evaluate: as written in the README, at a small size, with an own JSONL."""
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner()
+    lines = [line for line in commands() if line.startswith(("dft-lora recipes copy", "dft-lora train mine"))]
+    assert len(lines) == 2
+    assert runner.invoke(main, shlex.split(lines[0])[1:]).exit_code == 0
+    rows = "\n".join(
+        json.dumps({"question": f"Tom has {i} apples. Tom buys 2 more.", "reply": f"#### {i + 2}"})
+        for i in range(9)
+    )
+    Path("mine.jsonl").write_text(rows)
+    recipe = yaml.safe_load(Path("mine.yaml").read_text())
+    recipe["data"] = {"source": "mine.jsonl", "prompt": "question", "completion": "reply"}
+    recipe["train"] |= {"max_steps": 2, "batch_size": 4, "micro_batch_size": 4}
+    Path("mine.yaml").write_text(yaml.safe_dump(recipe))
+    result = runner.invoke(main, shlex.split(lines[1])[1:])
+    assert result.exit_code == 0, result.output
+    result = runner.invoke(
+        main, ["evaluate", "runs/mine", "--task", "arithmetic", "--samples", "1", "--limit", "3"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "| mine | arithmetic" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_demo_as_the_readme_says(tmp_path):
+    subprocess.run([sys.executable, "-m", "dft_lora", "demo", "--out", str(tmp_path / "demo")], check=True)
+    assert (tmp_path / "demo" / "report.json").is_file()

@@ -1,0 +1,114 @@
+"""Recipes of real shape take one step on a random-weight model of the same architecture at reduced depth."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from dft_lora.config import load_recipe, shipped_recipes
+from dft_lora.data.templates import TEMPLATES
+from dft_lora.loss import objective
+from dft_lora.model.load import resolve
+from dft_lora.model.tiny import TINY_DIR
+from dft_lora.tasks import task_names
+from dft_lora.train.loop import train
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the architecture of a Hub model is, at full width; depth is one here."""
+
+    family: str
+    tokenizer: str
+    config: Mapping[str, Any]
+
+
+def shape(family, tokenizer, hidden, intermediate, heads, kv_heads, vocabulary, tied):
+    return Shape(
+        family,
+        tokenizer,
+        {
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "vocab_size": vocabulary,
+            "tie_word_embeddings": tied,
+        },
+    )
+
+
+SHAPES = {
+    "qwen2.5-math-1.5b": shape("qwen2", "qwen2.5", 1536, 8960, 12, 2, 151_936, True),
+    "qwen2.5-math-7b": shape("qwen2", "qwen2.5", 3584, 18_944, 28, 4, 152_064, False),
+    "llama-3.2-3b": shape("llama", "phi-3-mini", 3072, 8192, 24, 8, 128_256, True),
+    "llama-3.1-8b": shape("llama", "phi-3-mini", 4096, 14_336, 32, 8, 128_256, False),
+    "deepseek-math-7b": shape("llama", "phi-3-mini", 4096, 11_008, 32, 32, 102_400, False),
+}
+ALIASES = {"t4": "qwen2.5-math-1.5b", "24gb": "qwen2.5-math-7b"}
+HUB = sorted(name for name in shipped_recipes() if not name.startswith("tiny"))
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_recipe_names_things_that_exist(name):
+    recipe = load_recipe(name)
+    objective(recipe.objective.name, **recipe.objective.numbers)
+    assert set(recipe.evaluate.tasks) <= set(task_names()) and recipe.evaluate.tasks
+    assert recipe.data.template in {*TEMPLATES, "auto"}
+    assert resolve(recipe.model)
+    head = shipped_recipes()[name].read_text().splitlines()[:4]
+    assert head[1].startswith(f"#   dft-lora train {name}") and any(
+        line.startswith("# Hardware:") for line in head
+    )
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_from_local_files(monkeypatch, data_dir):
+    monkeypatch.setenv("DFT_LORA_DATA", str(data_dir))
+
+
+def one_step(name, tmp_path, data_dir, narrow):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    architecture, _, _ = name.rpartition("_")
+    wanted = SHAPES[ALIASES.get(architecture, architecture)]
+    sizes = dict(wanted.config)
+    if narrow:  # the same family, head layout and tying, narrow
+        by = sizes["hidden_size"] // sizes["num_attention_heads"] // 16
+        sizes |= {"hidden_size": sizes["hidden_size"] // by, "intermediate_size": 128, "vocab_size": 2048}
+    base = tmp_path / "base"
+    config = AutoConfig.for_model(
+        wanted.family, **sizes, num_hidden_layers=1, bos_token_id=None, eos_token_id=1
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(base)
+    if narrow:
+        files = [f for f in TINY_DIR.iterdir() if f.name.startswith(("tokenizer", "chat_template"))]
+    else:
+        files = list((data_dir / "tokenizers" / wanted.tokenizer).iterdir())
+    for file in files:
+        shutil.copyfile(file, base / file.name)
+    rows = (data_dir / "train" / "math_train.jsonl").read_text().splitlines()[:8]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(json.loads(row)) for row in rows))
+    changes = [f"model.name={base}", f"data.source={tmp_path / 'rows.jsonl'}", f"output={tmp_path / 'run'}"]
+    changes += ["data.sample=null", "train.max_steps=1", "train.batch_size=4", "train.micro_batch_size=2"]
+    run = train(load_recipe(name, changes))
+    (line,) = run.metrics()
+    assert math.isfinite(line["loss"]) and line["grad_norm"] > 0
+    assert line["nll"] == pytest.approx(math.log(config.vocab_size), rel=0.2)
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_one_step_of_the_same_architecture_narrow(name, tmp_path, data_dir):
+    one_step(name, tmp_path, data_dir, narrow=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in HUB if name.endswith("_dft")])
+def test_one_step_at_full_width(name, tmp_path, data_dir):
+    one_step(name, tmp_path, data_dir, narrow=False)
