@@ -62,9 +62,9 @@ def base_fingerprint(config: ModelConfig) -> str:
     Of each weight file the size and 64 blocks of 64 KB spread evenly over it are hashed (all of a small one):
     another training run changes every block, and a 16 GB base takes no longer than a small one.
     """
-    if commit := getattr(load_model_config(config), "_commit_hash", None):
-        return commit
     sha, folder = hashlib.sha256(), Path(resolve(config))
+    if not folder.is_dir():
+        return getattr(load_model_config(config), "_commit_hash", None) or f"{config.name}@{config.revision}"
     for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = file.stat().st_size
         sha.update(f"{file.name} {size}\n".encode())

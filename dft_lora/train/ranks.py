@@ -21,8 +21,11 @@ class Ranks:
     def __init__(self, recipe: Recipe):
         from accelerate import Accelerator
 
-        scaled = choose(recipe.model.dtype).scales_loss
-        self.accelerator = Accelerator(mixed_precision="fp16" if scaled else "no")
+        hardware = choose(recipe.model.dtype)
+        # Without `cpu`, accelerate takes two CPU processes of torchrun for two runs of one process.
+        self.accelerator = Accelerator(
+            cpu=hardware.device.type == "cpu", mixed_precision="fp16" if hardware.scales_loss else "no"
+        )
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
