@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .head import Head
-from .rows import HALF_GAIN, OtherEntries
+from .rows import HALF_GAIN, RowSums
 
 BLOCK = 4096
 
@@ -66,23 +66,16 @@ def _rows(
             tl.store(u_ptr + offset, e.to(u_ptr.dtype.element_ty), mask=offset < V)
 
 
-def other_entries_(
+def row_sums_(
     u_CV: Tensor, shift_C: Tensor, y_C: Tensor, head: Head, *, write: bool, needs: frozenset[str]
-) -> OtherEntries:
-    """The kernel's version of `rows.other_entries_`; all but the top-k."""
+) -> RowSums:
+    """The kernel's version of the pass in `rows.py`; all but the top-k."""
     C, V = u_CV.shape
-    half = write and u_CV.dtype == torch.float16
     max_C, sum_C, dot_C, square_C = u_CV.new_empty(4, C, dtype=torch.float32)
     bias_V = None if head.bias_V is None else head.scale * head.bias_V.float()
     _rows[(C,)](
         u_CV, u_CV.stride(0), y_C, shift_C, max_C if bias_V is None else bias_V, max_C, sum_C, dot_C,
         square_C, V, float(head.softcap or 1.0), HALF_GAIN, BIAS=bias_V is not None,
-        CAP=head.softcap is not None, WRITE=write, GAIN=half, BLOCK=BLOCK, num_warps=8,
+        CAP=head.softcap is not None, WRITE=write, GAIN=u_CV.dtype == torch.float16, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
-    return OtherEntries(
-        max_C=max_C,
-        lse_C=max_C + sum_C.log(),
-        entropy_C=sum_C.log() - dot_C / sum_C,
-        gain_C=torch.full_like(sum_C, HALF_GAIN) if half else sum_C,
-        square_C=square_C / sum_C**2 if "sum_p_squared" in needs else None,
-    )
+    return RowSums(max_C, sum_C, dot_C, square_C if "sum_p_squared" in needs else None, None)

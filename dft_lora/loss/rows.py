@@ -8,9 +8,9 @@ Shapes: C rows of a chunk, V vocabulary, K entries of a top-k. u = z - shift.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,75 +30,92 @@ def kernel_missing() -> str:
     return "" if find_spec("triton") else "triton is not installed"
 
 
-@dataclass(frozen=True)
-class OtherEntries:
+class RowSums(NamedTuple):
+    """Of the entries j != target of each row, with e_j = exp(u_j - max): what both passes return."""
+
+    max_C: Tensor
+    sum_C: Tensor  # sum e_j
+    dot_C: Tensor  # sum e_j (u_j - max)
+    square_C: Tensor | None  # sum e_j^2
+    top_CK: Tensor | None  # the K largest u_j
+
+
+class OtherEntries(NamedTuple):
     """What is known of the entries j != target of each row, relative to the row's shift."""
 
     max_C: Tensor  # max u_j
     lse_C: Tensor  # log sum exp u_j
     entropy_C: Tensor  # of q_j = P(j | j != target)
     gain_C: Tensor  # the workspace now holds gain * q_j * softcap'(j), and 0 at the target
-    square_C: Tensor | None = None  # sum of q_j^2
-    top_CK: Tensor | None = None  # the K largest u_j
+    square_C: Tensor | None  # sum of q_j^2
+    top_CK: Tensor | None  # the K largest u_j
 
 
 def other_entries_(
     u_CV: Tensor, shift_C: Tensor, y_C: Tensor, head: Head, *, write: bool, needs: frozenset[str]
 ) -> OtherEntries:
-    """Statistics of each row of `u_CV`, which then holds the probabilities if `write`, else rubbish.
-
-    Goes block by block, so that a block's float32 copy stays in the cache of a CPU core: at V = 151,936 this
-    halves the time of the pass.
-    """
+    """Statistics of each row of `u_CV`, which then holds the probabilities if `write`."""
+    row_sums_ = _torch_row_sums_
     if u_CV.is_cuda and u_CV.dtype != torch.float64 and "top_k_entropy" not in needs and not kernel_missing():
-        from . import row_kernel
+        from .row_kernel import row_sums_
+    max_C, sum_C, dot_C, square_C, top_CK = row_sums_(u_CV, shift_C, y_C, head, write=write, needs=needs)
+    log_C = sum_C.log()
+    return OtherEntries(
+        max_C=max_C,
+        lse_C=max_C + log_C,
+        entropy_C=log_C - dot_C / sum_C,
+        gain_C=torch.full_like(sum_C, HALF_GAIN) if u_CV.dtype == torch.float16 else sum_C,
+        square_C=None if square_C is None else square_C / sum_C**2,
+        top_CK=top_CK,
+    )
 
-        return row_kernel.other_entries_(u_CV, shift_C, y_C, head, write=write, needs=needs)
+
+def _torch_row_sums_(
+    u_CV: Tensor, shift_C: Tensor, y_C: Tensor, head: Head, *, write: bool, needs: frozenset[str]
+) -> RowSums:
+    """The pass in torch operations, which `row_kernel.row_sums_` does in one kernel.
+
+    Goes block by block, so that a block's float32 copies stay in the cache of a CPU core: at V = 151,936 this
+    halves the time of the pass. A block of one row is reduced flat, which torch vectorises better.
+    """
     dtype, (C, V) = accumulator(u_CV.dtype), u_CV.shape
     block = max(1, (2**17 if u_CV.device.type == "cpu" else 2**25) // V)
     x_BV = u_CV.new_empty(min(block, C), V, dtype=dtype)
     e_BV = torch.empty_like(x_BV)
+    max_C, sum_C, dot_C, square_C = x_BV.new_empty(4, C)
+    top_CK = x_BV.new_empty(C, min(TOP_K, V - 1)) if "top_k_entropy" in needs else None
     bias_V = None if head.bias_V is None else head.scale * head.bias_V.to(dtype)
-    blocks = []
-    for u, shift, y in zip(u_CV.split(block), shift_C.split(block), y_C.split(block), strict=True):
-        x, e, shift_B1 = x_BV[: len(u)], e_BV[: len(u)], shift[:, None].to(dtype)
-        blocks.append(_block_(u, x, e, shift_B1, y[:, None], head, bias_V, write, needs))
-    columns = (None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True))
-    return OtherEntries(*columns)  # type: ignore[arg-type]
-
-
-def _block_(u_BV, x_BV, e_BV, shift_B1, y_B1, head, bias_V, write, needs) -> tuple[Tensor | None, ...]:
-    """The fields of OtherEntries for a block of rows; x and e are scratch."""
-    x_BV.copy_(u_BV)
-    if bias_V is not None:
-        x_BV.add_(bias_V)
-    if head.softcap is not None:
-        x_BV.add_(shift_B1).div_(head.softcap).tanh_()
-        slope_BV = 1 - x_BV * x_BV if write else None
-        x_BV.mul_(head.softcap).sub_(shift_B1)
-    x_BV.scatter_(1, y_B1, EXCLUDED)
-    top_BK = x_BV.topk(min(TOP_K, x_BV.shape[1] - 1)).values if "top_k_entropy" in needs else None
-    max_B = _over_row(torch.amax, x_BV)
-    x_BV.sub_(max_B[:, None])
-    torch.exp(x_BV, out=e_BV)
-    sum_B = _over_row(torch.sum, e_BV)
-    entropy_B = sum_B.log() - _dot(e_BV, x_BV) / sum_B
-    square_B = _dot(e_BV, e_BV) / sum_B**2 if "sum_p_squared" in needs else None
-    gain_B = sum_B
-    if write:
+    for start in range(0, C, block):
+        c = slice(start, min(start + block, C)) if block > 1 else start
+        b = slice(0, min(block, C - start)) if block > 1 else 0
+        u, x, e = u_CV[c], x_BV[b], e_BV[b]
+        x.copy_(u)
+        if bias_V is not None:
+            x.add_(bias_V)
         if head.softcap is not None:
-            e_BV.mul_(slope_BV)
-        if u_BV.dtype == torch.float16:
-            gain_B = torch.full_like(sum_B, HALF_GAIN)
-            e_BV.mul_((HALF_GAIN / sum_B)[:, None])
-        u_BV.copy_(e_BV)
-    return max_B, max_B + sum_B.log(), entropy_B, gain_B, square_B, top_BK
+            shift = shift_C[c, None]
+            x.add_(shift).div_(head.softcap).tanh_()
+            slope = 1 - x * x if write else x
+            x.mul_(head.softcap).sub_(shift)
+        x.scatter_(-1, y_C[c, None], EXCLUDED)
+        if top_CK is not None:
+            top_CK[c] = x.topk(top_CK.shape[1]).values
+        torch.amax(x, -1, out=max_C[c])
+        x.sub_(max_C[c, None])
+        torch.exp(x, out=e)
+        sum_C[c] = e.sum(-1)
+        dot_C[c] = _dot(e, x)
+        if "sum_p_squared" in needs:
+            square_C[c] = _dot(e, e)
+        if write:
+            if head.softcap is not None:
+                e.mul_(slope)
+            if u.dtype == torch.float16:
+                e.mul_(HALF_GAIN / sum_C[c, None])
+            u.copy_(e)
+    return RowSums(max_C, sum_C, dot_C, square_C if "sum_p_squared" in needs else None, top_CK)
 
 
-def _over_row(reduce, x_BV: Tensor) -> Tensor:
-    """A reduction of each row; that of a single row as one flat reduction, which torch vectorises better."""
-    return reduce(x_BV[0]).view(1) if len(x_BV) == 1 else reduce(x_BV, dim=-1)
-
-
-def _dot(a_BV: Tensor, b_BV: Tensor) -> Tensor:
-    return torch.dot(a_BV[0], b_BV[0]).view(1) if len(a_BV) == 1 else (a_BV * b_BV).sum(-1)
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Along the last dimension."""
+    return torch.dot(a, b) if a.ndim == 1 else (a * b).sum(-1)
