@@ -157,7 +157,7 @@ def test_a_hanging_answer_is_ended_and_does_not_stall_the_next():
     thread.join()
     (hung, hung_s), (next_, next_s) = verdicts
     assert (hung, next_) == ("timed_out", "correct")
-    assert judging.LIMIT <= hung_s < 5
+    assert judging.LIMIT - 0.1 <= hung_s < 5
     assert next_s < 1
 
 
@@ -314,15 +314,15 @@ def test_a_busy_checker_does_not_outlive_a_killed_caller():
         "import threading, time\n"
         "from dft_lora.tasks.judge import judge, _pool\n"
         "judge(r'\\boxed{\\sqrt{8}}', r'2\\sqrt{2}')\n"
-        "busy = _pool().idle[0].child\n"
+        "checker = _pool().idle[0]\n"
         f"threading.Thread(target=judge, args={HANGS}, daemon=True).start()\n"
         "time.sleep(0.3)\n"
-        "print(busy, flush=True); time.sleep(60)\n"
+        "print(checker.child, checker.process.pid, flush=True); time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=HERE.parent) as caller:
-        busy = int(caller.stdout.readline())
+        pids = [int(pid) for pid in caller.stdout.readline().split()]
         caller.kill()
-    assert gone(busy, within=judging.LIMIT + 3)
+    assert all(gone(pid, within=2 * judging.PATIENCE) for pid in pids)
 
 
 def test_a_checker_that_cannot_start_is_reported(monkeypatch):

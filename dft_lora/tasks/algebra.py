@@ -2,10 +2,11 @@ r"""The one file that imports math_verify, and the process that runs it.
 
     python -m dft_lora.tasks.algebra      `judge` starts it, talks to it and kills it
 
-A line in is `{"answer", "reference", "limit"}`, a line out a status. The process that was started stays
-warm and computes nothing; a forked child answers, and announces itself with `ready PID`. Nothing is trusted
-to end: the caller kills the child after `limit` seconds, and the kernel's timer ends it a second later even
-where the caller is gone. Memory is limited too, where the system can. (Without fork there is no child.)
+A line in is `{"id", "answer", "reference", "seconds", "patience"}`, a line out `ID STATUS`. The process that
+was started stays warm and computes nothing; a forked child answers, and announces itself with `ready PID`.
+Nothing is trusted to end: the kernel ends the child after `seconds` of processor time, the caller after
+`patience` on the clock, and the kernel once more a second later, where the caller is gone. Memory is limited
+too, where the system can. (Without fork the process itself answers, and the caller's kill is the only limit.)
 """
 
 from __future__ import annotations
@@ -51,29 +52,42 @@ def same(answer: str, reference: str) -> bool:
 
 
 def _equal(given: Any, gold: Any) -> bool:
-    """Expressions by their values, everything else by math_verify.
+    """Expressions and equations by their values, everything else by math_verify.
 
     math_verify rounds numbers to six places, so that 2^{-99} sqrt(2) would be 2^{-98} sqrt(2), knows few
     identities, and spends its time on simplification. So numbers are compared to 1e-12 relative (TOLERANCE
     where one is written as a decimal), and expressions in variables at a few points, negative ones too.
+    Two equations are the same when their differences of sides have a constant ratio.
     """
     from math_verify import verify
-    from sympy import Expr, Float, Rational
+    from sympy import Equality, Expr, Float
 
-    names = sorted(given.free_symbols | gold.free_symbols, key=str)
+    equations = isinstance(given, Equality) and isinstance(gold, Equality)
+    expressions = isinstance(given, Expr) and isinstance(gold, Expr)
     words = given.is_Symbol or gold.is_Symbol  # \text{no solution} is one symbol, and so is x
-    if words or not (isinstance(given, Expr) and isinstance(gold, Expr)):
+    if words or not (equations or expressions):
         return verify(gold, given, timeout_seconds=None, allow_set_relation_comp=True)
     decimal = gold.has(Float) or (given.has(Float) and not gold.is_Integer)
     near = float(TOLERANCE) if decimal else 1e-12
-    for start in (Rational(13, 7), Rational(-5, 11), Rational(29, 3)) if names else (0,):
-        point = {name: start + Rational(k, 17) for k, name in enumerate(names)}
-        a, b = given.subs(point).evalf(30), gold.subs(point).evalf(30)
-        if not (a.is_finite and b.is_finite):
-            return verify(gold, given, timeout_seconds=None)
-        if abs(a - b) > (near * abs(b) or 1e-20):
-            return False
-    return True
+    if equations:
+        given, gold = given.lhs - given.rhs, gold.lhs - gold.rhs
+    values = _values(given, gold)
+    if not all(a.is_finite and b.is_finite for a, b in values):
+        return verify(gold, given, timeout_seconds=None)
+    if equations:
+        (first_a, first_b), *values = values
+        values = [(a * first_b, first_a * b) for a, b in values]
+    return all(abs(a - b) <= (near * abs(b) or 1e-20) for a, b in values)
+
+
+def _values(*expressions: Any) -> list[tuple[Any, ...]]:
+    """The values of expressions at three points; at none, so once, where they have no variables."""
+    from sympy import Rational
+
+    names = sorted(set().union(*(expression.free_symbols for expression in expressions)), key=str)
+    starts = (Rational(13, 7), Rational(-5, 11), Rational(29, 3)) if names else (Rational(0),)
+    points = [{name: start + Rational(k, 17) for k, name in enumerate(names)} for start in starts]
+    return [tuple(expression.subs(point).evalf(30) for expression in expressions) for point in points]
 
 
 def status(answer: str, reference: str) -> str:
@@ -102,19 +116,29 @@ def main() -> None:
             break
         if os.waitpid(child, 0)[1] == 0:  # no more questions
             return
-    serve()
+    try:
+        serve()
+    except BrokenPipeError:  # nobody listens any more; any other status would have the next child forked
+        os._exit(0)
 
 
 def serve() -> None:
     """Say who is ready, then answer line by line until the input ends."""
-    timer = getattr(signal, "setitimer", lambda *_: None)
     replies, sys.stdout = sys.stdout, sys.stderr  # a stray print inside must not look like a reply
     print("ready", os.getpid(), file=replies, flush=True)
     for line in sys.stdin:
         job = json.loads(line)
-        timer(signal.ITIMER_REAL, job["limit"] + 1)
-        print(status(job["answer"], job["reference"]), file=replies, flush=True)
-        timer(signal.ITIMER_REAL, 0)
+        _alarms(job["seconds"], job["patience"] + 1)
+        reply = status(job["answer"], job["reference"])
+        _alarms(0, 0)  # before the reply: who has answered does not die of it
+        print(job["id"], reply, file=replies, flush=True)
+
+
+def _alarms(seconds: float, patience: float) -> None:
+    """Let the kernel end this process after so much processor time, or so much time; 0: never."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, patience)
 
 
 if __name__ == "__main__":

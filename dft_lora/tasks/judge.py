@@ -4,7 +4,7 @@ The final answer is extracted and compared exactly (`answers`); only what needs 
 which can neither be stopped nor be used outside a main thread. So it lives in processes of its own: started
 when first needed, ended with the program. They are plain subprocesses that import nothing but the checker:
 no fork of a process with threads and CUDA, no second run of the user's script as `spawn` would do. When an
-answer takes more than LIMIT seconds the process that computes is killed, and the warm one behind it puts
+answer takes more than LIMIT the process that computes is killed, and the warm one behind it puts
 another in its place, so that a hostile answer costs its own three seconds and nobody else's.
 """
 
@@ -26,14 +26,15 @@ from dft_lora.errors import DataError, RunError
 from dft_lora.tasks.answers import LONGEST, NeedsAlgebra, agree, extract
 from dft_lora.tasks.base import Verdict
 
-LIMIT = 3.0  # seconds for one answer
+LIMIT = 3.0  # seconds of processor time for one answer, so that a busy machine changes no verdict
+PATIENCE = 4.0  # seconds on the clock
 
 
 def judge(text: str, reference: str) -> Verdict:
     """The verdict on a model's text, given the reference answer.
 
     correct, wrong; unparsable: no final answer could be found or read; timed_out: the comparison was ended
-    after LIMIT seconds, or by its memory limit. Raises DataError where the reference is empty.
+    by a limit of time or memory. Raises DataError where the reference is empty.
     """
     extracted, status = _exactly(text, reference)
     return Verdict(status or _pool().ask(extracted, reference), extracted)
@@ -79,6 +80,7 @@ class _Checker:
             env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
         )
         self.child: int | None = None  # its process id, once it has said that it is ready
+        self.asked = 0
 
     def ask(self, answer: str, reference: str) -> str:
         """The status; "timed_out" where the computing child was killed or died over it.
@@ -86,38 +88,51 @@ class _Checker:
         Waits first until a child is ready: a second at the start of the process, milliseconds after a kill.
         That is no part of the answer's time. Raises RunError where the process does not start.
         """
-        if self.child is None:
-            self._meet(self.process.stdout.readline())
-        expired = threading.Event()
-        timer = threading.Timer(LIMIT, self._kill_child, [self.child, expired])
+        while self.child is None:
+            if self._read()[0] == "":
+                raise RunError(
+                    "the answer checker does not start: `python -m dft_lora.tasks.algebra` says why"
+                )
+        self.asked += 1
+        job = {"id": self.asked, "answer": answer, "reference": reference}
+        kind, reply = "", ""
+        killed = threading.Event()
+        timer = threading.Timer(PATIENCE, self._kill_child, [self.child, killed])
         timer.start()
         try:
-            job = {"answer": answer, "reference": reference, "limit": LIMIT}
-            print(json.dumps(job), file=self.process.stdin, flush=True)
-            reply = self.process.stdout.readline()
+            print(
+                json.dumps({**job, "seconds": LIMIT, "patience": PATIENCE}),
+                file=self.process.stdin,
+                flush=True,
+            )
+            kind, reply = self._read()
+            while kind not in (
+                "",
+                "ready",
+                str(self.asked),
+            ):  # of a job whose child was killed before it read it
+                kind, reply = self._read()
         finally:
             timer.cancel()
             timer.join()
-        if expired.is_set():  # perhaps in the moment of its reply
-            self.child = None
-        if not reply:  # no next child either
-            self.close()
-        elif reply.startswith("ready"):
-            self._meet(reply)
-        else:
-            return reply.strip()
-        return "timed_out"
+            if killed.is_set() and kind != "ready":  # in the moment of its reply: the next one is yet to come
+                self.child = None
+        return reply if kind == str(self.asked) else "timed_out"
 
-    def _meet(self, line: str) -> None:
-        if not line.startswith("ready"):
-            raise RunError("the answer checker does not start: `python -m dft_lora.tasks.algebra` says why")
-        self.child = int(line.split()[1])
+    def _read(self) -> tuple[str, str]:
+        """The next line, `ready PID` or `ID STATUS`, noting who is there; empty at the end of the output."""
+        kind, _, rest = self.process.stdout.readline().strip().partition(" ")
+        if kind == "ready":
+            self.child = int(rest)
+        if not kind:
+            self.close()
+        return kind, rest
 
     @staticmethod
-    def _kill_child(child: int, expired: threading.Event) -> None:
+    def _kill_child(child: int, killed: threading.Event) -> None:
         with contextlib.suppress(OSError):  # it has just died by itself
             os.kill(child, getattr(signal, "SIGKILL", signal.SIGTERM))
-            expired.set()
+            killed.set()
 
     @property
     def alive(self) -> bool:
