@@ -26,6 +26,8 @@ class Batch:
     attention_mask_BL: torch.Tensor
     labels_BL: torch.Tensor
     ids: tuple[str, ...]
+    positions_BL: torch.Tensor | None = None
+    """Position of each token in its example, where a row holds several (`packing.py`)."""
 
     @property
     def supervised(self) -> int:
@@ -36,12 +38,30 @@ class Batch:
     def tokens(self) -> int:
         return int(self.attention_mask_BL.sum())
 
+    @property
+    def positions(self) -> int:
+        """Tokens and padding: what the model computes."""
+        return self.input_ids_BL.numel()
+
+    @property
+    def examples_BL(self) -> torch.Tensor:
+        """Which of `ids` each position belongs to; padding counts to the example before it."""
+        if self.positions_BL is None:
+            return torch.arange(len(self.input_ids_BL))[:, None].expand_as(self.input_ids_BL)
+        begins_BL = (self.positions_BL == 0) & (self.attention_mask_BL == 1)
+        return begins_BL.flatten().cumsum(0).view_as(begins_BL) - 1
+
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Keyword arguments for the model's forward."""
-        return {
-            "input_ids": self.input_ids_BL.to(device, non_blocking=True),
-            "attention_mask": self.attention_mask_BL.to(device, non_blocking=True),
-        }
+        """Keyword arguments for the model's forward.
+
+        Packed rows carry positions and no mask: transformers makes the mask, or the bounds of variable-length
+        attention, from positions that start again, and only where it is given no mask.
+        """
+        packed = self.positions_BL is not None
+        inputs = {"input_ids": self.input_ids_BL} | (
+            {"position_ids": self.positions_BL} if packed else {"attention_mask": self.attention_mask_BL}
+        )
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:

@@ -21,6 +21,8 @@ class Totals(NamedTuple):
     top1: float
     scored: float
     tokens: float
+    positions: float
+    """Tokens and padding."""
 
 
 class Sums:
@@ -33,7 +35,7 @@ class Sums:
     def add(self, loss: torch.Tensor, scores: TokenScores, batch: Batch) -> None:
         logp_M = scores.logp.detach().double()
         parts = (loss.detach(), -logp_M.sum(), logp_M.exp().sum(), scores.entropy.sum(), scores.is_top1.sum())
-        counts = self.values.new_tensor([logp_M.numel(), batch.tokens])
+        counts = self.values.new_tensor([logp_M.numel(), batch.tokens, batch.positions])
         self.values += torch.cat([torch.stack([part.double() for part in parts]), counts])
         self.parts.append((loss.detach(), batch.ids))
 

@@ -22,15 +22,16 @@ from typing import Any
 import torch
 
 from ..config import Recipe
-from ..data.batches import Batch, micro_batches, step_examples
+from ..data.batches import Batch, step_examples
 from ..data.doctor import table
+from ..data.packing import Packed
 from ..data.templates import Example
 from ..errors import Interrupted, RunError
 from ..loss import REFERENCE_NEEDS, TokenScores, token_logps
 from ..loss.token_logps import _chunk_rows
+from ..model.attention import choose_arrangement
+from ..model.backends import build
 from ..model.hardware import peak_memory_mb
-from ..model.head import Head, check_head, hidden_states
-from ..model.load import add_lora, load_base, use_checkpointing
 from ..provenance import certificate
 from ..run_folder import RunFolder
 from .checkpoints import Checkpoints, State, random_state, set_random_state, write_adapter
@@ -146,11 +147,10 @@ class Trainer:
     def __init__(self, plan: Plan, ranks: Ranks):
         self.plan, self.recipe, self.ranks = plan, plan.recipe, ranks
         self.accelerator = ranks.accelerator
-        base, self.hardware = load_base(self.recipe.model, ranks.device)
-        self.head: Head = check_head(base)
-        torch.manual_seed(self.recipe.train.seed)  # the same initial adapter for every objective
-        model = add_lora(base, self.recipe.adapter)
-        self.checkpointing = use_checkpointing(model, self.recipe.train.gradient_checkpointing)
+        built = build(self.recipe, ranks.device)
+        self.head, self.hardware, self.checkpointing = built.head, built.hardware, built.checkpointing
+        self.hidden_states, model = built.hidden_states, built.model
+        self.arrange = choose_arrangement(self.recipe.data, model)
         model.train()
         self.adapter_model = model
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -197,6 +197,7 @@ class Trainer:
             "grad_norm": finite(grad_norm),
             "skipped": not changed,
             "tokens": int(sums.tokens),
+            "padding": 1 - sums.tokens / sums.positions,
             "supervised_tokens": supervised,
             "seconds": seconds,
             "tokens_per_second": sums.tokens / seconds,
@@ -210,7 +211,7 @@ class Trainer:
         """
         mine, random = chosen[self.ranks.rank :: self.ranks.world], random_state(self.ranks.device)
         while True:
-            batches = micro_batches(mine, self.layout.micro_batch_size, self.plan.renderer.pad_id)
+            batches = self.arrange(mine, self.layout.micro_batch_size, self.plan.renderer.pad_id)
             sums = Sums(self.ranks.device)
 
             def run(batches=batches, sums=sums) -> None:
@@ -265,10 +266,9 @@ class Trainer:
         """The objective's sum over a micro-batch, connected to the graph; adds its figures to `sums`."""
         objective, device = self.plan.objective, self.ranks.device
         targets_BL = batch.labels_BL[:, 1:].to(device)
-        rows_BL = torch.arange(len(targets_BL), device=device)[:, None].expand_as(targets_BL)
 
         def scores_of(model: Any, **more: Any) -> TokenScores:
-            h_BLD = hidden_states(model, **batch.inputs(device))[:, :-1]
+            h_BLD = self.hidden_states(model, **batch.inputs(device))[:, :-1]
             return token_logps(
                 h_BLD.flatten(0, 1).to(self.head.weight_VD.dtype),
                 targets=targets_BL.flatten(),
@@ -285,7 +285,7 @@ class Trainer:
         scores = scores_of(
             self.model,
             needs=objective.needs,
-            sequence=rows_BL.flatten(),
+            sequence=batch.examples_BL[:, 1:].to(device).flatten(),
             reference=reference,
             skip=self.recipe.train.skip_rows,
             token_weight=objective.token_weight if self.recipe.train.skip_rows else None,
@@ -349,6 +349,7 @@ class Trainer:
             "findings": [asdict(finding) | {"rows": finding.rows[:100]} for finding in plan.findings],
             "steps": plan.steps,
             "gradient_checkpointing": self.checkpointing,
+            "packing": isinstance(self.arrange, Packed),
             "trainable_parameters": sum(parameter.numel() for parameter in self.trainable),
         }
 

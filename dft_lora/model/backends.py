@@ -1,0 +1,59 @@
+"""Who builds the base and its adapter: `plain` (transformers, peft, bitsandbytes) or `unsloth`.
+
+Same recipe, same objectives through the same loss; a backend is a function from a recipe to `Built`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..config import Recipe
+from .hardware import Hardware
+from .head import Head, check_head, hidden_states
+from .load import add_lora, load_base, use_checkpointing
+from .lora_inputs import keep_inputs_narrow
+
+
+@dataclass(frozen=True)
+class Built:
+    """A base with one new trainable adapter, ready to train."""
+
+    model: Any
+    """A peft model in eval mode."""
+    head: Head
+    hardware: Hardware
+    checkpointing: bool
+    hidden_states: Callable[..., torch.Tensor] = hidden_states
+    """(model, **inputs) -> h_BLD, connected to the graph."""
+
+
+def build(recipe: Recipe, device: torch.device) -> Built:
+    """The base and adapter of a recipe on a device.
+
+    Raises ModelError for what cannot be trained exactly, MissingPart where the backend is not installed.
+    """
+    return BACKENDS[recipe.model.backend](recipe, device)
+
+
+def _plain(recipe: Recipe, device: torch.device) -> Built:
+    base, hardware = load_base(recipe.model, device)
+    head = check_head(base)
+    torch.manual_seed(recipe.train.seed)  # the same initial adapter for every objective
+    model = add_lora(base, recipe.adapter)
+    if hardware.dtype != torch.float32:
+        keep_inputs_narrow(model)
+    checkpointing = use_checkpointing(model, recipe.train.gradient_checkpointing)
+    return Built(model.eval(), head, hardware, checkpointing)
+
+
+def _unsloth(recipe: Recipe, device: torch.device) -> Built:
+    from .unsloth import build_with_unsloth
+
+    return build_with_unsloth(recipe, device)
+
+
+BACKENDS: dict[str, Callable[[Recipe, torch.device], Built]] = {"plain": _plain, "unsloth": _unsloth}

@@ -1,0 +1,177 @@
+"""Packing changes where tokens lie, nothing else: logits, gradients, labels and counts stay."""
+
+import pytest
+import torch
+from test_model import tiny_config
+
+from dft_lora.config import AdapterConfig, DataConfig, ModelConfig
+from dft_lora.data.batches import IGNORE, collate, micro_batches
+from dft_lora.data.packing import Packed, arrangement, collate_packed, fill
+from dft_lora.data.templates import Example
+from dft_lora.errors import ModelError
+from dft_lora.loss import objective, token_logps
+from dft_lora.model.attention import choose_arrangement, keeps_examples_apart
+from dft_lora.model.head import check_head, hidden_states
+from dft_lora.model.load import add_lora, load_base
+
+PAD = EOS = 9
+
+
+def example(name: str, length: int, prompt: int) -> Example:
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(10, 90, (length - 1,), generator=generator).tolist()
+    return Example(name, (*ids, EOS), prompt)
+
+
+EXAMPLES = [example(f"e{n}", n, p) for n, p in [(7, 3), (2, 1), (12, 5), (5, 0), (9, 8), (3, 2), (11, 1)]]
+
+
+def causal_lm(family: str, **more):
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(family, **more)).eval()
+
+
+def score(model, batch):
+    """DFT's sum over a batch, and logp by (example, place)."""
+    head = check_head(model)
+    h_BLD = hidden_states(model, **batch.inputs(torch.device("cpu")))[:, :-1]
+    scores = token_logps(h_BLD.flatten(0, 1), targets=batch.labels_BL[:, 1:].flatten(), **head.arguments())
+    owner = batch.examples_BL[:, 1:].flatten()[scores.index]
+    by_example = {name: scores.logp[owner == i].detach() for i, name in enumerate(batch.ids)}
+    return objective("dft")(scores), by_example
+
+
+def of_all(model, batches):
+    model.zero_grad()
+    logps = {}
+    for batch in batches:
+        loss, found = score(model, batch)
+        loss.backward()
+        logps |= found
+    return logps, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+FAMILIES = [
+    ("llama", {}),
+    ("qwen2", {}),
+    ("mistral", {"sliding_window": 4}),
+    ("gemma2", {"sliding_window": 4}),
+]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(("family", "more"), FAMILIES)
+def test_packed_logits_and_gradients_are_those_of_rows_alone(family, more, flat):
+    """The last two have sliding windows: a window must not reach back over a boundary, nor be lost."""
+    model = causal_lm(family, **more)
+    assert keeps_examples_apart(model)
+    alone, gradients = of_all(model, [collate([e], PAD) for e in EXAMPLES])
+    packed, packed_gradients = of_all(model, Packed(20, flat)(EXAMPLES, 2, PAD))
+    assert packed.keys() == alone.keys()
+    for name, logp in alone.items():
+        assert (packed[name] - logp).abs().max() <= 1e-5, name
+    for name, gradient in gradients.items():
+        assert (packed_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+
+
+def test_packed_gradients_through_nf4_and_lora_equal_padded_ones(qwen_dir):
+    base, _ = load_base(ModelConfig(name=str(qwen_dir)))
+    model = add_lora(base, AdapterConfig(r=4))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    _, padded = of_all(model, micro_batches(EXAMPLES, 3, PAD))
+    _, packed = of_all(model, Packed(20)(EXAMPLES, 2, PAD))
+    for name, gradient in padded.items():
+        assert gradient.norm() > 0 and (packed[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_without_positions_a_row_would_leak():
+    """The law above is not empty: what it forbids happens when the boundaries are taken away."""
+    model, (batch,) = causal_lm("llama"), Packed(60, flat=True)(EXAMPLES, 9, PAD)
+    with torch.no_grad():
+        apart = hidden_states(model, input_ids=batch.input_ids_BL, position_ids=batch.positions_BL)
+        mixed = hidden_states(model, input_ids=batch.input_ids_BL)
+    assert (apart - mixed).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 9])
+def test_nothing_is_predicted_across_a_boundary_and_counts_stay(size, flat):
+    batches = Packed(20, flat)(EXAMPLES, size, PAD)
+    assert sum(batch.supervised for batch in batches) == sum(e.supervised for e in EXAMPLES)
+    assert sum(batch.tokens for batch in batches) == sum(len(e.ids) for e in EXAMPLES)
+    assert sorted(name for batch in batches for name in batch.ids) == sorted(e.id for e in EXAMPLES)
+    by_name = {e.id: e for e in EXAMPLES}
+    for batch in batches:
+        assert (batch.labels_BL[batch.positions_BL == 0] == IGNORE).all()
+        assert (batch.labels_BL[batch.attention_mask_BL == 0] == IGNORE).all()
+        for i, name in enumerate(batch.ids):
+            mine = (batch.examples_BL == i) & (batch.attention_mask_BL == 1)
+            assert batch.input_ids_BL[mine].tolist() == list(by_name[name].ids)
+            assert batch.positions_BL[mine].tolist() == list(range(len(by_name[name].ids)))
+            labels = batch.labels_BL[mine]
+            assert (labels != IGNORE).sum() == by_name[name].supervised and labels[-1] == EOS
+        assert not flat or batch.positions == batch.tokens
+
+
+def test_rows_hold_their_capacity_and_an_example_that_cannot_fit_is_refused():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 300, (256,), generator=generator).tolist()
+    rows = fill([Example(str(i), (1,) * n, 1) for i, n in enumerate(lengths)], 2048)
+    loads = [sum(len(e.ids) for e in row) for row in rows]
+    assert max(loads) <= 2048 and len(rows) <= -(-sum(lengths) // 2048) + 1
+    assert max(loads) - min(loads) <= max(lengths)
+    with pytest.raises(ValueError, match="capacity"):
+        fill([Example("a", (1,) * 10, 1)], 9)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_padding_waste_on_gsm8k_is_under_three_percent(data_dir, size):
+    """Steps of 256 examples, rows of 2048 tokens, over the whole training set in Qwen's tokenizer."""
+    from transformers import AutoTokenizer
+
+    from dft_lora.data.sources import load_problems
+    from dft_lora.data.templates import Renderer
+
+    data = DataConfig(
+        source=str(data_dir / "train/gsm8k_train.jsonl"), prompt="question", completion="answer", sample=1024
+    )
+    tokenizer = AutoTokenizer.from_pretrained(data_dir / "tokenizers/qwen2.5")
+    renderer = Renderer(tokenizer, "qwen-boxed")
+    examples = [renderer.render(problem) for problem in load_problems(data).problems]
+    tokens = positions = 0
+    for step in range(0, 1024, 256):
+        for batch in Packed(2048)(examples[step : step + 256], size, renderer.pad_id):
+            tokens, positions = tokens + batch.tokens, positions + batch.positions
+    assert 1 - tokens / positions < 0.03
+
+
+def test_auto_packs_only_with_varlen_attention_and_a_mixing_model_is_refused():
+    assert arrangement("auto", 64, varlen=True) == Packed(64, flat=True)
+    assert arrangement("auto", 64, varlen=False) is micro_batches
+    assert arrangement(True, 64, varlen=False) == Packed(64)
+    assert arrangement(False, 64, varlen=True) is micro_batches
+    mamba = _mamba()
+    assert not keeps_examples_apart(mamba)
+    assert choose_arrangement(DataConfig(packing="auto"), mamba) is micro_batches
+    with pytest.raises(ModelError, match=r"data\.packing"):
+        choose_arrangement(DataConfig(packing=True), mamba)
+    assert choose_arrangement(DataConfig(packing=True, max_length=64), causal_lm("llama")) == Packed(64)
+
+
+def _mamba():
+    """A recurrent model: its state runs through a packed row from one example into the next."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("mamba", vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_collating_one_row_equals_collating_examples_alone():
+    for e in EXAMPLES:
+        packed, alone = collate_packed([[e]], PAD), collate([e], PAD)
+        assert torch.equal(packed.input_ids_BL, alone.input_ids_BL)
+        assert torch.equal(packed.labels_BL[:, 1:], alone.labels_BL[:, 1:])
