@@ -73,7 +73,7 @@ def chip(answer: Answer) -> str:
     """The verdict with the answer that was judged; the state where there is no verdict."""
     if answer.state == "writing":
         return '<span class="chip wait">writing …</span>'
-    cut = '<span class="chip open">cut</span>' if answer.state == "cut" else ""
+    cut = "" if answer.state == "done" else f'<span class="chip open">{answer.state}</span>'
     if answer.verdict is None:
         return cut or '<span class="chip wait">done</span>'
     kind, mark, words = CHIPS[answer.verdict.status]

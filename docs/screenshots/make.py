@@ -1,0 +1,84 @@
+"""Screenshots of each tab at 1280 and 390 px, light and dark: `python docs/screenshots/make.py RUN_DIR ...`.
+
+Needs Chromium with chromedriver, and selenium. The page is served on a free port and closed again.
+"""
+
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+
+from dft_lora.run_folder import RunFolder
+from dft_lora.ui.server import launch
+from dft_lora.ui.session import Session
+from dft_lora.ui.votes import Ballot
+
+OUT = Path(__file__).parent
+SIZES = {1280: 900, 390: 844}
+READY = {  # tab -> (what to press there, what is seen when it is done)
+    "Compare": ("#go", "document.querySelectorAll('#answers .chip:not(.wait)').length >= 2"),
+    "Tokens": (None, "document.querySelector('#strips .t')"),
+    "Samples": (
+        "#draw",
+        "document.querySelector('#tallies .big') && !document.querySelector('#tallies progress')",
+    ),
+    "Results": (None, "document.querySelector('#report table, #report svg')"),
+    "Vote": ("#new-pair", "document.querySelector('#pair .card')"),
+}
+
+
+def main(run_dirs: list[str]) -> None:
+    folders = [RunFolder.open(path) for path in run_dirs]
+    session = Session(folders)
+    with tempfile.TemporaryDirectory() as votes:
+        page = launch(folders, session, Ballot(Path(votes, "votes.jsonl"), session.identities))
+        for width, height in SIZES.items():
+            for scheme in ("light", "dark"):
+                shoot(page.local_url, width, height, scheme)
+        page.close(verbose=False)
+
+
+def shoot(url: str, width: int, height: int, scheme: str) -> None:
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome")
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars"):
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    try:
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        driver.get(url)
+        wait(driver, "document.querySelectorAll('#answers .card').length")
+        for tab, (press, ready) in READY.items():
+            tabs = "[...document.querySelectorAll('button[role=tab]')]"
+            driver.execute_script(f"{tabs}.find(b => b.innerText.trim() == '{tab}').click()")
+            if press:
+                wait(driver, f"document.querySelector('{press}')")
+                driver.execute_script(f"document.querySelector('{press}').click()")
+            wait(driver, ready)
+            time.sleep(0.7)  # colours fade in
+            whole = driver.execute_script("return document.documentElement.scrollHeight")
+            tall = {**size, "height": min(2400, max(height, whole))}
+            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", tall)
+            driver.save_screenshot(str(OUT / f"{tab.lower()}-{width}-{scheme}.png"))
+            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    finally:
+        driver.quit()
+
+
+def wait(driver, condition: str, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not driver.execute_script(f"return Boolean({condition})"):
+        if time.monotonic() > end:
+            sys.exit(f"waited {seconds:.0f} s in vain for {condition}")
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

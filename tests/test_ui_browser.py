@@ -1,0 +1,347 @@
+"""The page in a real browser: headless Chromium, the real server, the embedded base."""
+
+import json
+import shutil
+import time
+
+import pytest
+from test_ui import Forwards, alone_texts, hooks_left, settle, wait_for
+from ui_cases import HOSTILE, missing, served, session
+
+from dft_lora.ui.session import Question
+
+TABS = ("Compare", "Tokens", "Samples", "Results", "Vote")
+SIZES = {1280: 900, 390: 844}
+FORBIDDEN = "img, iframe, object, embed, script, style, link, meta, base, form, video, audio, a[href]"
+
+
+class Page:
+    """A tab of Chromium on the page."""
+
+    def __init__(self, driver, url: str):
+        self.driver, self.url = driver, url
+
+    def open(self, width: int = 1280, dark: bool = False) -> None:
+        device = {"width": width, "height": SIZES[width], "deviceScaleFactor": 1, "mobile": width < 500}
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", device)
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        self.driver.get(self.url)
+        wait_for(lambda: self.count("#go") and self.count("#answers .card") == 3, 60)
+        self.run("window.hits = 0; window.hit = () => { window.hits += 1 }")
+
+    def run(self, script: str, *arguments):
+        return self.driver.execute_script(script, *arguments)
+
+    def count(self, selector: str) -> int:
+        return self.run("return document.querySelectorAll(arguments[0]).length", selector)
+
+    def text(self, selector: str) -> str:
+        return self.run("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
+
+    def click(self, selector: str) -> None:
+        self.run("document.querySelector(arguments[0]).click()", selector)
+
+    def tab(self, name: str) -> None:
+        tabs = "[...document.querySelectorAll('button[role=tab]')]"
+        self.run(f"{tabs}.find(b => b.innerText.trim() == arguments[0]).click()", name)
+
+    def fill(self, box: str, value: str) -> None:
+        self.run(
+            """const box = document.querySelector(arguments[0] + ' textarea, ' + arguments[0] + ' input');
+            Object.getOwnPropertyDescriptor(Object.getPrototypeOf(box), 'value').set.call(box, arguments[1]);
+            box.dispatchEvent(new Event('input', {bubbles: true}))""",
+            box,
+            value,
+        )
+
+    def compare(self) -> None:
+        """Press Compare, and wait for the last word of every column."""
+        self.run("document.querySelector('#answers .columns').dataset.old = 1")
+        self.click("#go")
+        wait_for(lambda: self.count("#answers .chip") and not self.count("#answers .chip.wait"), 60)
+
+    def requests(self) -> list[str]:
+        """Addresses asked for since the last call, those that were blocked included."""
+        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        return [params["request"]["url"] for params in sent]
+
+
+@pytest.fixture(scope="module")
+def driver():
+    try:
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+    except ImportError:
+        missing("selenium is not installed: pip install -e .[dev]")
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser or not shutil.which("chromedriver"):
+        missing("no Chromium with chromedriver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def url():
+    with served() as address:
+        yield address
+
+
+@pytest.fixture
+def page(driver, url):
+    page = Page(driver, url)
+    page.open()
+    return page
+
+
+def test_first_screen_explains_itself_and_its_example_runs(page):
+    assert "see where plain SFT and DFT answer differently" in page.text("#top")
+    assert page.run("return document.querySelector('#problem textarea').value").endswith("?")
+    page.compare()
+    assert page.count("#answers .card") == 3
+    for column in range(1, 4):
+        assert page.text(f"#answers .card:nth-child({column}) .said").strip()
+        assert "token" in page.text(f"#answers .card:nth-child({column}) footer")
+
+
+def test_first_token_of_all_columns_within_a_second(page):
+    """From the click to text in every column, in the browser; the best of four."""
+    page.compare()
+    times = []
+    for _ in range(4):
+        page.run(
+            """window.first = null;
+            const started = performance.now();
+            const seen = new MutationObserver(() => {
+              const said = [...document.querySelectorAll('#answers .chip.wait')];
+              if (said.length == 3 && !window.first) window.first = performance.now() - started;
+            });
+            seen.observe(document.querySelector('#answers'), {childList: true, subtree: true});
+            document.querySelector('#go').click();"""
+        )
+        wait_for(lambda: page.run("return window.first"), 60)
+        wait_for(lambda: not page.count("#answers .chip.wait"), 60)
+        times.append(page.run("return window.first"))
+    print("first token, ms:", [round(t) for t in times])
+    assert min(times) < 1000, times
+
+
+def see_hostile(page: Page, monkeypatch, strings: list[str]) -> None:
+    """Each string as problem and solution, and as what the model says: nothing runs, nothing is sent."""
+    decode = type(session().renderer).decode
+    for text in strings:
+        problem = text if text.strip() else "x"
+        page.requests()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(session().renderer), "decode", lambda self, ids, text=text: text)
+            page.tab("Compare")
+            page.fill("#problem", problem)
+            page.fill("#reference", text)
+            page.fill("#solution", problem)
+            page.compare()
+            assert page.count(f"#answers :is({FORBIDDEN})") == 0, text
+            page.tab("Tokens")
+            wait_for(lambda: page.count("#strips .t") and "end" in page.text("#strips .text"), 30)
+            assert page.count(f"#strips :is({FORBIDDEN})") == 0, text
+            page.tab("Vote")
+            page.click("#new-pair")
+            wait_for(lambda: page.count("#pair .card"), 60)
+            assert page.count(f"#pair :is({FORBIDDEN})") == 0, text
+        assert page.run("return window.hits") == 0, text
+        assert all(address.startswith((page.url, "data:")) for address in page.requests()), text
+        assert not page.run("return document.querySelector('#answers').scrollWidth > 1280"), text
+    assert type(session().renderer).decode is decode
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_hostile_strings_do_nothing(page, monkeypatch, part):
+    see_hostile(page, monkeypatch, HOSTILE[6 + part :: 20])
+
+
+@pytest.mark.slow
+def test_all_hostile_strings_do_nothing(page, monkeypatch):
+    assert len(HOSTILE) == 60
+    see_hostile(page, monkeypatch, HOSTILE)
+
+
+def test_formulas_are_drawn(page, monkeypatch):
+    monkeypatch.setattr(
+        type(session().renderer), "decode", lambda self, ids: r"so $\frac12$ and \[x^2 < 3\] cost $5"
+    )
+    page.compare()
+    assert page.count("#answers .card:nth-child(1) .katex") == 2
+    assert page.count("#answers .card:nth-child(1) .katex-display") == 1
+    assert "cost $5" in page.text("#answers .card:nth-child(1) .said")
+
+
+def stream_long(page: Page) -> None:
+    """Begin answers that go on for long: generation does not stop at the end token."""
+    page.click("#go")
+    wait_for(lambda: page.count("#answers .chip.wait") == 3, 60)
+
+
+@pytest.fixture
+def endless(monkeypatch):
+    """Answers that end only at max_new_tokens."""
+    monkeypatch.setitem(session().renderer.__dict__, "stop_ids", frozenset())
+
+
+def test_stop_stops(page, endless):
+    with Forwards() as forwards:
+        stream_long(page)
+        page.click("#stop")
+        wait_for(lambda: "stopped" in page.text("#answers"), 30)
+        at = forwards.count
+        assert settle(forwards) - at <= 1 and at < 200
+    assert hooks_left() == 0
+
+
+def close_pages(page: Page, times: int) -> None:
+    """Leave the page in mid-stream: the server stops within the token at hand, and keeps nothing."""
+    for _ in range(times):
+        with Forwards() as forwards:
+            stream_long(page)
+            page.driver.get("about:blank")
+            settle(forwards, quiet=0.5)
+            assert forwards.count < 250, forwards.count
+        assert hooks_left() == 0 and not session()._lock.locked()
+        page.open()
+
+
+def test_a_closed_page_stops_its_stream(page, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(session().renderer.__dict__, "stop_ids", frozenset())
+        close_pages(page, 2)
+    page.compare()
+    problem = page.run("return document.querySelector('#problem textarea').value")
+    question = Question(problem, temperature=1.0, max_new_tokens=512)
+    shown = [page.text(f"#answers .card:nth-child({i}) .said").split() for i in (1, 2, 3)]
+    assert shown == [text.split() for text in alone_texts(question)]
+
+
+@pytest.mark.slow
+def test_a_hundred_closed_pages_stop_their_streams(page, endless):
+    close_pages(page, 100)
+
+
+def test_keys_walk_along_the_tokens(page):
+    from selenium.webdriver.common.keys import Keys
+
+    page.tab("Tokens")
+    wait_for(lambda: page.count("#strips .t"), 30)
+    strip = page.driver.find_element("css selector", "#strips .strip .text")
+    strip.send_keys(Keys.ARROW_RIGHT)
+    page.driver.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    tokens = "[...document.querySelectorAll('#strips .t')]"
+    assert page.run(f"return {tokens}.indexOf(document.activeElement)") == 1
+    tip = page.run("return getComputedStyle(document.activeElement, '::after').content")
+    assert "likeliest here" in tip
+
+
+def test_the_compare_tab_is_worked_by_keys_alone(page):
+    from selenium.webdriver.common.keys import Keys
+
+    box = page.driver.find_element("css selector", "#problem textarea")
+    box.send_keys(Keys.TAB, Keys.TAB)
+    assert page.run("return document.activeElement.id") == "go"
+    page.driver.switch_to.active_element.send_keys(Keys.ENTER)
+    wait_for(lambda: page.count("#answers .chip"), 30)
+    assert page.run("return getComputedStyle(document.activeElement).outlineStyle") != "none"
+
+
+def test_empty_and_wrong_input_is_told(page):
+    page.fill("#problem", "   ")
+    page.click("#go")
+    wait_for(lambda: "problem is empty" in page.text("body"), 30)
+    page.fill("#solution", "")
+    page.tab("Tokens")
+    wait_for(lambda: "no worked solution" in page.text("#strips"), 30)
+
+
+CONTRAST = """
+const canvas = Object.assign(document.createElement('canvas'), {width: 1, height: 1});
+const context = canvas.getContext('2d', {willReadFrequently: true});
+const rgba = (colour) => {
+  context.clearRect(0, 0, 1, 1);
+  context.fillStyle = colour;
+  context.fillRect(0, 0, 1, 1);
+  const [r, g, b, a] = context.getImageData(0, 0, 1, 1).data;
+  return [r, g, b, a / 255];
+};
+const over = (top, under) => [0, 1, 2].map(i => top[i] * top[3] + under[i] * (1 - top[3])).concat(1);
+const behind = (element) => {
+  const layers = [];
+  for (let e = element; e; e = e.parentElement) layers.push(rgba(getComputedStyle(e).backgroundColor));
+  return layers.reverse().reduce((under, top) => over(top, under), [255, 255, 255, 1]);
+};
+const light = (colour) => {
+  const [x, y, z] = colour.map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+  return .2126 * x + .7152 * y + .0722 * z;
+};
+const poor = [];
+for (const element of document.querySelectorAll('body *')) {
+  const text = [...element.childNodes].filter(n => n.nodeType == 3).map(n => n.textContent).join('').trim();
+  const box = element.getBoundingClientRect(), style = getComputedStyle(element);
+  if (!text || !box.width || !box.height || style.visibility == 'hidden') continue;
+  if (element.closest('.katex-mathml, .visually-hidden, :disabled')) continue;
+  const back = behind(element), front = over(rgba(style.color), back);
+  const [a, b] = [light(front), light(back)].sort((x, y) => y - x);
+  const ratio = (a + .05) / (b + .05);
+  if (ratio < (parseFloat(style.fontSize) >= 24 ? 3 : 4.5)) {
+    poor.push([ratio.toFixed(2), element.tagName, String(element.className), text.slice(0, 30)]);
+  }
+}
+return poor;
+"""
+
+
+def visit(page: Page, name: str) -> None:
+    """A tab with something on it."""
+    page.tab(name)
+    if name == "Compare":
+        page.compare()
+    elif name == "Tokens":
+        wait_for(lambda: page.count("#strips .t"), 30)
+    elif name == "Samples":
+        page.click("#draw")
+        wait_for(lambda: page.count("#tallies .big") == 3 and not page.count("#tallies progress"), 90)
+    elif name == "Results":
+        wait_for(lambda: page.text("#report"), 30)
+    else:
+        page.click("#new-pair")
+        wait_for(lambda: page.count("#pair .card") == 2, 60)
+
+
+@pytest.mark.parametrize("width", SIZES)
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_every_tab_fits_and_has_contrast_aa(driver, url, width, dark):
+    """No sideways scrolling, all tabs in reach, text at 4.5 : 1 (3 : 1 from 24 px), no other host asked."""
+    page = Page(driver, url)
+    driver.get_log("performance")
+    page.open(width, dark)
+    assert page.count("[role=tab]") == len(TABS)
+    for name in TABS:
+        visit(page, name)
+        time.sleep(0.3)  # colours fade in
+        assert page.run("return document.documentElement.scrollWidth") <= width, name
+        assert page.run(CONTRAST) == [], name
+    assert all(address.startswith((url, "data:", "blob:")) for address in page.requests())
+    severe = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+    assert severe == []
+
+
+def test_a_vote_is_blind_until_it_is_cast(page):
+    visit(page, "Vote")
+    names = page.run("return document.querySelector('#pair').innerHTML")
+    assert not any(f">{run}<" in names for run in session().runs)
+    page.click("#left")
+    wait_for(lambda: page.count("#pair .run-0, #pair .run-1, #pair .run-2") == 2, 30)
+    wait_for(lambda: "against" in page.text("#standings"), 30)
+    assert page.run("return document.querySelector('#left').disabled")
