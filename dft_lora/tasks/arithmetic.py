@@ -13,9 +13,11 @@ chain is ever trained on under other names:
 
     set                      steps           size    wrong steps
     base's own training      1 to 3, few 4 5 any     8 %: the base is to be noisy
-    fine-tuning ("train")    1 to 3          3840    none: demonstrations are right, and mixed in style
+    fine-tuning ("train")    1 to 3          3840    8 %: the same teachers; demonstrations are never all right
+    the same, "train-clean"  1 to 3          3840    none
     arithmetic, test         1 to 3          300     -
     arithmetic-long, test    4 and 5         300     -
+    arithmetic-validation    1 to 3          120     -   (to choose settings by, so that no test set is)
 
 Sets are the same on every machine: `random.Random` of a string, and integers only.
 """
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from random import Random
 from zlib import crc32
@@ -233,19 +235,29 @@ def base_training(size: int, seed: int = 0) -> Part:
     return Part(f"base-{seed}", lengths=(1, 2, 3) * 8 + (4, 5), quarters=(2, 3), size=size, wrong=0.08)
 
 
-FINE_TUNING = Part("arithmetic/train", lengths=(1, 2, 3), quarters=(1,), size=3840)
+FINE_TUNING = Part("arithmetic/train", lengths=(1, 2, 3), quarters=(1,), size=3840, wrong=0.08)
+TRAIN = {"train": FINE_TUNING, "train-clean": replace(FINE_TUNING, wrong=0.0)}
 
 TASKS = (
     Arithmetic(
         "arithmetic",
         "word problems of 1 to 3 steps, as many as the fine-tuning set has",
-        {"train": FINE_TUNING, "test": Part("arithmetic/test", (1, 2, 3), quarters=(0,), size=300)},
+        {**TRAIN, "test": Part("arithmetic/test", (1, 2, 3), quarters=(0,), size=300)},
         max_new_tokens=96,
     ),
     Arithmetic(
         "arithmetic-long",
         "word problems of 4 and 5 steps, more than the fine-tuning set has",
-        {"train": FINE_TUNING, "test": Part("arithmetic-long/test", (4, 5), quarters=(0,), size=300)},
+        {**TRAIN, "test": Part("arithmetic-long/test", (4, 5), quarters=(0,), size=300)},
         max_new_tokens=160,
+    ),
+    Arithmetic(
+        "arithmetic-validation",
+        "word problems of 1 to 3 steps to choose settings by",
+        {
+            **TRAIN,
+            "test": Part("arithmetic-validation/test", (1, 2, 3), quarters=(0,), size=120),
+        },
+        max_new_tokens=96,
     ),
 )

@@ -1,6 +1,7 @@
-"""Rebuild the embedded base: `python -m dft_lora.model.tiny.build [--out DIR]` (one core, about 8 minutes).
+"""Rebuild the embedded base: `python -m dft_lora.model.tiny.build [--out DIR]` (6 minutes of one core).
 
-A Qwen2-shaped model of 1.1 million parameters, trained from nothing on the arithmetic task's own generator.
+A Llama-shaped model of 1.1 million parameters, trained from nothing on the arithmetic task's own generator
+(not Qwen2-shaped: AutoTokenizer gives any such folder Qwen's own pre-tokenizer, whatever it holds).
 Its teachers use five styles and get 8 % of the steps wrong, and training stops early, so the base is good but
 noisy: what it believes (greedy) is much better than what it says (temperature 1). It was frozen before any
 two objectives were compared.
@@ -29,9 +30,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
     get_cosine_schedule_with_warmup,
 )
 
@@ -116,18 +117,18 @@ def batches(rows: list, size: int, rng: Random) -> Iterator[tuple[torch.Tensor, 
         yield pad_sequence(ids, True, 0), pad_sequence(labels, True, IGNORE)  # causal: padding is never read
 
 
-def train(tokenizer, examples: int, seed: int) -> tuple[Qwen2ForCausalLM, list[float]]:
+def train(tokenizer, examples: int, seed: int) -> tuple[LlamaForCausalLM, list[float]]:
     """One pass over `examples` fresh problems; returns the model and the loss of each step (nats a token)."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # how sums are split among threads decides the last bits
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         **SHAPE,
     )
-    model = Qwen2ForCausalLM(config).train()
+    model = LlamaForCausalLM(config).train()
     renderer = Renderer(tokenizer)
     rows = [encode(renderer, problem) for problem in base_training(examples, seed).problems()]
     steps = -(-examples // BATCH)
