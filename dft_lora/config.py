@@ -94,8 +94,12 @@ class TrainConfig(Part):
     save_steps: int | None = Field(None, ge=1)
     """Steps between checkpoints; null: one every five minutes. The end and a signal always bring one."""
     keep_checkpoints: int = Field(2, ge=1)
+    loss_chunk_mb: int | None = Field(None, ge=1)
+    """Workspace of the loss; null: the loss engine's own choice."""
     skip_rows: float = Field(0.0, ge=0, lt=1)
     """Relative budget of loss rows to drop (`token_logps(skip=)`); only with a weighted objective."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where each step's figures go beside `metrics.jsonl` and `curves.png`."""
     seed: int = Field(0, ge=0)
 
     @field_validator("micro_batch_size")

@@ -3,6 +3,7 @@
     adapter/                 the trained adapter, peft format, safetensors (absent for a bare base)
     run.json                 resolved recipe, versions, commit, device, hashes, command, figures
     metrics.jsonl            one line a logged step
+    curves.png               nll, mean probability and entropy of the training steps
     checkpoints/             where training goes on from
     evaluation/TASK.jsonl    one line a sample
     report.json

@@ -177,7 +177,7 @@ def write_report(folders: Sequence[RunFolder], out: Path | None, tasks: Iterable
     """Build the report and, where `out` is given, write report.json, report.md and plots/ there."""
     report = build(folders, tasks)
     if out is not None:
-        from . import plots
+        from .. import plots
 
         write_json(out / "report.json", report)
         plots.accuracy(report, out / "plots" / "accuracy.png")

@@ -15,7 +15,7 @@ from ..model.hardware import choose
 from ..model.load import count_parameters, load_model_config, resolve
 from .plan import Plan
 
-FREE = ("name", "output", "evaluate.", "train.save_steps", "train.keep_checkpoints")
+FREE = ("name", "output", "evaluate.", "train.save_steps", "train.keep_checkpoints", "train.trackers")
 """Recipe fields that do not touch the training steps."""
 LENGTH = ("train.max_steps", "train.epochs")
 """Fields that make the number of steps, which is compared in their place."""

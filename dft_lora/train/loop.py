@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from ..loss.token_logps import _chunk_rows
 from ..model.attention import choose_arrangement
 from ..model.backends import build
 from ..model.hardware import peak_memory_mb
+from ..plots import curves
 from ..provenance import certificate
 from ..run_folder import RunFolder
 from .checkpoints import Checkpoints, State, random_state, set_random_state, write_adapter
@@ -48,7 +49,9 @@ from .figures import Sums, Totals, finite
 from .identity import identity, refuse_differences
 from .optimizer import make_optimizer, schedule
 from .plan import Plan, make_plan
+from .preflight import auto_micro_batch
 from .ranks import Ranks
+from .trackers import begin, finish, track
 
 AUTO_MICRO_BATCH = 4
 
@@ -82,11 +85,14 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
         trainer = Trainer(plan, ranks)
         if state is not None:
             trainer.restore(state)
+        elif recipe.train.micro_batch_size == "auto" and ranks.device.type == "cuda":
+            trainer.layout = replace(trainer.layout, micro_batch_size=auto_micro_batch(trainer))
         if ranks.is_main:
             folder.cut_metrics(trainer.done)
             folder.write_run(
                 **trainer.facts(), **trainer.standing(), identity=itself, **birth(folder, trainer)
             )
+            begin(ranks.accelerator, recipe.as_dict())
         clock = SaveClock(recipe.train.save_steps)
         with trainer.progress_bar() as bar:
             while trainer.done < plan.steps:
@@ -95,6 +101,7 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
                 if ranks.is_main:
                     if trainer.done % recipe.train.logging_steps == 0 or finished:
                         folder.log(figures)
+                        track(ranks.accelerator, figures)
                     show(bar, figures)
                 asked, due = ranks.any(stop.asked, clock.due(trainer.done))
                 if asked or due or finished:
@@ -106,6 +113,8 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
         if ranks.is_main:
             write_adapter(folder.adapter, trainer.adapter_weights(), trainer.adapter_config)
             folder.write_run(figures={"seconds": trainer.seconds, "last": folder.metrics()[-1]})
+            curves({folder.name: folder}, folder.path / "curves.png")
+            finish(ranks.accelerator)
     return folder
 
 
@@ -159,7 +168,11 @@ class Trainer:
         )
         torch.manual_seed(self.recipe.train.seed + self.ranks.rank)  # dropout differs between ranks
         size = self.recipe.train.micro_batch_size
-        self.layout = Layout(min(self.recipe.train.batch_size, AUTO_MICRO_BATCH) if size == "auto" else size)
+        chunk_mb = self.recipe.train.loss_chunk_mb
+        self.layout = Layout(
+            min(self.recipe.train.batch_size, AUTO_MICRO_BATCH) if size == "auto" else size,
+            chunk_mb and chunk_mb * 2**20,
+        )
         self.retreats: list[dict[str, Any]] = []
         self.skips = Skips()
         self.done, self.seconds = 0, 0.0

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ..config import Recipe
-from ..errors import RequestError
+from ..errors import RequestError, RunError
 from ..model.hardware import choose
+from .trackers import check_trackers
 
 
 class Ranks:
     """Accelerate's view of this process among the others; alone, sums are what they are.
 
-    float16 bases get loss scaling. Raises RequestError when there are more processes than examples in a step.
+    float16 bases get loss scaling. Raises RequestError when there are more processes than examples in a step,
+    or a tracker is not installed; later RunError when another process is gone.
     """
 
     def __init__(self, recipe: Recipe):
@@ -24,7 +27,10 @@ class Ranks:
         hardware = choose(recipe.model.dtype)
         # Without `cpu`, accelerate takes two CPU processes of torchrun for two runs of one process.
         self.accelerator = Accelerator(
-            cpu=hardware.device.type == "cpu", mixed_precision="fp16" if hardware.scales_loss else "no"
+            cpu=hardware.device.type == "cpu",
+            mixed_precision="fp16" if hardware.scales_loss else "no",
+            log_with=check_trackers(recipe.train.trackers),
+            project_dir=str(recipe.output_dir),
         )
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
@@ -36,15 +42,18 @@ class Ranks:
             )
 
     def wait(self) -> None:
-        self.accelerator.wait_for_everyone()
+        with self._together():
+            self.accelerator.wait_for_everyone()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """`values` added up over all ranks."""
-        return self.accelerator.reduce(values, reduction="sum")
+        with self._together():
+            return self.accelerator.reduce(values, reduction="sum")
 
     def stack(self, values: torch.Tensor) -> torch.Tensor:
         """[ranks, ...] on the CPU, from each rank's own `values`."""
-        return self.accelerator.gather(values[None].to(self.device)).cpu()
+        with self._together():
+            return self.accelerator.gather(values[None].to(self.device)).cpu()
 
     def any(self, *flags: bool) -> list[bool]:
         """Each flag, true for all ranks where it is true for one: they decide alike."""
@@ -65,6 +74,19 @@ class Ranks:
         pieces = self.sum(flat).split([p.numel() for p in parameters])
         for parameter, piece in zip(parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Gloo and NCCL report a lost process as a RuntimeError; alone there is none to lose."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1:
+                raise
+            reason = (str(error).splitlines() or [""])[0][:120]
+            raise RunError(
+                f"another process of this run is gone ({reason}); --resume goes on from the newest checkpoint"
+            ) from None
 
     @property
     def scaler(self) -> Any:

@@ -1,4 +1,4 @@
-"""The report's pictures. matplotlib is imported here only, late, without a display."""
+"""Pictures of runs and reports. matplotlib is imported here only, late, without a display."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..run_folder import RunFolder
+from .run_folder import RunFolder
 
 COLOURS = ("#6b7280", "#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626")
 

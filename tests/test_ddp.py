@@ -1,0 +1,111 @@
+"""Two gloo processes on a CPU: the same adapter as one process, and no orphan when one of them dies."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+from fault_runs import finish, run, start, write_data, write_recipe
+from safetensors.torch import load_file
+
+from dft_lora.run_folder import RunFolder
+from dft_lora.train.checkpoints import Checkpoints
+
+PLAIN = {"optimizer": "adamw", "max_steps": 4, "batch_size": 6, "save_steps": None}
+
+
+def join(rank: int, port: int) -> None:
+    """What a launcher sets in the environment of each process."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_two(*arguments: str) -> list:
+    port = free_port()
+    return [start(*arguments, setup=partial(join, rank, port)) for rank in (0, 1)]
+
+
+def recipe(tmp_path, name: str, **train):
+    data = write_data(tmp_path / "rows.jsonl")
+    adapter = {"r": 8, "dropout": 0.0, "target_modules": "all-linear"}
+    changes = {"train": PLAIN | train, "adapter": adapter}
+    return write_recipe(tmp_path / f"{name}.json", data, tmp_path / name, **changes)
+
+
+def weights(path):
+    return load_file(path / "adapter" / "adapter_model.safetensors")
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Examples of different lengths: a mean of each process's means would be far off."""
+    code, log = run("train", str(recipe(tmp_path, "one")))
+    assert code == 0, log
+    ends = [finish(child) for child in start_two("train", str(recipe(tmp_path, "two")))]
+    assert [code for code, _ in ends] == [0, 0], ends
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, weight in one.items():
+        assert (weight - two[name]).abs().max() <= 1e-5, name
+    assert any(weight.abs().max() > 1e-4 for name, weight in one.items() if "lora_B" in name)
+    for a, b in zip(
+        RunFolder(tmp_path / "one").metrics(), RunFolder(tmp_path / "two").metrics(), strict=True
+    ):
+        assert a["supervised_tokens"] == b["supervised_tokens"] and a["tokens"] == b["tokens"]
+        assert b["nll"] == pytest.approx(a["nll"], abs=1e-5) and b["loss"] == pytest.approx(
+            a["loss"], abs=1e-5
+        )
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_is_killed_the_other_ends_with_a_valid_checkpoint(tmp_path, victim):
+    path = recipe(tmp_path, "two", max_steps=10_000, save_steps=2)
+    children = start_two("train", str(path))
+    checkpoints = Checkpoints(tmp_path / "two" / "checkpoints", keep=3)
+    deadline = time.monotonic() + 300
+    while len(checkpoints.all()) < 2:
+        assert time.monotonic() < deadline and all(child.is_alive() for child in children), "no checkpoint"
+        time.sleep(0.1)
+    os.kill(children[victim].pid, signal.SIGKILL)
+    killed = time.monotonic()
+    children[1 - victim].join(60)
+    seconds = time.monotonic() - killed
+    assert not children[1 - victim].is_alive(), "the other process hangs"
+    code, log = finish(children[1 - victim])
+    assert code == 1 and seconds < 60
+    assert re.search(r"error: another process of this run is gone .*--resume", log), log
+    assert "Traceback" not in log
+    state, _ = checkpoints.newest()
+    assert state.step >= 2 and all(torch.isfinite(weight).all() for weight in state.adapter.values())
+
+
+@pytest.mark.slow
+def test_accelerate_launch(tmp_path):
+    """The documented command, launcher and all."""
+    path = recipe(tmp_path, "two")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", str(free_port()), "-m", "dft_lora", "train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["provenance"]["processes"] == 2
+    assert len(RunFolder(tmp_path / "two").metrics()) == 4
