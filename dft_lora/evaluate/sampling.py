@@ -15,7 +15,7 @@ from typing import Any
 from ..config import EvaluateConfig, Recipe, digest
 from ..data.templates import Renderer
 from ..errors import RequestError
-from ..model.generate import Completion, Request, generate
+from ..model.generate import Completion, Request, generate, rows_that_fit
 from ..model.load import load_adapters, load_base, load_tokenizer
 from ..provenance import certificate
 from ..run_folder import RunFolder, read_json, read_lines, write_json
@@ -176,7 +176,15 @@ def _answer(
             if len(pending) >= CHUNK:
                 flush()
 
-        generate(model, requests, stop_ids=renderer.stop_ids, pad_id=renderer.pad_id, on_progress=on_progress)
+        longest = max((len(request.prompt_ids) for request in requests), default=1) + limit
+        generate(
+            model,
+            requests,
+            stop_ids=renderer.stop_ids,
+            pad_id=renderer.pad_id,
+            batch_rows=rows_that_fit(model, longest),
+            on_progress=on_progress,
+        )
     flush()
 
 
