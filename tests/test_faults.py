@@ -203,7 +203,7 @@ def test_layouts_shrink_to_one_row_of_one_example_and_no_further():
     layout, seen = Layout(5), []
     while layout is not None:
         seen.append((layout.micro_batch_size, layout.chunk_bytes))
-        layout = layout.smaller(rows=8, row_bytes=100)
+        layout = layout.smaller(rows=8, row_bytes=100, first=len(seen) == 1)
     assert seen == [(5, None), (5, 400), (3, 400), (2, 400), (1, 400), (1, 200), (1, 100)]
 
 
@@ -470,7 +470,7 @@ def test_all_of_this_costs_at_most_3_percent_of_a_step(make_trainer, tmp_path):
 
     times = {bare_step: [], guarded_step: []}
     rng = random.Random(0)
-    for step in range(120):
+    for step in range(60):
         for work in rng.sample(list(times), 2):
             started = time.process_time()
             work(trainer, step)

@@ -249,7 +249,8 @@ class Trainer:
         weight_VD = self.head.weight_VD
         widest = max(batch.supervised for batch in batches)
         rows = _chunk_rows(weight_VD, len(weight_VD), widest, self.layout.chunk_bytes)
-        smaller = self.layout.smaller(min(rows, max(1, widest)), len(weight_VD) * weight_VD.element_size())
+        row_bytes = len(weight_VD) * weight_VD.element_size()
+        smaller = self.layout.smaller(min(rows, max(1, widest)), row_bytes, first=not self.retreats)
         if smaller is None or len(self.retreats) == RETREATS:
             sizes = [tuple(batch.input_ids_BL.shape) for batch in batches]
             raise RunError(out_of_memory_text(self.layout, sizes, passed, self.checkpointing))
