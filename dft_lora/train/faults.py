@@ -102,9 +102,9 @@ class Layout:
     def smaller(self, rows: int, row_bytes: int, first: bool) -> Layout | None:
         """The next smaller layout, None when there is none.
 
-        At `first` half the loss chunk, which holds `rows` rows of `row_bytes` (below the engine's floor too); then
-        half the micro-batch, which doubles accumulation; with micro-batches of one example, half the chunk
-        again, down to one row.
+        At `first` half the loss chunk, which holds `rows` rows of `row_bytes` (below the engine's floor too);
+        then half the micro-batch, which doubles accumulation; with micro-batches of one example, half the
+        chunk again, down to one row.
         """
         chunk = self.chunk_bytes or rows * row_bytes
         if not first and self.micro_batch_size > 1:
