@@ -211,6 +211,92 @@ def copy(name: str, path: str) -> None:
 
 
 @main.command()
+@click.argument("recipe")
+@set_option
+@click.option("--gpu-memory", metavar="SIZE", help="Fit a GPU of this size, such as 16GB, here or elsewhere.")
+@json_option
+def preflight(recipe: str, changes: tuple[str, ...], gpu_memory: str | None, as_json: bool) -> None:
+    """Measure memory and time of a run before it, and propose settings that fit.
+
+    Example: dft-lora preflight qwen2.5-math-1.5b_dft --gpu-memory 16GB
+    """
+    chosen = load_recipe(recipe, changes)
+    from .train.preflight import preflight as run
+    from .train.preflight import read_size, table
+
+    found = run(chosen, read_size(gpu_memory) if gpu_memory else None)
+    click.echo(json.dumps(found, indent=1) if as_json else table(found))
+
+
+run_argument = click.argument("run_dir", type=click.Path())
+
+
+@main.command()
+@run_argument
+@click.argument("out", type=click.Path())
+@click.option("--dtype", default="bfloat16", type=click.Choice(["bfloat16", "float16"]), show_default=True)
+@json_option
+def merge(run_dir: str, out: str, dtype: str, as_json: bool) -> None:
+    """Merge a run's adapter into the 16-bit base, and print how far the logits moved.
+
+    Example: dft-lora merge runs/tiny_dft merged/tiny_dft
+    """
+    from .export import merge as run
+    from .run_folder import RunFolder
+
+    drift = run(RunFolder.open(run_dir), Path(out), dtype)
+    if as_json:
+        click.echo(json.dumps(drift, indent=1))
+        return
+    for against, far in drift.items():
+        click.echo(f"{against.replace('_', ' '):14} " + ", ".join(f"{k} {v:.3g}" for k, v in far.items()))
+
+
+@main.command()
+@run_argument
+@click.argument("repository")
+@click.option("--merged", type=click.Path(exists=True), help="Push this merged model instead of the adapter.")
+@click.option("--public", is_flag=True, help="Make the repository public; it is private otherwise.")
+def push(run_dir: str, repository: str, merged: str | None, public: bool) -> None:
+    """Upload a run's adapter to the Hub, with a model card made from its figures.
+
+    Example: dft-lora push runs/tiny_dft me/tiny-dft
+    """
+    from .export import push as run
+    from .run_folder import RunFolder
+
+    click.echo(run(RunFolder.open(run_dir), repository, Path(merged) if merged else None, private=not public))
+
+
+@main.command()
+@run_argument
+@click.option("--to", "target", required=True, type=click.Choice(["vllm", "gguf", "ollama"]))
+@click.option("--merged", type=click.Path(), help="The merged model (gguf, ollama).")
+@click.option("--out", type=click.Path(), help="The GGUF file; beside the merged model by default.")
+@click.option("--quantize", metavar="TYPE", help="Quantise with llama-quantize, such as Q4_K_M.")
+@click.option("--llama-cpp", type=click.Path(), help="A checkout of llama.cpp; LLAMA_CPP by default.")
+def export(run_dir, target, merged, out, quantize, llama_cpp) -> None:
+    """Hand a run to another engine: vLLM's command line, a GGUF file, or a model in Ollama.
+
+    Example: dft-lora export runs/tiny_dft --to vllm
+    """
+    from .export import to_gguf, to_ollama, vllm_command
+    from .run_folder import RunFolder
+
+    run = RunFolder.open(run_dir)
+    if target == "vllm":
+        click.echo(vllm_command(run))
+        return
+    if merged is None:
+        raise RequestError(f"--merged: {target} needs a merged model; dft-lora merge {run_dir} OUT makes one")
+    file = Path(out) if out else Path(merged) / f"{run.name}.gguf"
+    file = to_gguf(Path(merged), file, Path(llama_cpp) if llama_cpp else None, quantize)
+    if target == "ollama":
+        to_ollama(file, run.name.lower())
+    click.echo(file)
+
+
+@main.command()
 @click.argument("recipe", required=False)
 @set_option
 @json_option

@@ -1,0 +1,240 @@
+"""After training: a merged model, the Hub, vLLM, llama.cpp and Ollama, each by the tool that exists for it.
+
+An adapter is merged into the 16-bit base. Merged into the 4-bit one, each weight would be rounded to 4 bits
+once more, and much of what was learned with it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config import ModelConfig
+from .errors import MissingPart, RequestError, RunError
+from .run_folder import RunFolder, read_json, write_text
+
+PROBES = 8
+
+
+def merge(run: RunFolder, out: Path, dtype: str = "bfloat16") -> dict[str, Any]:
+    """Write base + adapter as one 16-bit model, with tokenizer and card, to the new folder `out`.
+
+    Returns its drift: how far its logits are from those of the model as it was trained (4-bit base and
+    adapter), and from the unmerged 16-bit one. Raises RequestError when `out` exists or there is no adapter.
+    """
+    import torch
+
+    from .model.load import load_adapters, load_base, load_tokenizer
+
+    if not run.has_adapter:
+        raise RequestError(f"{run.path}: no adapter to merge; the run has not finished")
+    if out.exists():
+        raise RequestError(f"{out} exists; name another folder")
+    config, cpu = run.recipe().model, torch.device("cpu")
+    tokenizer = load_tokenizer(config)
+    rows = probe_rows(tokenizer, run.run()["template"])
+
+    def adapted(config: ModelConfig) -> Any:
+        return load_adapters(load_base(config, cpu)[0], {"default": run.adapter})
+
+    trained = logits_of(adapted(config), rows)
+    model = adapted(config.model_copy(update={"quantization": "none", "dtype": dtype}))
+    unmerged = logits_of(model, rows)
+    model = model.merge_and_unload(safe_merge=True)
+    merged = logits_of(model, rows)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    drift = {"from_training": difference(trained, merged), "from_unmerged": difference(unmerged, merged)}
+    write_text(out / "README.md", card(run, merged=True, drift=drift))
+    return drift
+
+
+def probe_rows(tokenizer: Any, template: str) -> list[list[int]]:
+    """A few problems of the embedded task with their solutions, as the run renders them."""
+    from .data.templates import Renderer
+    from .tasks import get_task
+
+    renderer = Renderer(tokenizer, template)
+    return [list(renderer.render(p).ids) for p in get_task("arithmetic").problems("train")[:PROBES]]
+
+
+def logits_of(model: Any, rows: Sequence[Sequence[int]]) -> list[Any]:
+    """Logits [L, V] in float32 of each row alone."""
+    import torch
+
+    with torch.no_grad():
+        return [model(input_ids=torch.tensor([list(row)])).logits[0].float() for row in rows]
+
+
+def difference(before: Sequence[Any], after: Sequence[Any]) -> dict[str, float]:
+    """Largest change of a logit, mean KL(before || after) in nats, share of positions of equal top token."""
+    import torch
+
+    b_NV, a_NV = torch.cat(list(before)), torch.cat(list(after))
+    logp_NV, logq_NV = b_NV.log_softmax(-1), a_NV.log_softmax(-1)
+    return {
+        "largest_logit_change": float((b_NV - a_NV).abs().max()),
+        "mean_kl": float((logp_NV.exp() * (logp_NV - logq_NV)).sum(-1).mean()),
+        "same_top1": float((b_NV.argmax(-1) == a_NV.argmax(-1)).float().mean()),
+    }
+
+
+def push(run: RunFolder, repository: str, merged: Path | None = None, private: bool = True) -> str:
+    """Upload the adapter, or a merged model, with its card; returns the address.
+
+    Raises RequestError when the run holds no adapter, RunError with the Hub's own reason when it refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    if merged is None and not run.has_adapter:
+        raise RequestError(f"{run.path}: no adapter to push; the run has not finished")
+    try:
+        api = HfApi()
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        if merged is not None:
+            api.upload_folder(repo_id=repository, folder_path=merged)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                shutil.copytree(run.adapter, folder, dirs_exist_ok=True)
+                write_text(Path(folder) / "README.md", card(run))
+                api.upload_folder(repo_id=repository, folder_path=folder)
+    except HFValidationError as error:
+        raise RequestError(f"{repository!r} is no repository name: {_line(error)}") from None
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise RunError(
+            f"the Hub did not take {repository}: {_line(error)} (hf auth login gives it a token)"
+        ) from None
+    return str(address)
+
+
+def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = None) -> str:
+    """The model card, from run.json and, where the run was evaluated, report.json."""
+    facts, recipe = run.run(), run.recipe()
+    base, name = recipe.model.name, run.name
+    header: dict[str, Any] = {
+        "base_model": base,
+        "library_name": "transformers" if merged else "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["dft", "dynamic-fine-tuning", "lora", *([] if merged else ["qlora"])],
+    }
+    if recipe.data.source.count("/") == 1 and not Path(recipe.data.source).exists():
+        header["datasets"] = [recipe.data.source]
+    objective, train = recipe.objective.name, recipe.train
+    birth, last = facts["provenance"], facts["figures"]["last"]
+    lines = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# {name}",
+        f"`{base}` fine-tuned with the objective `{objective}` as a LoRA adapter "
+        f"(r {recipe.adapter.r}, alpha {recipe.adapter.alpha:g}) over a base in "
+        f"{recipe.model.quantization}, on `{recipe.data.source}`"
+        + (", then merged into the 16-bit base." if merged else "."),
+        "## Training",
+        f"{last['step']} steps of {train.batch_size} examples, AdamW {train.learning_rate:g}, "
+        f"{train.schedule}, seed {train.seed}; {facts['figures']['seconds']:.0f} s on {birth['device']} in "
+        f"{birth['dtype']}. Last step: NLL {last['nll']:.3f}, mean target probability "
+        f"{last['mean_probability']:.3f}. Prompt template: `{facts['template']}`.",
+        f"Made with dft-lora {birth['versions']['dft-lora']} (commit {birth['commit']}), "
+        f"torch {birth['versions']['torch']}, transformers {birth['versions']['transformers']}, "
+        f"{birth['date'][:10]}.",
+        "## Evaluation",
+        _results(run),
+    ]
+    if drift:
+        far = drift["from_training"]
+        lines += [
+            f"Merging left the 4-bit base the adapter was trained on: the largest change of a logit is "
+            f"{far['largest_logit_change']:.3g}, mean KL {far['mean_kl']:.2g} nats, the same first token at "
+            f"{far['same_top1']:.1%} of positions. The figures above are of the 4-bit model."
+        ]
+    lines += ["## Use", "```sh\n" + (f"vllm serve {name}" if merged else vllm_command(run)) + "\n```"]
+    return "\n\n".join(lines) + "\n"
+
+
+def _results(run: RunFolder) -> str:
+    if not run.report_file.is_file():
+        return "Not evaluated."
+    runs = read_json(run.report_file)["runs"]
+    lines = [
+        "| run | task | sampled accuracy | 95 % interval | greedy | problems |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {name} | {task} | {r['avg']:.1%} | {r['ci95'][0]:.1%} to {r['ci95'][1]:.1%} | "
+        f"{r['greedy']:.1%} | {r['problems']} |"
+        for name, run_ in runs.items()
+        for task, r in run_["tasks"].items()
+    ]
+    return "\n".join(lines)
+
+
+def vllm_command(run: RunFolder) -> str:
+    """How vLLM serves the adapter over its base, as it is."""
+    recipe = run.recipe()
+    return (
+        f"vllm serve {recipe.model.name} --enable-lora --max-lora-rank {max(8, recipe.adapter.r)} "
+        f"--lora-modules {run.name}={run.adapter}"
+    )
+
+
+def to_gguf(merged: Path, out: Path, llama_cpp: Path | None = None, quantize: str | None = None) -> Path:
+    """A merged model as a GGUF file, by llama.cpp's own converter; `quantize`: such as Q4_K_M.
+
+    Raises MissingPart where llama.cpp is not at hand, RunError when one of its tools fails.
+    """
+    home = llama_cpp or (Path(os.environ["LLAMA_CPP"]) if "LLAMA_CPP" in os.environ else None)
+    converter = home / "convert_hf_to_gguf.py" if home else None
+    if home is None or converter is None or not converter.is_file():
+        raise MissingPart(
+            "convert_hf_to_gguf.py was not found: git clone https://github.com/ggml-org/llama.cpp, "
+            "pip install -r its requirements.txt, and name the folder with --llama-cpp or LLAMA_CPP"
+        )
+    if not (merged / "config.json").is_file():
+        raise RequestError(f"{merged}: no merged model; dft-lora merge RUN_DIR {merged} makes one")
+    whole = out if quantize is None else out.with_suffix(".bf16.gguf")
+    _call(sys.executable, str(converter), str(merged), "--outfile", str(whole), "--outtype", "bf16")
+    if quantize:
+        tool = shutil.which("llama-quantize") or shutil.which("llama-quantize", path=str(home / "build/bin"))
+        if tool is None:
+            raise MissingPart(f"llama-quantize was not found: build llama.cpp in {home}, or put it on PATH")
+        _call(tool, str(whole), str(out), quantize)
+        whole.unlink()
+    return out
+
+
+def to_ollama(gguf: Path, name: str) -> None:
+    """Register a GGUF file with Ollama. Raises MissingPart where it is not installed."""
+    if shutil.which("ollama") is None:
+        raise MissingPart("ollama is not installed: https://ollama.com/download")
+    modelfile = gguf.with_suffix(".Modelfile")
+    write_text(modelfile, f"FROM {gguf.resolve()}\n")
+    _call("ollama", "create", name, "-f", str(modelfile))
+
+
+def _call(*command: str) -> None:
+    """Run a tool, its output on stderr. Raises RunError naming it when it fails."""
+    with _naming(command[0]):
+        code = subprocess.run(command, stdout=sys.stderr.fileno()).returncode
+    if code:
+        raise RunError(f"{' '.join(command)} failed with exit code {code}")
+
+
+@contextmanager
+def _naming(tool: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{tool} could not be started: {error.strerror}") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

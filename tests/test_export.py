@@ -1,0 +1,129 @@
+"""Merging keeps what was learned, cards say what was measured, and foreign tools are called or named."""
+
+import json
+import stat
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from dft_lora.cli import main
+from dft_lora.config import load_recipe
+from dft_lora.errors import MissingPart, RequestError, RunError
+from dft_lora.export import card, difference, logits_of, merge, probe_rows, push, to_gguf, vllm_command
+from dft_lora.model.load import load_adapters, load_base, load_tokenizer
+from dft_lora.run_folder import RunFolder
+from dft_lora.train.loop import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "tiny-run"
+    changes = ("train.max_steps=3", "train.batch_size=8", "train.learning_rate=0.01", "data.sample=64")
+    return train(load_recipe("tiny_dft", (*changes, "train.micro_batch_size=8", f"output={out}")))
+
+
+@pytest.fixture(scope="module")
+def merged(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("merged") / "model"
+    return out, merge(run, out)
+
+
+def test_the_merged_model_is_the_16_bit_base_with_the_adapter(run, merged):
+    from transformers import AutoModelForCausalLM
+
+    out, drift = merged
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    config = run.recipe().model.model_copy(update={"quantization": "none", "dtype": "float32"})
+    rows = probe_rows(load_tokenizer(config), run.run()["template"])
+    exact = logits_of(load_adapters(load_base(config)[0], {"default": run.adapter}), rows)
+    base = logits_of(load_base(config)[0], rows)
+    far = difference(exact, logits_of(model, rows))
+    assert far["mean_kl"] < 0.1 * difference(exact, base)["mean_kl"], "what was learned is lost"
+    assert far["mean_kl"] < 1e-3 and far["same_top1"] > 0.98
+    assert drift["from_unmerged"]["mean_kl"] < drift["from_training"]["mean_kl"], "leaving 4 bits moves more"
+
+
+def test_merging_refuses_what_exists_and_a_run_without_adapter(run, merged, tmp_path):
+    with pytest.raises(RequestError, match="exists"):
+        merge(run, merged[0])
+    bare = RunFolder(tmp_path / "bare")
+    bare.write_run(recipe=run.run()["recipe"])
+    with pytest.raises(RequestError, match="no adapter"):
+        merge(bare, tmp_path / "out")
+    with pytest.raises(RequestError, match="no adapter"):
+        push(bare, "a/b")
+
+
+def test_the_card_holds_the_figures_of_the_run(run, merged):
+    text = card(run)
+    header = yaml.safe_load(text.split("---")[1])
+    assert header["base_model"] == "tiny" and header["library_name"] == "peft"
+    last = run.metrics()[-1]
+    assert f"NLL {last['nll']:.3f}" in text and "`dft`" in text and "Not evaluated." in text
+    assert vllm_command(run) in text
+    far = merged[1]["from_training"]
+    assert f"{far['largest_logit_change']:.3g}" in (merged[0] / "README.md").read_text()
+
+
+def test_the_card_holds_the_report(run, tmp_path):
+    cell = {"avg": 0.5, "ci95": [0.4, 0.6], "greedy": 0.55, "problems": 200}
+    run.report_file.write_text(json.dumps({"runs": {"tiny-run": {"tasks": {"arithmetic": cell}}}}))
+    try:
+        assert "| tiny-run | arithmetic | 50.0% | 40.0% to 60.0% | 55.0% | 200 |" in card(run)
+    finally:
+        run.report_file.unlink()
+
+
+def test_the_hub_is_reached_or_its_absence_told_in_a_line(run, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RunError, match="me/model") as error:
+        push(run, "me/model")
+    assert "\n" not in str(error.value)
+
+
+def test_llama_cpp_is_named_where_it_is_missing_and_called_where_it_is(run, merged, tmp_path, monkeypatch):
+    """The stand-in converter only notes how it was called; llama.cpp itself is too large for a test."""
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    with pytest.raises(MissingPart, match="LLAMA_CPP"):
+        to_gguf(merged[0], tmp_path / "x.gguf")
+    home = tmp_path / "llama.cpp"
+    (home / "build/bin").mkdir(parents=True)
+    note = "import sys, pathlib; pathlib.Path(sys.argv[3]).write_text(' '.join(sys.argv[1:]))"
+    (home / "convert_hf_to_gguf.py").write_text(note)
+    out = to_gguf(merged[0], tmp_path / "x.gguf", home)
+    assert out.read_text() == f"{merged[0]} --outfile {out} --outtype bf16"
+    quantize = home / "build/bin/llama-quantize"
+    quantize.write_text('#!/bin/sh\necho "$3" > "$2"\n')
+    quantize.chmod(quantize.stat().st_mode | stat.S_IXUSR)
+    out = to_gguf(merged[0], tmp_path / "q.gguf", home, "Q4_K_M")
+    assert out.read_text() == "Q4_K_M\n" and not (tmp_path / "q.bf16.gguf").exists()
+    (home / "convert_hf_to_gguf.py").write_text("raise SystemExit(3)")
+    with pytest.raises(RunError, match="exit code 3"):
+        to_gguf(merged[0], tmp_path / "x.gguf", home)
+    with pytest.raises(RequestError, match="no merged model"):
+        to_gguf(tmp_path, tmp_path / "x.gguf", home)
+
+
+def test_the_commands(run, merged):
+    def call(*arguments):
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    done = call("export", run.path, "--to", "vllm")
+    assert done.exit_code == 0 and "--enable-lora" in done.output and str(run.adapter) in done.output
+    assert call("export", run.path, "--to", "gguf").exit_code == 2
+    assert call("merge", run.path, merged[0]).exit_code == 2
+
+
+def test_a_run_leaves_its_curves_and_trackers_are_named_where_missing(run, monkeypatch):
+    from dft_lora.train import trackers
+
+    assert (run.path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(MissingPart, match=r"train\.trackers: wandb .* pip install wandb"):
+        trackers.check_trackers(["wandb"])
+    assert trackers.check_trackers([]) is None
