@@ -8,7 +8,8 @@ from dft_lora.errors import RequestError, did_you_mean
 from dft_lora.tasks.base import Task
 
 _HOMES = {
-    "dft_lora.tasks.arithmetic": ("arithmetic", "arithmetic-long"),
+    "dft_lora.tasks.arithmetic": ("arithmetic", "arithmetic-long", "arithmetic-validation"),
+    "dft_lora.tasks.codebook": ("codebook",),
     "dft_lora.tasks.benchmarks": (
         "math500",
         "minerva",

@@ -1,0 +1,126 @@
+"""Advice before the run: how probable the user's own solutions are under the base, and what that favours.
+
+DFT weighs a token by its probability. Where the base already finds the solutions likely (mathematics) this
+helps; where it does not (new facts, other languages) there is next to nothing left to learn from. Beyond Log
+Likelihood (arXiv 2510.00526, table 5) measured where the turn is: at a mean target probability of about 0.8 DFT
+wins, at 0.5 nobody does, near 0.1 plain NLL wins. The limits below lie halfway between.
+
+Legend: T supervised tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from ..config import Recipe
+from ..data.doctor import Finding, examine, usable
+from ..data.sources import load_problems
+from ..data.templates import Example, Renderer
+from ..errors import DataError
+from ..model.load import load_base, load_tokenizer
+from ..provenance import certificate
+from .tokens import TokenTable, score
+
+FAVOURS_DFT, FAVOURS_SFT = 0.65, 0.30
+LOW, HIGH = 0.1, 0.9
+BINS = 10
+EXAMPLES = 256  # of about 200 tokens each: the mean probability is then known to about 0.01
+
+
+def diagnose(recipe: Recipe, examples: int = EXAMPLES) -> dict[str, Any]:
+    """Score at most `examples` of the recipe's training examples under its base; figures and a verdict.
+
+    Raises a RequestError before a model is loaded when recipe or data cannot be used.
+    """
+    chosen, counts, findings, renderer = _examples(recipe, examples)
+    model, hardware = load_base(recipe.model)
+    table = score(model, chosen, pad_id=renderer.pad_id)
+    hardest = np.argsort(table.nll_E)[::-1][:5]
+    return {
+        **figures(table),
+        "examples": len(chosen),
+        "least_likely_examples": [{"id": chosen[i].id, "nll": float(table.nll_E[i])} for i in hardest],
+        "data": counts,
+        "findings": [asdict(finding) | {"rows": finding.rows[:100]} for finding in findings],
+        "provenance": certificate(device=hardware.name, seed=recipe.train.seed),
+    }
+
+
+def figures(table: TokenTable) -> dict[str, Any]:
+    """The diagnosis of scored tokens: all numbers behind the verdict, and the verdict."""
+    p_T = table.p_T
+    mean = float(p_T.mean())
+    dft_pull_T = p_T * table.pull_T
+    favoured, verdict = advice(mean)
+    return {
+        "mean_probability": mean,
+        "median_probability": float(np.median(p_T)),
+        "nll": float(-table.logp_T.mean()),
+        "histogram": np.histogram(p_T, BINS, (0, 1))[0].tolist(),
+        "share_below_0.1": float((p_T < LOW).mean()),
+        "share_above_0.9": float((p_T > HIGH).mean()),
+        "tokens": len(p_T),
+        "effective_tokens": {"sft": effective(table.pull_T), "dft": effective(dft_pull_T)},
+        "gradient_kept": float(dft_pull_T.sum() / table.pull_T.sum()),
+        "favours": favoured,
+        "verdict": verdict,
+    }
+
+
+def effective(weight_T: np.ndarray) -> float:
+    """How many equal tokens would weigh as evenly: (sum w)^2 / sum w^2 (Kish 1965)."""
+    return float(weight_T.sum() ** 2 / np.square(weight_T).sum())
+
+
+def advice(mean_probability: float) -> tuple[str, str]:
+    """The objective that a mean target probability favours (dft, sft or either), and the sentence."""
+    said = f"The base gives your target tokens a probability of {mean_probability:.2f} on average"
+    if mean_probability >= FAVOURS_DFT:
+        return "dft", f"{said}: it mostly knows how to write these solutions, which favours DFT."
+    if mean_probability <= FAVOURS_SFT:
+        return "sft", f"{said}: much of this is new to it, and DFT would hardly learn it; use SFT."
+    return "either", f"{said}: between the two regimes, with no expected winner; train both and compare."
+
+
+def text(diagnosis: Mapping[str, Any]) -> str:
+    """The diagnosis for a terminal: the sentence first, then what it rests on."""
+    widest = max(diagnosis["histogram"]) or 1
+    bars = [
+        f"  {i / BINS:.1f}-{(i + 1) / BINS:.1f}  {'#' * round(40 * n / widest):40}  {n / diagnosis['tokens']:6.1%}"
+        for i, n in enumerate(diagnosis["histogram"])
+    ]
+    effective_tokens = diagnosis["effective_tokens"]
+    rest = ", ".join(f"{row['id']} ({row['nll']:.2f})" for row in diagnosis["least_likely_examples"])
+    lines = [
+        diagnosis["verdict"],
+        "",
+        f"{diagnosis['tokens']} target tokens of {diagnosis['examples']} examples; probability under the base:",
+        *bars,
+        f"below 0.1: {diagnosis['share_below_0.1']:.1%}; above 0.9: {diagnosis['share_above_0.9']:.1%}; "
+        f"plain NLL {diagnosis['nll']:.3f} nats a token",
+        f"effective tokens, of {diagnosis['tokens']}: {effective_tokens['sft']:.0f} under SFT, "
+        f"{effective_tokens['dft']:.0f} under DFT, which keeps {diagnosis['gradient_kept']:.0%} of the gradient",
+        f"least likely examples (NLL): {rest}",
+        "data: " + ", ".join(f"{name} {count}" for name, count in diagnosis["data"].items()),
+        *(f"  {finding['what']}: {len(finding['rows'])}" for finding in diagnosis["findings"]),
+    ]
+    return "\n".join(lines)
+
+
+def _examples(recipe: Recipe, wanted: int) -> tuple[list[Example], dict[str, int], list[Finding], Renderer]:
+    """Examples as training would see them, at random where there are more than `wanted`; the doctor's counts."""
+    renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
+    rows = load_problems(recipe.data, recipe.train.seed)
+    rendered = [renderer.render(problem) for problem in rows.problems if problem.solution is not None]
+    counts, findings = examine(rows, rendered, recipe.data.max_length, recipe.evaluate.tasks)
+    examples = usable(rendered, recipe.data.max_length)
+    if not examples:
+        raise DataError(f"data.source {recipe.data.source!r}: no example is left to look at")
+    if len(examples) > wanted:
+        examples = random.Random(recipe.train.seed).sample(examples, wanted)
+    return examples, counts, findings, renderer

@@ -1,0 +1,143 @@
+"""What a model thinks of given texts, token by token: probability, entropy, pull. No sampling.
+
+The plain figures by which objectives may be compared (never by their own losses), and the arrays behind the
+report's histograms. One forward a batch, through the chunked loss: logits of all positions never exist.
+
+Legend: B rows, L positions, T scored tokens, E examples, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.batches import collate
+from ..data.templates import Example, Renderer
+from ..loss import token_logps
+from ..model.adapters import adapter_layers, mixed
+from ..model.head import Head, check_head, hidden_states
+
+ROWS = 16
+ENTROPY_ROWS = 64  # positions whose logits [., V] exist at a time: 39 MB at V = 152k
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """One entry a supervised token, in the order of the examples.
+
+    `pull_T` is the norm of d log p / d h, the hidden state's gradient under SFT; DFT's is p times that.
+    """
+
+    ids_T: np.ndarray
+    example_T: np.ndarray
+    logp_T: np.ndarray
+    entropy_T: np.ndarray
+    pull_T: np.ndarray
+
+    @property
+    def p_T(self) -> np.ndarray:
+        return np.exp(self.logp_T)
+
+    @property
+    def nll_E(self) -> np.ndarray:
+        """Mean NLL of each example, nats a token."""
+        return np.bincount(self.example_T, -self.logp_T) / np.bincount(self.example_T)
+
+    def save(self, file: Path) -> None:
+        from safetensors.numpy import save_file
+
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.tmp")
+        save_file({name: np.ascontiguousarray(array) for name, array in vars(self).items()}, temporary)
+        temporary.replace(file)
+
+    @classmethod
+    def load(cls, file: Path) -> TokenTable:
+        from safetensors.numpy import load_file
+
+        return cls(**load_file(file))
+
+
+def score(
+    model: Any,
+    examples: Sequence[Example],
+    *,
+    pad_id: int,
+    adapter: str | None = None,
+    head: Head | None = None,
+) -> TokenTable:
+    """The supervised tokens of `examples` under one adapter (None: the bare base), in float32.
+
+    Raises ModelError when the model's head is not one that can be scored exactly.
+    """
+    head = head or check_head(model)
+    columns: list[tuple[np.ndarray, ...]] = []
+    for example_T, h_TD, y_T in states(model, examples, pad_id=pad_id, adapter=adapter):
+        scores = token_logps(
+            h_TD.to(head.weight_VD.dtype), targets=y_T, **head.arguments(), keep_jacobian=True
+        )
+        pull_T = scores.jacobian.float().norm(dim=-1)
+        parts = (y_T, example_T, scores.logp, scores.entropy, pull_T)
+        columns.append(tuple(part.detach().cpu().numpy() for part in parts))
+    ids_T, example_T, logp_T, entropy_T, pull_T = (np.concatenate(c) for c in zip(*columns, strict=True))
+    order_T = np.argsort(example_T, kind="stable")
+    return TokenTable(
+        ids_T[order_T].astype(np.int32),
+        example_T[order_T].astype(np.int32),
+        logp_T[order_T].astype(np.float32),
+        entropy_T[order_T].astype(np.float32),
+        pull_T[order_T].astype(np.float32),
+    )
+
+
+def states(
+    model: Any, examples: Sequence[Example], *, pad_id: int, adapter: str | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(example, hidden state, target) of the supervised tokens, batch by batch: [T], [T, D], [T]."""
+    order_E = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    device = next(model.parameters()).device
+    for start in range(0, len(order_E), ROWS):
+        rows = order_E[start : start + ROWS]
+        batch = collate([examples[i] for i in rows], pad_id)
+        names = [adapter] * len(rows)
+        with torch.no_grad(), mixed(adapter_layers(model, names), names):
+            h_BLD = hidden_states(model, **batch.inputs(device))[:, :-1]
+        labels_BL = batch.labels_BL[:, 1:].to(device)
+        row_T, position_T = (labels_BL >= 0).nonzero(as_tuple=True)
+        example_T = torch.tensor(rows, device=device)[row_T]
+        yield example_T, h_BLD[row_T, position_T], labels_BL[row_T, position_T]
+
+
+def text_examples(renderer: Renderer, texts: Sequence[str]) -> list[Example]:
+    """Plain texts as examples: no prompt, every token supervised but the first."""
+    found = [renderer.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return [Example(f"text-{i}", tuple(ids), 0) for i, ids in enumerate(found)]
+
+
+def entropy(head: Head, h_TD: torch.Tensor, temperature: float = 1.0) -> float:
+    """Mean entropy, nats, of what the head says at `h_TD` and would sample from at `temperature`."""
+    total = 0.0
+    for h_CD in h_TD.split(ENTROPY_ROWS):
+        logp_CV = (head.logits(h_CD) / temperature).log_softmax(-1)
+        total -= float((logp_CV.exp() * logp_CV).sum())
+    return total / len(h_TD)
+
+
+def temperature_for(head: Head, h_TD: torch.Tensor, wanted: float) -> float:
+    """The temperature at which the mean entropy at `h_TD` is `wanted` nats, within [0.05, 5].
+
+    By bisection: the entropy of a softmax rises with its temperature.
+    """
+    low, high = 0.05, 5.0
+    for _ in range(20):
+        middle = (low * high) ** 0.5
+        if entropy(head, h_TD, middle) < wanted:
+            low = middle
+        else:
+            high = middle
+    return (low * high) ** 0.5

@@ -1,0 +1,223 @@
+"""Sweeps: every combination of some recipe fields, trained on the same data in the same order, judged as one.
+
+    recipe: tiny_dft                       # a file, or a shipped recipe
+    set: {train.max_steps: 60}             # changes to it, for all runs
+    grid:                                  # the product of these is trained
+      objective.name: [sft, dft]
+      train.learning_rate: [5.0e-4, 2.0e-3]
+    task: arithmetic-validation            # what the runs are judged by: never the set that is reported later
+    output: runs/sweep
+
+Each run is an ordinary run folder. A sweep that was stopped goes on: finished runs are kept while their recipe
+and data are the same, a run that was cut goes on from its checkpoint. The report names each objective's own
+best setting, by sampled accuracy; objectives are never compared by their losses, nor at one learning rate.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from .config import Part, Recipe, load_recipe
+from .errors import RecipeError
+from .run_folder import RunFolder, write_json, write_text
+from .tasks import get_task
+
+
+class Sweep(Part):
+    """A sweep file."""
+
+    recipe: str
+    set: dict[str, Any] = {}
+    grid: dict[str, tuple[Any, ...]] = Field(min_length=1)
+    task: str
+    limit: int | None = Field(None, ge=1)
+    """Only the first problems of the task."""
+    output: str = "runs/sweep"
+
+    @classmethod
+    def load(cls, path: str | Path) -> Sweep:
+        """Read a sweep file. Raises RecipeError naming the wrong field."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            return cls.model_validate(values)
+        except OSError as error:
+            raise RecipeError(f"--sweep {path}: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(
+                f"--sweep {path}: not readable as YAML: {' '.join(str(error).split())}"
+            ) from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "the file"
+            raise RecipeError(f"--sweep {path}: {field}: {first['msg']}") from None
+
+    def recipes(self) -> dict[str, Recipe]:
+        """Name and recipe of every run. Raises RecipeError for a field or value that a recipe cannot have."""
+        for field, values in self.grid.items():
+            if not values:
+                raise RecipeError(f"grid.{field}: no values")
+            if field.startswith("data.") or field == "train.seed":
+                raise RecipeError(f"grid.{field}: the runs of a sweep see the same data in the same order")
+        fixed = [f"{field}={_yaml(value)}" for field, value in self.set.items()]
+        found: dict[str, Recipe] = {}
+        for values in product(*self.grid.values()):
+            chosen = dict(zip(self.grid, values, strict=True))
+            name = "-".join(_label(field, value) for field, value in chosen.items())
+            changes = [f"{field}={_yaml(value)}" for field, value in chosen.items()]
+            where = [f"name={name}", f"output={Path(self.output, name)}", f"evaluate.tasks=[{self.task}]"]
+            found[name] = load_recipe(self.recipe, [*fixed, *changes, *where])
+        return found
+
+
+def run_sweep(sweep: Sweep) -> dict[str, Any]:
+    """Train what is not trained yet, judge all runs in the same batches, write sweep.json and sweep.md.
+
+    Raises a RequestError before anything is trained when the task, a field or a finished run does not fit.
+    """
+    from .evaluate.report import Answered
+    from .evaluate.sampling import evaluate
+
+    get_task(sweep.task)
+    recipes = sweep.recipes()
+    folders = train_all(recipes.values())
+    evaluate([folder.path for folder in folders], limit=sweep.limit)
+    answered = {
+        name: Answered.read(folder, sweep.task) for name, folder in zip(recipes, folders, strict=True)
+    }
+    report = summary(sweep, recipes, answered)
+    write_json(Path(sweep.output, "sweep.json"), report)
+    write_text(Path(sweep.output, "sweep.md"), markdown(report))
+    return report
+
+
+def train_all(recipes: Iterable[Recipe]) -> list[RunFolder]:
+    """A finished run for every recipe: kept, gone on with, or trained. Raises RequestError for another run."""
+    return [train_once(recipe) for recipe in recipes]
+
+
+def train_once(recipe: Recipe) -> RunFolder:
+    """The run of a recipe; what its folder already holds is used.
+
+    Raises RequestError when the folder holds a run of another recipe or other data.
+    """
+    from .train.identity import identity, refuse_differences
+    from .train.loop import train
+    from .train.plan import make_plan
+    from .train.ranks import Ranks
+
+    folder = RunFolder(recipe.output_dir)
+    if not folder.has_adapter:
+        return train(recipe, resume=folder.begun)
+    ranks = Ranks(recipe)
+    refuse_differences(
+        folder.run()["identity"], identity(make_plan(recipe), ranks.device, ranks.world), False
+    )
+    print(f"{folder.path}: already trained", file=sys.stderr)
+    return folder
+
+
+def summary(sweep: Sweep, recipes: Mapping[str, Recipe], answered: Mapping[str, Any]) -> dict[str, Any]:
+    """All runs with their figures, each objective's best, and the bests against each other."""
+    from .evaluate import statistics as st
+    from .evaluate.report import paired
+    from .provenance import certificate
+
+    protocols = {name: a.protocol for name, a in answered.items()}
+    scores = {name: st.avg_at_n(a.correct_PN) for name, a in answered.items()}
+    runs = {
+        name: {
+            "objective": recipe.objective.name,
+            "fields": {field: _value(recipe, field) for field in sweep.grid},
+            **answered[name].summary(),
+        }
+        for name, recipe in recipes.items()
+    }
+    best: dict[str, str] = {}
+    for name, run in runs.items():
+        if run["objective"] not in best or run["avg"] > runs[best[run["objective"]]]["avg"]:
+            best[run["objective"]] = name
+    bests = list(best.values())
+    pairs = [
+        {"a": a, "b": b, **paired(st.compare(scores[a], scores[b]))}
+        for i, a in enumerate(bests)
+        for b in bests[i + 1 :]
+    ]
+    for pair, adjusted in zip(pairs, st.holm([p["p_value"] for p in pairs]) if pairs else [], strict=True):
+        pair["p_holm"] = float(adjusted)
+    return {
+        "task": sweep.task,
+        "protocol": next(iter(protocols.values())),
+        "runs": runs,
+        "best": best,
+        "paired": pairs,
+        "provenance": certificate(),
+    }
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """sweep.md: every run, then each objective's best against the others'."""
+    from .evaluate.report import aligned, percent, points
+
+    fields = list(next(iter(report["runs"].values()))["fields"])
+    rows = [
+        [
+            *(f"{run['fields'][field]}" for field in fields),
+            percent(run["avg"]),
+            f"{percent(run['ci95'][0])} to {percent(run['ci95'][1])}",
+            percent(run["greedy"]),
+            "best" if report["best"][run["objective"]] == name else "",
+        ]
+        for name, run in report["runs"].items()
+    ]
+    first = next(iter(report["runs"].values()))
+    parts = [
+        "# Sweep",
+        f"Judged on {report['task']}: {first['problems']} problems, {first['samples']} samples each. The best "
+        "of several is flattered by the choice: report it on another set.",
+        aligned([*fields, "avg@n", "95 % interval", "greedy", "of its objective"], rows),
+    ]
+    if report["paired"]:
+        rows = [
+            [
+                f"{p['b']} - {p['a']}",
+                points(p["difference"]),
+                f"{points(p['ci95'][0])} to {points(p['ci95'][1])}",
+                f"{p['p_holm']:.4f}",
+                "noise" if p["noise"] else "",
+            ]
+            for p in report["paired"]
+        ]
+        parts.append(aligned(["each at its own best", "sampled", "95 % interval", "p (Holm)", ""], rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def _label(field: str, value: Any) -> str:
+    """A part of a run's name: the value, and the field's last word where the value is a number."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if isinstance(value, str) and not _number(value) else f"{field.rpartition('.')[2]}={text}"
+
+
+def _number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _value(recipe: Recipe, field: str) -> Any:
+    value: Any = recipe.as_dict()
+    for key in field.split("."):
+        value = value[key]
+    return value
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).replace("\n...", "").strip()
