@@ -31,6 +31,14 @@ class Built:
     """(model, **inputs) -> h_BLD, connected to the graph."""
 
 
+def prepare(recipe: Recipe) -> None:
+    """What a backend needs before transformers is imported. Raises MissingPart where it is not installed."""
+    if recipe.model.backend == "unsloth":
+        from .unsloth import import_unsloth
+
+        import_unsloth()
+
+
 def build(recipe: Recipe, device: torch.device) -> Built:
     """The base and adapter of a recipe on a device.
 

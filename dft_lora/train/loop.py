@@ -30,7 +30,7 @@ from ..errors import Interrupted, RunError
 from ..loss import REFERENCE_NEEDS, TokenScores, token_logps
 from ..loss.token_logps import _chunk_rows
 from ..model.attention import choose_arrangement
-from ..model.backends import build
+from ..model.backends import build, prepare
 from ..model.hardware import peak_memory_mb
 from ..plots import curves
 from ..provenance import certificate
@@ -68,6 +68,7 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
     used, or the run to resume is another one; Interrupted after SIGTERM or Ctrl-C, with a checkpoint kept;
     RunError when the run cannot go on.
     """
+    prepare(recipe)
     plan = make_plan(recipe)
     folder = RunFolder(recipe.output_dir)
     checkpoints = Checkpoints(folder.checkpoints, recipe.train.keep_checkpoints)

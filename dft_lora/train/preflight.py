@@ -1,8 +1,8 @@
 """Memory and time of a run, known before it: `dft-lora preflight RECIPE [--gpu-memory 16GB]`.
 
 The real model is built and does real work: forward and backward passes of a few small micro-batches with and
-without checkpointing, the run's longest micro-batch, one update of the optimizer. A pass is at its worst while
-the loss has its workspace on top of all that the forward pass saved, or within the backward pass:
+without checkpointing, the run's longest micro-batch, one update of the optimizer. A pass is at its worst
+when the loss has its workspace on top of all that the forward pass saved, or in the backward pass:
 
     peak(T, M) = resident + max(saved(T) + workspace(M) + scores * M, backward(T))
 
@@ -30,8 +30,9 @@ from ..data.batches import Batch, step_examples
 from ..data.templates import Example
 from ..errors import RequestError
 from ..loss.token_logps import _chunk_rows
+from ..model.backends import prepare
 from ..model.head import bare
-from ..model.memory import MIB, DeviceMemory, LiveTensors, Memory, ProcessMemory
+from ..model.memory import MIB, DeviceMemory, LiveTensors, Memory
 from .checkpoints import random_state, set_random_state
 from .figures import Sums
 
@@ -113,6 +114,7 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
     from .plan import make_plan
     from .ranks import Ranks
 
+    prepare(recipe)
     plan = make_plan(recipe)
     trainer = Trainer(plan, Ranks(recipe))
     device = trainer.ranks.device
@@ -142,7 +144,6 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
         | {"scores_and_backward": max(0, real.peak - real.saved - int(fit.workspace(real.M)))},
         "peak": sum(resident.values()) + real.peak,
         "predicted_peak": sum(resident.values()) + int(fit.peak(real.T, real.M)),
-        "process_peak": ProcessMemory().peak() if os.path.exists("/proc/self/status") else None,
         "available": available,
         "headroom": int(usable(available, device, budget)) - sum(resident.values()) - real.peak,
         "seconds_a_step": a_step,
