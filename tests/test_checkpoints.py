@@ -86,10 +86,14 @@ def test_pack_refuses_what_json_and_safetensors_cannot_hold():
 
 
 def test_random_state_brings_back_the_same_draws():
-    state = random_state(torch.device("cpu"))
-    drawn = torch.rand(5)
-    set_random_state(state, torch.device("cpu"))
-    assert torch.equal(torch.rand(5), drawn)
+    states = []
+    for seed in (1, 2):  # two ranks
+        torch.manual_seed(seed)
+        states.append((random_state(torch.device("cpu")), torch.rand(5)))
+    ranks = torch.stack([state for state, _ in states])
+    for state, (_, drawn) in zip(ranks, states, strict=True):
+        set_random_state(state, torch.device("cpu"))
+        assert torch.equal(torch.rand(5), drawn)
 
 
 def test_old_ones_are_pruned_after_the_new_one_and_so_is_an_abandoned_line(checkpoints):

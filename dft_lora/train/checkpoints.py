@@ -124,9 +124,10 @@ def random_state(device: torch.device) -> torch.Tensor:
 def set_random_state(state: torch.Tensor, device: torch.device) -> None:
     """The reverse of `random_state`."""
     host = len(torch.get_rng_state())
-    torch.set_rng_state(state[:host])
+    # Copies: torch 2.13 reads a view into a larger tensor from the wrong place, or crashes.
+    torch.set_rng_state(state[:host].clone())
     if device.type == "cuda":
-        torch.cuda.set_rng_state(state[host:], device)
+        torch.cuda.set_rng_state(state[host:].clone(), device)
 
 
 def pack(value: Any, tensors: dict[str, torch.Tensor], name: str = "") -> Any:
