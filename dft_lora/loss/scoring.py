@@ -138,7 +138,8 @@ def _within_budget(l1_C: Tensor, budget: float) -> tuple[Tensor, Tensor]:
 def _front_(u_CV: Tensor, kept_K: Tensor) -> Tensor:
     """Move the kept rows to the front of the workspace; returns which row now lies at each place.
 
-    Only kept rows beyond place K move, into places of dropped rows: at most half a workspace is copied.
+    Only kept rows beyond place K move, into places of dropped rows: at most half a workspace is copied. On a
+    CPU row by row: an indexed copy would take fresh pages for all of them, and cost more than the skip saves.
     """
     K = len(kept_K)
     is_kept_C = torch.zeros(len(u_CV), dtype=torch.bool, device=u_CV.device)
@@ -146,6 +147,10 @@ def _front_(u_CV: Tensor, kept_K: Tensor) -> Tensor:
     order_K = torch.arange(K, device=u_CV.device)
     free = (~is_kept_C[:K]).nonzero()[:, 0]
     late = is_kept_C[K:].nonzero()[:, 0] + K
-    u_CV[free] = u_CV[late]
+    if u_CV.is_cuda:
+        u_CV[free] = u_CV[late]
+    else:
+        for to, source in zip(free.tolist(), late.tolist(), strict=True):
+            u_CV[to].copy_(u_CV[source])
     order_K[free] = late
     return order_K
