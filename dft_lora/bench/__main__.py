@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .table import RESULTS, TABLES, insert, loss_table, tables, train_table
+from .table import RESULTS, TABLES, insert, loss_table, packing_table, tables, train_table
 
 
 @click.group(invoke_without_command=True)
@@ -83,6 +83,27 @@ def train_step(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     click.echo(train_table(result))
+    click.echo(f"\n{out}", err=True)
+
+
+@main.command()
+@click.option("--capacity", default=2048, help="tokens of a packed row")
+@click.option("--batch", default=256, help="examples a step")
+@click.option("--rows", default=4, help="rows of a micro-batch")
+@click.option("--examples", default=32, help="examples that are timed")
+@click.option("--threads", default=1)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=None, help="the JSON; beside the bench by default"
+)
+def packing(capacity, batch, rows, examples, threads, out) -> None:
+    """Padding waste and tokens a second of packed rows and padded ones."""
+    from .packing import measure
+
+    result = measure(capacity, batch, rows, examples, threads)
+    out = out or RESULTS / f"packing-{capacity}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    click.echo(packing_table(result))
     click.echo(f"\n{out}", err=True)
 
 

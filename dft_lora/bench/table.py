@@ -63,7 +63,24 @@ def train_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"loss": loss_table, "train": train_table}
+def packing_table(result: dict[str, Any]) -> str:
+    """One result of `bench packing` as Markdown."""
+    birth = result["provenance"]
+    lines = [
+        f"{result['data']}, {result['examples']:,} examples, steps of {result['batch_size']}, micro-batches of "
+        f"{result['micro_batch_size']} rows, packed rows of {result['capacity']:,} tokens; "
+        f"{result['device']}, {result['threads']} thread(s), {result['clock']}; {birth['date'][:10]}, "
+        f"commit {birth['commit']}.",
+        "",
+        "| | padding | tokens a second |",
+        "|---|---:|---:|",
+    ]
+    for name, row in result["arrangements"].items():
+        lines.append(f"| {name} | {row['waste']:.1%} | {row['tokens_per_second']:,.0f} |")
+    return "\n".join(lines)
+
+
+TABLES = {"loss": loss_table, "train": train_table, "packing": packing_table}
 
 
 def insert(document: str, text: str, kind: str = "loss") -> str:

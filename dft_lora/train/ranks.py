@@ -13,12 +13,14 @@ from ..errors import RequestError, RunError
 from ..model.hardware import choose
 from .trackers import check_trackers
 
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
+
 
 class Ranks:
     """Accelerate's view of this process among the others; alone, sums are what they are.
 
     float16 bases get loss scaling. Raises RequestError when there are more processes than examples in a step,
-    or a tracker is not installed; later RunError when another process is gone.
+    a tracker is not installed, or the model would be sharded; later RunError when another process is gone.
     """
 
     def __init__(self, recipe: Recipe):
@@ -32,6 +34,12 @@ class Ranks:
             log_with=check_trackers(recipe.train.trackers),
             project_dir=str(recipe.output_dir),
         )
+        kind = str(getattr(self.accelerator.distributed_type, "value", ""))
+        if kind in SHARDED:
+            raise RequestError(
+                f"accelerate's distributed_type {kind} shards the model, and the loss reads the head outside "
+                "of its forward: use MULTI_GPU, where every GPU holds the 4-bit base (docs/scaling.md)"
+            )
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes

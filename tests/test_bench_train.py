@@ -1,0 +1,61 @@
+"""The training bench: a small real run of it, and the tables made from committed results."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+
+from dft_lora.bench.table import RESULTS, tables, train_table
+from dft_lora.bench.train import COMPARISON, LADDER, OURS, VARIANTS, Measurement, Shape, measure, summary
+
+SMALL = Measurement(Shape(64, 2, 151_936, 128, 2, 256), steps=1, rounds=1, threads=1)
+
+
+@pytest.mark.slow
+def test_ours_and_the_full_logits_step_compute_the_same_loss(data_dir, monkeypatch):
+    """Each in a process of its own, as the bench runs them; TRL's too where it is installed."""
+    monkeypatch.setenv("DFT_LORA_DATA", str(data_dir))
+    chosen = (OURS, LADDER[1], *(v for v in COMPARISON[1:] if find_spec("trl")))
+    result = measure(chosen, SMALL)
+    first = [row["first_loss"] for row in result["variants"].values()]
+    assert first == pytest.approx([first[0]] * len(first), rel=0.02) and first[0] > 0
+    ours = result["variants"]["ours"]
+    assert ours["above_loaded_mb"] < result["variants"][LADDER[1].name]["above_loaded_mb"]
+    assert len(ours["runs"][0]["seconds"]) == 1
+    assert result["provenance"]["versions"]["torch"]
+
+
+def test_a_peer_that_is_not_installed_is_named_and_not_replaced(monkeypatch):
+    from dft_lora.bench import train
+
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    assert "trl is not installed" in COMPARISON[1].missing
+    assert OURS.missing == "" and set(VARIANTS) >= {variant.name for variant in LADDER}
+
+
+def test_medians_are_over_steps_and_rounds():
+    runs = [
+        {
+            "seconds": [1.0, 9.0],
+            "cpu_seconds": [1.0, 2.0],
+            "loaded_mb": 5,
+            "above_loaded_mb": 1,
+            "first_loss": 1,
+        },
+        {"seconds": [2.0], "cpu_seconds": [3.0], "loaded_mb": 7, "above_loaded_mb": 3, "first_loss": 1},
+    ]
+    found = summary(runs, tokens=10)
+    assert found["seconds"] == 2 and found["tokens_per_second"] == 5 and found["cpu_seconds"] == 2
+    assert found["loaded_mb"] == 6 and found["above_loaded_mb"] == 2
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("train-*.json")), ids=lambda file: file.name)
+def test_committed_results_carry_their_birth_certificate(file):
+    result = json.loads(file.read_text())
+    birth = result["provenance"]
+    assert birth["command"] and birth["commit"] and birth["versions"]["torch"] and birth["date"]
+    text = train_table(result)
+    assert text in tables(kind="train")
+    for name, row in result["variants"].items():
+        assert f"| {name} |" in text
+        assert row["missing"] or row["runs"]

@@ -1,0 +1,149 @@
+"""What preflight predicts is what a step then takes; what it proposes fits; nothing of the run changes."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from dft_lora.cli import main
+from dft_lora.config import parse_recipe
+from dft_lora.errors import RequestError
+from dft_lora.model.memory import MIB, LiveTensors
+from dft_lora.train.loop import Trainer
+from dft_lora.train.plan import make_plan
+from dft_lora.train.preflight import (
+    Fit,
+    Line,
+    Pass,
+    _checkpointing,
+    longest_batch,
+    measure,
+    preflight,
+    propose,
+    read_size,
+    resident_bytes,
+    run,
+)
+from dft_lora.train.ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def recipe(qwen_dir, tmp_path_factory):
+    """Real vocabulary, so that the loss workspace weighs; rows of 100 to 500 tokens."""
+    folder = tmp_path_factory.mktemp("preflight")
+    rows = [{"problem": f"Say {i} words.", "solution": "word " * (100 + 50 * i)} for i in range(8)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return parse_recipe(
+        {
+            "model": {"name": str(qwen_dir), "dtype": "bfloat16"},
+            "data": {"source": str(folder / "rows.jsonl"), "template": "qwen-boxed"},
+            "train": {"batch_size": 8, "micro_batch_size": 2, "max_steps": 3},
+            "output": str(folder / "run"),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def trainer(recipe):
+    return Trainer(make_plan(recipe), Ranks(recipe))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_fit_of_short_rows_predicts_long_micro_batches(trainer, checkpointing):
+    """Within 10 %, from rows of 128 and 256 tokens to four rows of 500."""
+    fit = measure(trainer, checkpointing)
+    for rows in (1, 2, 4):
+        batch = longest_batch(trainer, rows)
+        found = run(trainer, batch)
+        assert found.T == batch.positions > 256 * rows
+        assert fit.peak(found.T, found.M) == pytest.approx(found.peak, rel=0.1), rows
+    _checkpointing(trainer, False)
+    trainer.optimizer.zero_grad()
+
+
+def test_predicted_is_the_peak_of_a_real_step(recipe, trainer):
+    """The longest micro-batch, counted apart from the prediction: all tensors alive in a whole step."""
+    found = preflight(recipe)
+    with LiveTensors() as memory:
+        trainer.step(0)
+        peak = memory.peak()
+    resident = resident_bytes(trainer)
+    assert found["peak"] == pytest.approx(resident["weights"] + resident["adapter"] + peak, rel=0.1)
+    assert found["predicted_peak"] == pytest.approx(found["peak"], rel=0.1)
+    assert sum(found["bytes"].values()) == pytest.approx(found["peak"], rel=0.1)
+    assert found["steps"] == 3
+    assert found["seconds_in_all"] == pytest.approx(3 * found["seconds_a_step"])
+    assert not recipe.output_dir.exists(), "preflight writes nothing"
+
+
+def test_resident_bytes_are_those_of_the_tensors(trainer):
+    found = resident_bytes(trainer)
+    assert found["adapter"] == sum(p.numel() * 4 for p in trainer.trainable) == found["gradients"]
+    head = trainer.head.weight_VD
+    four_bit = sum(
+        m.weight.nbytes for m in trainer.adapter_model.modules() if type(m).__name__ == "Linear4bit"
+    )
+    assert found["weights"] == pytest.approx(head.nbytes + four_bit, rel=0.02), (
+        "tied, so the head counts once"
+    )
+
+
+def test_probing_leaves_weights_gradients_and_random_state(trainer):
+    before = [parameter.detach().clone() for parameter in trainer.trainable]
+    random = torch.get_rng_state()
+    measure(trainer, False)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.trainable, strict=True))
+    assert all(parameter.grad is None for parameter in trainer.trainable)
+    assert torch.equal(random, torch.get_rng_state())
+
+
+class Recipe:
+    """As much of a trainer as `propose` reads."""
+
+    class layout:
+        micro_batch_size = 1
+
+    class recipe:
+        class train:
+            batch_size = 64
+
+
+PLAIN = Fit(Line(0, 1000.0 * 1024), Line(0, 1100.0 * 1024), 0.0, 300_000, 512)
+CHECKPOINTED = Fit(Line(0, 50.0 * 1024), Line(0, 200.0 * 1024), 0.0, 300_000, 512)
+FITS = {False: PLAIN, True: CHECKPOINTED}
+ROW = Pass(T=1000, M=600, saved=0, loss_peak=0, backward_peak=0, seconds=1.0)
+
+
+def test_proposals_grow_with_memory_and_fit_it():
+    def at(gb: float):
+        return propose(FITS, 2**30, gb * 2**30, ROW, Recipe)
+
+    assert at(1.01) is None
+    small, middle, large = at(1.3), at(3), at(24)
+    assert small["train.loss_chunk_mb"] is not None and small["train.gradient_checkpointing"]
+    assert middle["train.gradient_checkpointing"] and middle["train.loss_chunk_mb"] is None
+    assert not large["train.gradient_checkpointing"]
+    assert large["train.micro_batch_size"] > 4
+    for proposal, gb in ((small, 1.3), (middle, 3), (large, 24)):
+        assert proposal["predicted_peak"] <= gb * 2**30
+    rows = [at(gb)["train.micro_batch_size"] for gb in (1.5, 2, 3, 4)]
+    assert rows == sorted(rows)
+
+
+def test_sizes_are_read_or_refused():
+    assert read_size("16GB") == read_size("16 GiB") == 16 * 2**30 and read_size("512mb") == 512 * MIB
+    for wrong in ("16", "GB", "lots", "16TB"):
+        with pytest.raises(RequestError, match="--gpu-memory"):
+            read_size(wrong)
+
+
+def test_the_command(recipe, tmp_path):
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe.as_dict()))
+    done = CliRunner().invoke(main, ["preflight", str(path), "--gpu-memory", "8GB", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["proposal"]["predicted_peak"] < found["available"] == 8 * 2**30
+    done = CliRunner().invoke(main, ["preflight", str(path), "--gpu-memory", "soon"])
+    assert done.exit_code == 2
