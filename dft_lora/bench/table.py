@@ -67,8 +67,8 @@ def packing_table(result: dict[str, Any]) -> str:
     """One result of `bench packing` as Markdown."""
     birth = result["provenance"]
     lines = [
-        f"{result['data']}, {result['examples']:,} examples, steps of {result['batch_size']}, micro-batches of "
-        f"{result['micro_batch_size']} rows, packed rows of {result['capacity']:,} tokens; "
+        f"{result['data']}, {result['examples']:,} examples, steps of {result['batch_size']}, micro-batches "
+        f"of {result['micro_batch_size']} rows, packed rows of {result['capacity']:,} tokens; "
         f"{result['device']}, {result['threads']} thread(s), {result['clock']}; {birth['date'][:10]}, "
         f"commit {birth['commit']}.",
         "",
