@@ -55,9 +55,16 @@ class Page:
             value,
         )
 
+    def unfold(self, title: str, box: str) -> None:
+        """Open an accordion; what is in a closed one is not in the document."""
+        if not self.count(box):
+            buttons = "[...document.querySelectorAll('button.label-wrap')]"
+            self.run(f"{buttons}.find(b => b.innerText.includes(arguments[0])).click()", title)
+            wait_for(lambda: self.count(box + " textarea"))
+
     def compare(self) -> None:
         """Press Compare, and wait for the last word of every column."""
-        self.run("document.querySelector('#answers .columns').dataset.old = 1")
+        self.run("document.querySelector('#answers .columns').remove()")
         self.click("#go")
         wait_for(lambda: self.count("#answers .chip") and not self.count("#answers .chip.wait"), 60)
 
@@ -121,7 +128,9 @@ def test_first_token_of_all_columns_within_a_second(page):
             const started = performance.now();
             const seen = new MutationObserver(() => {
               const said = [...document.querySelectorAll('#answers .chip.wait')];
-              if (said.length == 3 && !window.first) window.first = performance.now() - started;
+              if (said.length < 3) return;
+              window.first = performance.now() - started;
+              seen.disconnect();
             });
             seen.observe(document.querySelector('#answers'), {childList: true, subtree: true});
             document.querySelector('#go').click();"""
@@ -144,6 +153,7 @@ def see_hostile(page: Page, monkeypatch, strings: list[str]) -> None:
             page.tab("Compare")
             page.fill("#problem", problem)
             page.fill("#reference", text)
+            page.unfold("Worked solution", "#solution")
             page.fill("#solution", problem)
             page.compare()
             assert page.count(f"#answers :is({FORBIDDEN})") == 0, text
@@ -176,8 +186,8 @@ def test_formulas_are_drawn(page, monkeypatch):
         type(session().renderer), "decode", lambda self, ids: r"so $\frac12$ and \[x^2 < 3\] cost $5"
     )
     page.compare()
-    assert page.count("#answers .card:nth-child(1) .katex") == 2
-    assert page.count("#answers .card:nth-child(1) .katex-display") == 1
+    assert page.count("#answers .card:nth-child(1) .said .katex") == 2
+    assert page.count("#answers .card:nth-child(1) .said .katex-display") == 1
     assert "cost $5" in page.text("#answers .card:nth-child(1) .said")
 
 
@@ -260,6 +270,7 @@ def test_empty_and_wrong_input_is_told(page):
     page.fill("#problem", "   ")
     page.click("#go")
     wait_for(lambda: "problem is empty" in page.text("body"), 30)
+    page.unfold("Worked solution", "#solution")
     page.fill("#solution", "")
     page.tab("Tokens")
     wait_for(lambda: "no worked solution" in page.text("#strips"), 30)
