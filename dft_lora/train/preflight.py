@@ -115,6 +115,8 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
     from .ranks import Ranks
 
     prepare(recipe)
+    if budget is not None and recipe.model.dtype == "auto" and not torch.cuda.is_available():
+        recipe = recipe.override(["model.dtype=bfloat16"])  # what a GPU that is not here would take
     plan = make_plan(recipe)
     trainer = Trainer(plan, Ranks(recipe))
     device = trainer.ranks.device
