@@ -127,6 +127,8 @@ class EvaluateConfig(Part):
     max_new_tokens: int = Field(4096, ge=1)
     template: str = "same"
     seed: int = Field(0, ge=0)
+    engine: Literal["plain", "vllm"] = "plain"
+    """What generates the answers; vllm is an optional part, for large runs on a GPU."""
 
 
 class Recipe(Part):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,4 +69,47 @@ def curves(folders: Mapping[str, RunFolder], file: Path) -> None:
         axis.set_title(label, fontsize=11)
     if axes[0].get_lines():
         axes[0].legend(frameon=False)
+    _save(figure, file)
+
+
+def probabilities(figures: Mapping[str, Any], file: Path) -> None:
+    """The paper's bimodal figure, target tokens by probability (log scale); and the gradient they exert."""
+    figure, (counts, pulls) = _figure(2)
+    for i, (name, run) in enumerate(figures.items()):
+        shares = [n / run["tokens"] for n in run["histogram"]]
+        counts.stairs(shares, run["edges"], label=name, color=COLOURS[i % len(COLOURS)], lw=1.6)
+    counts.set_yscale("log")
+    counts.set_xlabel("probability of the target token")
+    counts.set_title("share of tokens", fontsize=11)
+    counts.legend(frameon=False)
+    first, run = next(iter(figures.items()))
+    middles = [(a + b) / 2 for a, b in pairwise(run["edges"])]
+    for key, label, colour in (
+        ("sft_gradient", "SFT", COLOURS[1]),
+        ("dft_gradient", "DFT (times p)", COLOURS[2]),
+    ):
+        drawn = [(x, y) for x, y, n in zip(middles, run[key], run["histogram"], strict=True) if n]
+        pulls.plot(*zip(*drawn, strict=True), marker="o", markersize=3, label=label, color=colour, lw=1.4)
+    pulls.set_xlabel("probability of the target token")
+    pulls.set_title(f"mean gradient norm at the hidden state, {first}", fontsize=11)
+    pulls.legend(frameon=False)
+    _save(figure, file)
+
+
+def steps(curves: Mapping[str, Mapping[str, list[dict[str, Any]]]], file: Path) -> None:
+    """Sampled accuracy of the checkpoints with its 95 % interval; a panel a task."""
+    tasks = sorted({task for by_task in curves.values() for task in by_task})
+    figure, axes = _figure(len(tasks))
+    for axis, task in zip(axes, tasks, strict=True):
+        for i, (name, by_task) in enumerate(curves.items()):
+            if entries := by_task.get(task):
+                xs = [entry["step"] for entry in entries]
+                low, high = zip(*(entry["ci95"] for entry in entries), strict=True)
+                colour = COLOURS[i % len(COLOURS)]
+                axis.plot(xs, [entry["avg"] for entry in entries], marker="o", label=name, color=colour)
+                axis.fill_between(xs, low, high, color=colour, alpha=0.15, lw=0)
+        axis.set_xlabel("step")
+        axis.set_ylabel("share correct")
+        axis.set_title(task, fontsize=11)
+        axis.legend(frameon=False)
     _save(figure, file)

@@ -8,8 +8,8 @@
     task: arithmetic-validation            # what the runs are judged by: never the set that is reported later
     output: runs/sweep
 
-Each run is an ordinary run folder. A sweep that was stopped goes on: finished runs are kept while their recipe
-and data are the same, a run that was cut goes on from its checkpoint. The report names each objective's own
+Each run is an ordinary run folder. A sweep that was stopped goes on: finished runs are kept while recipe and
+data are the same, a run that was cut goes on from its checkpoint. The report names each objective's own
 best setting, by sampled accuracy; objectives are never compared by their losses, nor at one learning rate.
 """
 
@@ -34,7 +34,7 @@ class Sweep(Part):
     """A sweep file."""
 
     recipe: str
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     grid: dict[str, tuple[Any, ...]] = Field(min_length=1)
     task: str
     limit: int | None = Field(None, ge=1)
@@ -98,7 +98,7 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
 
 
 def train_all(recipes: Iterable[Recipe]) -> list[RunFolder]:
-    """A finished run for every recipe: kept, gone on with, or trained. Raises RequestError for another run."""
+    """`train_once` of every recipe."""
     return [train_once(recipe) for recipe in recipes]
 
 
@@ -179,8 +179,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     first = next(iter(report["runs"].values()))
     parts = [
         "# Sweep",
-        f"Judged on {report['task']}: {first['problems']} problems, {first['samples']} samples each. The best "
-        "of several is flattered by the choice: report it on another set.",
+        f"Judged on {report['task']}: {first['problems']} problems, {first['samples']} samples each. The "
+        "best of several is flattered by the choice: report it on another set.",
         aligned([*fields, "avg@n", "95 % interval", "greedy", "of its objective"], rows),
     ]
     if report["paired"]:

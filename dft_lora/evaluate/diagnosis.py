@@ -2,8 +2,8 @@
 
 DFT weighs a token by its probability. Where the base already finds the solutions likely (mathematics) this
 helps; where it does not (new facts, other languages) there is next to nothing left to learn from. Beyond Log
-Likelihood (arXiv 2510.00526, table 5) measured where the turn is: at a mean target probability of about 0.8 DFT
-wins, at 0.5 nobody does, near 0.1 plain NLL wins. The limits below lie halfway between.
+Likelihood (arXiv 2510.00526, table 5) measured where the turn is: at a mean target probability of about 0.8
+DFT wins, at 0.5 nobody does, near 0.1 plain NLL wins. The limits below lie halfway between.
 
 Legend: T supervised tokens.
 """
@@ -89,22 +89,23 @@ def advice(mean_probability: float) -> tuple[str, str]:
 
 def text(diagnosis: Mapping[str, Any]) -> str:
     """The diagnosis for a terminal: the sentence first, then what it rests on."""
+    tokens = diagnosis["tokens"]
     widest = max(diagnosis["histogram"]) or 1
     bars = [
-        f"  {i / BINS:.1f}-{(i + 1) / BINS:.1f}  {'#' * round(40 * n / widest):40}  {n / diagnosis['tokens']:6.1%}"
+        f"  {i / BINS:.1f}-{(i + 1) / BINS:.1f}  {'#' * round(40 * n / widest):40}  {n / tokens:6.1%}"
         for i, n in enumerate(diagnosis["histogram"])
     ]
-    effective_tokens = diagnosis["effective_tokens"]
+    even = diagnosis["effective_tokens"]
     rest = ", ".join(f"{row['id']} ({row['nll']:.2f})" for row in diagnosis["least_likely_examples"])
     lines = [
         diagnosis["verdict"],
         "",
-        f"{diagnosis['tokens']} target tokens of {diagnosis['examples']} examples; probability under the base:",
+        f"{tokens} target tokens of {diagnosis['examples']} examples; probability under the base:",
         *bars,
         f"below 0.1: {diagnosis['share_below_0.1']:.1%}; above 0.9: {diagnosis['share_above_0.9']:.1%}; "
         f"plain NLL {diagnosis['nll']:.3f} nats a token",
-        f"effective tokens, of {diagnosis['tokens']}: {effective_tokens['sft']:.0f} under SFT, "
-        f"{effective_tokens['dft']:.0f} under DFT, which keeps {diagnosis['gradient_kept']:.0%} of the gradient",
+        f"effective tokens, of {tokens}: {even['sft']:.0f} under SFT, {even['dft']:.0f} under DFT, "
+        f"which keeps {diagnosis['gradient_kept']:.0%} of the gradient",
         f"least likely examples (NLL): {rest}",
         "data: " + ", ".join(f"{name} {count}" for name, count in diagnosis["data"].items()),
         *(f"  {finding['what']}: {len(finding['rows'])}" for finding in diagnosis["findings"]),
@@ -113,7 +114,7 @@ def text(diagnosis: Mapping[str, Any]) -> str:
 
 
 def _examples(recipe: Recipe, wanted: int) -> tuple[list[Example], dict[str, int], list[Finding], Renderer]:
-    """Examples as training would see them, at random where there are more than `wanted`; the doctor's counts."""
+    """Examples as in training, drawn at random where there are more than `wanted`; the doctor's counts."""
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
     rows = load_problems(recipe.data, recipe.train.seed)
     rendered = [renderer.render(problem) for problem in rows.problems if problem.solution is not None]

@@ -2,12 +2,21 @@
 
 Runs of one base are answered in the same batches, each with its own adapter. Every sample is
 drawn from a random stream of its own, named by (seed, problem, sample): all runs see the same
-streams, and a killed evaluation goes on where it stopped.
+streams, and a killed evaluation goes on where it stopped. Under `accelerate launch` each process takes
+every n-th problem; nothing in the answers depends on how many there were.
+
+    evaluation/TASK.jsonl                 one line a sample
+    evaluation/TASK.json                  the protocol, the problems, a birth certificate
+    evaluation/TASK.tokens.safetensors    probabilities of the reference solutions' tokens (tokens.py)
+    evaluation/other-text.tokens.safetensors    and of a text that has nothing to do with the task
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +27,17 @@ from ..errors import RequestError
 from ..model.generate import Completion, Request, generate, rows_that_fit
 from ..model.load import load_adapters, load_base, load_tokenizer
 from ..provenance import certificate
-from ..run_folder import RunFolder, read_json, read_lines, write_json
+from ..run_folder import RunFolder, read_json, read_lines, write_json, write_text
 from ..tasks import get_task
 from ..tasks.base import Attempt, Problem, Verdict
 from ..tasks.judge import judge_many
+from .tokens import score, text_examples
 
 GREEDY = -1
 CHUNK = 256  # answers judged and written at a time
+SCORED = 128  # problems whose reference solutions are scored token by token
+OTHER_TEXT = Path(__file__).with_name("other_text.txt")
+FORGETTING = "other-text"
 
 
 @dataclass(frozen=True)
@@ -74,64 +87,160 @@ def evaluate(
     problems = {name: get_task(name).problems()[:limit] for name in task_list}
 
     renderer = _renderer(folders, recipes)
+    shard = Shard.of_this_process()
     work = {}
     for task, its_problems in problems.items():
         protocol = _protocol(task, its_problems, settings, renderer)
         for name, folder in zip(names, folders, strict=True):
-            work[task, name] = Answers(folder, protocol, its_problems, overwrite)
-    if all(answers.missing() == [] for answers in work.values()):
+            work[task, name] = Answers(folder, protocol, its_problems, overwrite, shard)
+    engine = ENGINES[settings.engine]
+    complete = all(answers.missing() == [] for answers in work.values())
+    shard.wait()  # all have read before one writes
+    if complete and (settings.engine != "plain" or all(_scored(folder, problems) for folder in folders)):
         return folders
 
-    base, hardware = load_base(recipes[0].model)
-    model = load_adapters(base, {n: f.adapter for n, f in zip(names, folders, strict=True) if f.has_adapter})
-    birth = certificate(device=hardware.name, dtype=str(hardware.dtype).removeprefix("torch."))
+    adapters = {n: f.adapter for n, f in zip(names, folders, strict=True) if f.has_adapter}
+    answer = engine(recipes[0], adapters, renderer)
     for task in problems:
         mine = {name: answers for (t, name), answers in work.items() if t == task}
         for answers in mine.values():
-            answers.begin(birth)
-        _answer(model, renderer, mine, settings, task)
+            answers.begin(certificate(**answer.facts))
+        _answer(answer, renderer, mine, settings, task)
+    if shard.is_main and isinstance(answer, Plain):
+        _score(answer.model, renderer, dict(zip(names, folders, strict=True)), problems)
+    shard.wait()
+    for answers in work.values() if shard.is_main else ():
+        answers.gather()
+    shard.wait()
     return folders
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This process among those of an `accelerate launch`: it takes every `world`-th problem."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def of_this_process(cls) -> Shard:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return cls()
+        import torch
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not torch.cuda.is_available())
+        return cls(state.process_index, state.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        if self.world > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+
+
+class Plain:
+    """Answers by the package's own decoding loop (model/generate.py)."""
+
+    def __init__(self, recipe: Recipe, adapters: Mapping[str, Path], renderer: Renderer):
+        base, hardware = load_base(recipe.model)
+        self.model, self.renderer = load_adapters(base, adapters), renderer
+        self.facts = {"device": hardware.name, "dtype": str(hardware.dtype).removeprefix("torch.")}
+
+    def generate(self, requests: Sequence[Request], on_progress: Callable[[int, Completion], None]) -> None:
+        longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=1)
+        generate(
+            self.model,
+            requests,
+            stop_ids=self.renderer.stop_ids,
+            pad_id=self.renderer.pad_id,
+            batch_rows=rows_that_fit(self.model, longest),
+            on_progress=on_progress,
+        )
+
+
+def _vllm(recipe: Recipe, adapters: Mapping[str, Path], renderer: Renderer) -> Any:
+    from ..model.vllm import Vllm
+
+    return Vllm(recipe, adapters, renderer)
+
+
+ENGINES: Mapping[str, Callable[..., Any]] = {"plain": Plain, "vllm": _vllm}
+"""What generates: (recipe, adapters by name, renderer) -> an object with `facts` and `generate`."""
 
 
 class Answers:
     """One run's answers to one task: what is on disk, what is missing, and the way to add."""
 
-    def __init__(self, folder: RunFolder, protocol: Protocol, problems: Sequence[Problem], overwrite: bool):
-        self.folder, self.protocol, self.problems = folder, protocol, problems
+    def __init__(
+        self,
+        folder: RunFolder,
+        protocol: Protocol,
+        problems: Sequence[Problem],
+        overwrite: bool = False,
+        shard: Shard = Shard(),
+    ):
+        self.folder, self.protocol, self.problems, self.shard = folder, protocol, problems, shard
         self.file = folder.evaluation(protocol.task)
         self.facts_file = self.file.with_suffix(".json")
-        if overwrite:
-            self.file.unlink(missing_ok=True)
-            self.facts_file.unlink(missing_ok=True)
-        elif self.facts_file.is_file():
+        if overwrite and shard.is_main:
+            for old in (self.file, self.facts_file, tokens_file(folder, protocol.task), *self._parts()):
+                old.unlink(missing_ok=True)
+        elif not overwrite and self.facts_file.is_file():
             differences = protocol.differences(read_json(self.facts_file)["protocol"])
             if differences:
                 raise RequestError(
                     f"{self.file}: made under another protocol ({'; '.join(differences)}); "
                     "use the same, or --overwrite to replace it"
                 )
-        self.done = {(a.problem, a.sample) for a in read_attempts(self.file)}
+        self.done = set() if overwrite else set(self._attempts())
 
     def missing(self) -> list[tuple[Problem, int]]:
-        """(problem, sample) pairs still to be answered; sample -1 is the greedy answer."""
+        """(problem, sample) pairs still to be answered by this process; sample -1 is the greedy answer."""
         samples = (GREEDY, *range(self.protocol.samples))
-        return [(p, s) for p in self.problems for s in samples if (p.id, s) not in self.done]
+        mine = self.problems[self.shard.rank :: self.shard.world]
+        return [(p, s) for p in mine for s in samples if (p.id, s) not in self.done]
 
     def begin(self, birth: dict[str, Any]) -> None:
         """Record the protocol, before the first answer."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        if not self.facts_file.is_file():
-            problems = {p.id: {"answer": p.answer, "tags": dict(p.tags)} for p in self.problems}
+        if self.shard.is_main and not self.facts_file.is_file():
+            problems = {
+                p.id: {"question": p.question, "answer": p.answer, "tags": dict(p.tags)}
+                for p in self.problems
+            }
             facts = {"protocol": asdict(self.protocol), "provenance": birth, "problems": problems}
             write_json(self.facts_file, facts)
 
     def add(self, attempts: Iterable[Attempt]) -> None:
-        with self.file.open("a", encoding="utf-8") as file:
+        part = self.file if self.shard.world == 1 else self._part(self.shard.rank)
+        with part.open("a", encoding="utf-8") as file:
             file.writelines(attempt_line(attempt) for attempt in attempts)
+
+    def gather(self) -> None:
+        """Bring the parts of several processes together, also those that a kill has left."""
+        if parts := self._parts():
+            write_text(self.file, "".join(map(attempt_line, self._attempts().values())))
+            for part in parts:
+                part.unlink()
+
+    def _attempts(self) -> dict[tuple[str, int], Attempt]:
+        files = (self.file, *self._parts())
+        return {(a.problem, a.sample): a for file in files for a in read_attempts(file)}
+
+    def _part(self, rank: int) -> Path:
+        return self.file.with_name(f"{self.protocol.task}.rank-{rank}.jsonl")
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.file.parent.glob(f"{self.protocol.task}.rank-*.jsonl"))
 
 
 def _answer(
-    model: Any, renderer: Renderer, work: dict[str, Answers], settings: EvaluateConfig, title: str
+    engine: Any, renderer: Renderer, work: dict[str, Answers], settings: EvaluateConfig, title: str
 ) -> None:
     """Generate and judge all that is missing, run by run in the same batches, and write it in chunks."""
     from tqdm import tqdm
@@ -176,21 +285,51 @@ def _answer(
             if len(pending) >= CHUNK:
                 flush()
 
-        longest = max((len(request.prompt_ids) for request in requests), default=1) + limit
-        generate(
-            model,
-            requests,
-            stop_ids=renderer.stop_ids,
-            pad_id=renderer.pad_id,
-            batch_rows=rows_that_fit(model, longest),
-            on_progress=on_progress,
-        )
+        engine.generate(requests, on_progress)
     flush()
 
 
-def attempt_line(attempt: Attempt) -> str:
-    import json
+def _score(
+    model: Any, renderer: Renderer, folders: Mapping[str, RunFolder], problems: Mapping[str, list[Problem]]
+) -> None:
+    """Token tables of the reference solutions, and of the text that has nothing to do with them."""
+    texts = {
+        task: [renderer.render(p) for p in its_problems if p.solution is not None][:SCORED]
+        for task, its_problems in problems.items()
+    } | {FORGETTING: text_examples(renderer, OTHER_TEXT.read_text(encoding="utf-8").split("\n\n"))}
+    for name, folder in folders.items():
+        adapter = name if folder.has_adapter else None
+        for title, examples in texts.items():
+            file = tokens_file(folder, title)
+            if examples and not file.is_file():
+                score(model, examples, pad_id=renderer.pad_id, adapter=adapter).save(file)
 
+
+def _scored(folder: RunFolder, problems: Mapping[str, list[Problem]]) -> bool:
+    """Whether `_score` has been here."""
+    wanted = [task for task, its_problems in problems.items() if any(p.solution for p in its_problems)]
+    return all(tokens_file(folder, title).is_file() for title in (*wanted, FORGETTING))
+
+
+def tokens_file(folder: RunFolder, title: str) -> Path:
+    return folder.evaluation(title).with_suffix(".tokens.safetensors")
+
+
+def checkpoint_runs(folder: RunFolder) -> list[RunFolder]:
+    """A run folder `steps/step-N` for every checkpoint that was kept: it is evaluated like any run."""
+    found = []
+    for checkpoint in sorted(folder.checkpoints.glob("step-*")):
+        step = RunFolder(folder.path / "steps" / checkpoint.name)
+        if not step.begun:
+            shutil.copytree(checkpoint / "adapter", step.adapter, dirs_exist_ok=True)
+            facts = folder.run()
+            recipe = facts["recipe"] | {"name": step.name, "output": str(step.path)}
+            step.write_run(**facts | {"recipe": recipe, "step": int(step.name.removeprefix("step-"))})
+        found.append(step)
+    return found
+
+
+def attempt_line(attempt: Attempt) -> str:
     values = asdict(attempt) | {"verdict": attempt.verdict.status, "extracted": attempt.verdict.extracted}
     return json.dumps(values, ensure_ascii=False) + "\n"
 
