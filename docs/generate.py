@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,42 @@ def cli() -> str:
     return "\n\n".join(walk(main, ["dft-lora"]))
 
 
-PARTS: dict[str, Callable[[], str]] = {"demo": demo, "recipes": recipes, "cli": cli}
+def objectives() -> str:
+    """Every objective with the first line of its docstring."""
+    from dft_lora.loss import objective, objective_names
+
+    lines = ["| objective | loss of a token, and where it comes from |", "|---|---|"]
+    for name in objective_names():
+        formula = (type(objective(name)).__doc__ or "").strip().splitlines()[0].replace("|", "\\|")
+        lines.append(f"| `{name}` | {formula} |")
+    return "\n".join(lines)
+
+
+def hardware() -> str:
+    """The dtype rules, in the order in which they are tried."""
+    from dft_lora.model.hardware import RULES
+
+    lines = ["| device | what computes in what |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {rule.where} | {rule.consequence} |" for rule in RULES)])
+
+
+def bench(kind: str) -> str:
+    """The committed results of one bench."""
+    from dft_lora.bench.table import tables
+
+    return tables(kind=kind)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "recipes": recipes,
+    "cli": cli,
+    "objectives": objectives,
+    "hardware": hardware,
+    "bench-loss": partial(bench, "loss"),
+    "bench-train": partial(bench, "train"),
+    "bench-packing": partial(bench, "packing"),
+}
 
 
 def fill(text: str) -> str:

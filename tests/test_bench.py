@@ -1,7 +1,6 @@
 """The bench measures what it says: its inputs, its truth, its peers' equality and its table."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from dft_lora.bench.__main__ import main
 from dft_lora.bench.inputs import SOURCES, prescribed
 from dft_lora.bench.loss import measure, relative, true_gradient
 from dft_lora.bench.peers import FLOOR, VARIANTS
-from dft_lora.bench.table import RESULTS, insert, loss_table, tables
+from dft_lora.bench.table import loss_table
 from dft_lora.loss import token_logps
 
 
@@ -97,17 +96,3 @@ def test_what_is_missing_is_said():
     reason = result["variants"]["Liger fused linear CE, token scaling"]["missing"]
     assert reason in ("liger_kernel is not installed", "needs a CUDA GPU")
     assert f"not run: {reason}" in loss_table(result)
-
-
-def test_the_readme_holds_the_committed_tables():
-    """`python -m dft_lora.bench table --into README.md` changes nothing."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    assert list(RESULTS.glob("loss-*.json"))
-    assert insert(readme, tables()) == readme
-
-
-def test_a_document_without_its_marks_is_refused():
-    marked = "before\n<!-- bench: loss -->\n{}<!-- /bench: loss -->\nafter\n"
-    assert insert(marked.format("old\n"), "new") == marked.format("\nnew\n\n")
-    with pytest.raises(ValueError, match="must hold the lines"):
-        insert("no marks", "new")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .table import RESULTS, TABLES, insert, loss_table, packing_table, tables, train_table
+from .table import RESULTS, TABLES, loss_table, packing_table, tables, train_table
 
 
 @click.group(invoke_without_command=True)
@@ -108,15 +108,10 @@ def packing(capacity, batch, rows, examples, threads, out) -> None:
 
 
 @main.command()
-@click.option(
-    "--into", type=click.Path(path_type=Path, exists=True), help="a document; its marked places take them"
-)
-def table(into) -> None:
+def table() -> None:
     """The committed results as Markdown."""
     for kind in TABLES:
         click.echo(tables(kind=kind))
-        if into and f"<!-- bench: {kind} -->" in into.read_text():
-            into.write_text(insert(into.read_text(), tables(kind=kind), kind))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Committed results as the README's tables: `python -m dft_lora.bench table`."""
+"""Committed results as Markdown tables: `python -m dft_lora.bench table`."""
 
 from __future__ import annotations
 
@@ -81,16 +81,6 @@ def packing_table(result: dict[str, Any]) -> str:
 
 
 TABLES = {"loss": loss_table, "train": train_table, "packing": packing_table}
-
-
-def insert(document: str, text: str, kind: str = "loss") -> str:
-    """`document` with `text` between the two marks of its kind; ValueError where it has none."""
-    first, last = f"<!-- bench: {kind} -->\n", f"<!-- /bench: {kind} -->\n"
-    head, begin, rest = document.partition(first)
-    _, end, tail = rest.partition(last)
-    if not begin or not end:
-        raise ValueError(f"the document must hold the lines {first.strip()} and {last.strip()}")
-    return f"{head}{first}\n{text}\n\n{last}{tail}"
 
 
 def tables(folder: Path = RESULTS, kind: str = "loss") -> str:

@@ -90,7 +90,7 @@ def generate(
 
 
 def rows_that_fit(model: nn.Module, tokens: int) -> int:
-    """Rows of up to `tokens` tokens whose cache fits in half of the free memory (4 GB on a CPU), 1 to 512."""
+    """Rows of up to `tokens` tokens whose cache fits in half of the free memory (4 GB on a CPU), 1 to 1024."""
     config, weight = (
         model.config.get_text_config(),
         next(p for p in model.parameters() if p.is_floating_point()),
@@ -99,7 +99,7 @@ def rows_that_fit(model: nn.Module, tokens: int) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     row_bytes = tokens * config.num_hidden_layers * 2 * heads * width * weight.element_size()
     free = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else 2**33
-    return int(min(512, max(1, free / 2 // row_bytes)))
+    return int(min(1024, max(1, free / 2 // row_bytes)))
 
 
 def stream(
