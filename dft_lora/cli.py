@@ -71,15 +71,27 @@ def demo(out: str, seed: int, quick: bool, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("recipe")
+@click.argument("recipe", required=False)
 @set_option
 @click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint.")
 @click.option("--extend", is_flag=True, help="Go on, with a larger train.max_steps or train.epochs.")
-def train(recipe: str, changes: tuple[str, ...], resume: bool, extend: bool) -> None:
+@click.option("--sweep", metavar="FILE", help="Train and judge all combinations that FILE names; goes on.")
+def train(
+    recipe: str | None, changes: tuple[str, ...], resume: bool, extend: bool, sweep: str | None
+) -> None:
     """Train one adapter. RECIPE is a file or the name of a shipped recipe.
 
     Example: dft-lora train tiny_dft --set train.max_steps=20
     """
+    if (recipe is None) == (sweep is None):
+        raise RequestError("give a RECIPE, or --sweep FILE (which names its recipe)")
+    if sweep is not None:
+        if changes or extend:
+            raise RequestError("--sweep: put changes into its file, under 'set'")
+        from .sweep import Sweep, markdown, run_sweep
+
+        click.echo(markdown(run_sweep(Sweep.load(sweep))), nl=False)
+        return
     chosen = load_recipe(recipe, changes)
     from .train.loop import train as run
 
@@ -92,20 +104,30 @@ def train(recipe: str, changes: tuple[str, ...], resume: bool, extend: bool) -> 
 @click.option("--samples", type=click.IntRange(1), help="Samples a problem, beside the greedy answer.")
 @click.option("--temperature", type=float, help="Sampling temperature.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N problems of each task.")
+@click.option("--checkpoints", is_flag=True, help="Also each checkpoint that was kept, below RUN_DIR/steps.")
 @click.option("--overwrite", is_flag=True, help="Replace answers made under another protocol.")
 @set_option
 @json_option
-def evaluate(run_dirs, tasks, samples, temperature, limit, overwrite, changes, as_json) -> None:
+def evaluate(run_dirs, tasks, samples, temperature, limit, checkpoints, overwrite, changes, as_json) -> None:
     """Answer and judge tasks with one or more runs of the same base.
+
+    A stopped evaluation goes on where it was. Several GPUs: accelerate launch -m dft_lora evaluate ...
 
     Example: dft-lora evaluate runs/tiny_dft --task arithmetic --samples 4
     """
     from .evaluate.report import write_report
+    from .evaluate.sampling import Shard, checkpoint_runs
     from .evaluate.sampling import evaluate as run
+    from .run_folder import RunFolder
 
     given = {"samples": samples, "temperature": temperature}
     changes = (*changes, *(f"{name}={value}" for name, value in given.items() if value is not None))
     folders = run(run_dirs, tasks, limit=limit, changes=changes, overwrite=overwrite)
+    if checkpoints:
+        steps = [step.path for path in run_dirs for step in checkpoint_runs(RunFolder.open(path))]
+        run(steps, tasks, limit=limit, changes=changes, overwrite=overwrite)
+    if not Shard.of_this_process().is_main:
+        return
     for folder in folders:
         write_report([folder], folder.path, tasks=tasks)
     show_report(write_report(folders, None, tasks=tasks), as_json)
@@ -114,8 +136,9 @@ def evaluate(run_dirs, tasks, samples, temperature, limit, overwrite, changes, a
 @main.command()
 @runs_argument
 @click.option("--out", type=click.Path(), help="Write report.json, report.md and plots here.")
+@click.option("--llm-comparator", is_flag=True, help="Also files for Google's LLM Comparator, below --out.")
 @json_option
-def compare(run_dirs, out, as_json) -> None:
+def compare(run_dirs, out, llm_comparator, as_json) -> None:
     """Compare runs evaluated on the same problems.
 
     Example: dft-lora compare runs/demo/sft runs/demo/dft --out runs/comparison
@@ -123,9 +146,28 @@ def compare(run_dirs, out, as_json) -> None:
     from .evaluate.report import write_report
     from .run_folder import RunFolder
 
-    show_report(
-        write_report([RunFolder.open(path) for path in run_dirs], Path(out) if out else None), as_json
-    )
+    if llm_comparator and not out:
+        raise RequestError("--llm-comparator: name a folder with --out")
+    folders = [RunFolder.open(path) for path in run_dirs]
+    show_report(write_report(folders, Path(out) if out else None, comparator=llm_comparator), as_json)
+
+
+@main.command()
+@click.argument("recipe")
+@set_option
+@click.option("--examples", default=256, show_default=True, type=click.IntRange(1), help="How many to score.")
+@json_option
+def diagnose(recipe: str, changes: tuple[str, ...], examples: int, as_json: bool) -> None:
+    """Before training: how probable your solutions are under the base, and which objective that favours.
+
+    Example: dft-lora diagnose tiny_dft --set data.source=codebook
+    """
+    chosen = load_recipe(recipe, changes)
+    from .evaluate.diagnosis import diagnose as run
+    from .evaluate.diagnosis import text
+
+    found = run(chosen, examples)
+    click.echo(json.dumps(found, indent=1) if as_json else text(found))
 
 
 @main.command()

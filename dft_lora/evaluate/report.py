@@ -532,8 +532,8 @@ def _tokens(report: dict[str, Any]) -> list[str]:
     ]
     parts = [
         "## Tokens of the reference solutions",
-        "Plain NLL in nats a token, whatever the objective; the change is the 95 % interval of the difference "
-        f"to the first run. `{FORGETTING}` is English prose: what rises there was forgotten.",
+        "Plain NLL in nats a token, whatever the objective; the change is the 95 % interval of the "
+        f"difference to the first run. `{FORGETTING}` is English prose: what rises there was forgotten.",
         aligned(head, rows),
     ]
     if moved:

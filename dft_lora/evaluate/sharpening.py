@@ -1,0 +1,49 @@
+"""Is a gain at temperature 1 more than a sharper distribution? The same run, cooled until it is as sharp.
+
+A run's twin at the temperature at which its mean entropy on held-out solutions is that of another run: what
+is left of the other's lead over the twin is not sharpening.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from ..data.templates import Renderer
+from ..model.head import check_head
+from ..model.load import load_adapters, load_base, load_tokenizer
+from ..run_folder import RunFolder
+from ..tasks import get_task
+from .tokens import entropy, states, temperature_for
+
+SOLUTIONS = 100
+
+
+def cooled(run: RunFolder, other: RunFolder, out: Path, task: str) -> RunFolder:
+    """A run folder `out` with the adapter of `run` and the temperature that gives it the entropy of `other`.
+
+    Both entropies are means over the tokens of the first reference solutions of `task`. It is evaluated like
+    any run, and compared with `report.build(..., free={"temperature"})`. A folder made before is used again.
+    """
+    folder = RunFolder(out)
+    if folder.begun:
+        return folder
+    recipe = run.recipe()
+    renderer = Renderer(load_tokenizer(recipe.model), run.run()["template"])
+    problems = [p for p in get_task(task).problems() if p.solution is not None][:SOLUTIONS]
+    examples = [renderer.render(problem) for problem in problems]
+    model = load_adapters(load_base(recipe.model)[0], {"run": run.adapter, "other": other.adapter})
+    head = check_head(model)
+    h_TD, other_TD = (
+        torch.cat([h for _, h, _ in states(model, examples, pad_id=renderer.pad_id, adapter=name)])
+        for name in ("run", "other")
+    )
+    wanted = entropy(head, other_TD)
+    temperature = temperature_for(head, h_TD, wanted)
+    shutil.copytree(run.adapter, folder.adapter)
+    changed = recipe.override([f"evaluate.temperature={temperature:.4f}", f"output={out}"])
+    figures = {"entropy_of": str(other.path), "entropy": wanted, "temperature": temperature}
+    folder.write_run(**run.run() | {"recipe": changed.as_dict(), "cooled": figures})
+    return folder
