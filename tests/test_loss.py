@@ -297,7 +297,7 @@ def test_skipping_stays_under_its_bound(name, options):
             weight,
             targets,
             skip=skip,
-            token_weight=wanted.token_weight,
+            token_weight=wanted.token_weight or torch.ones_like,
             chunk_bytes=90 * 211 * 4,
             **options,
         )

@@ -62,16 +62,16 @@ class TokenWeighted(Weighted):
         return self.token_weight(scores.logp)
 
 
-class Sft(TokenWeighted):
+class Sft(Weighted):
     """- log p. Cross-entropy: a policy gradient of reward 1 weighted by 1/p (arXiv 2508.05629, eq. 5).
 
-    Fails by its largest gradients coming from the least probable tokens.
+    Fails by its largest gradients coming from the least probable tokens. It has no weight to skip rows by.
     """
 
     name = "sft"
 
-    def token_weight(self, logp: Tensor) -> Tensor:
-        return torch.ones_like(logp)
+    def weight(self, scores: TokenScores) -> Tensor:
+        return torch.ones_like(scores.logp)
 
 
 class Dft(TokenWeighted):

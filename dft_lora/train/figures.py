@@ -23,6 +23,9 @@ class Totals(NamedTuple):
     tokens: float
     positions: float
     """Tokens and padding."""
+    skipped_rows: float
+    skip_bound: float
+    """Sum over micro-batches, so a bound of the error that `train.skip_rows` made in the summed gradient."""
 
 
 class Sums:
@@ -35,8 +38,10 @@ class Sums:
     def add(self, loss: torch.Tensor, scores: TokenScores, batch: Batch) -> None:
         logp_M = scores.logp.detach().double()
         parts = (loss.detach(), -logp_M.sum(), logp_M.exp().sum(), scores.entropy.sum(), scores.is_top1.sum())
-        counts = self.values.new_tensor([logp_M.numel(), batch.tokens, batch.positions])
-        self.values += torch.cat([torch.stack([part.double() for part in parts]), counts])
+        counts = [logp_M.numel(), batch.tokens, batch.positions, scores.skipped_rows, scores.skip_bound]
+        self.values += torch.cat(
+            [torch.stack([part.double() for part in parts]), self.values.new_tensor(counts)]
+        )
         self.parts.append((loss.detach(), batch.ids))
 
     def suspects(self) -> list[str]:

@@ -200,6 +200,7 @@ class Trainer:
         ids = suspects or [example.id for example in chosen]
         self.skips.note(sound, self.done, dtype_name(self.hardware.dtype), ids)
         scored = max(1, sums.scored)
+        skip = {"skipped_rows": int(sums.skipped_rows), "skip_bound": sums.skip_bound / max(1, supervised)}
         return {
             "step": self.done,
             "loss": finite(sums.loss / max(1, supervised)),
@@ -216,6 +217,7 @@ class Trainer:
             "seconds": seconds,
             "tokens_per_second": sums.tokens / seconds,
             "peak_memory_mb": peak_memory_mb(self.ranks.device),
+            **(skip if settings.skip_rows else {}),
         }
 
     def accumulate(self, chosen: Sequence[Example], supervised: int) -> tuple[Totals, list[str]]:

@@ -10,7 +10,7 @@ from ..config import Recipe, digest
 from ..data.doctor import Finding, examine, usable
 from ..data.sources import load_problems
 from ..data.templates import Example, Renderer
-from ..errors import DataError
+from ..errors import DataError, RecipeError
 from ..loss import objective
 from ..model.load import load_model_config, load_tokenizer
 
@@ -39,6 +39,11 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises a RequestError naming what is wrong.
     """
     chosen = objective(recipe.objective.name, **recipe.objective.numbers)
+    if recipe.train.skip_rows and chosen.token_weight is None:
+        raise RecipeError(
+            f"train.skip_rows needs an objective whose weight is a function of the token's probability "
+            f"alone, and {chosen.name!r} has none; set it to 0"
+        )
     load_model_config(recipe.model)
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
     rows = load_problems(recipe.data, recipe.train.seed)

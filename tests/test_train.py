@@ -1,0 +1,130 @@
+"""The loop on the embedded base and with the real Qwen2.5 tokenizer: laws of one step, and whole runs."""
+
+import json
+
+import pytest
+import torch
+
+from dft_lora.config import load_recipe
+from dft_lora.errors import RecipeError
+from dft_lora.loss import objective_names
+from dft_lora.model.load import load_base
+from dft_lora.train.loop import Trainer, train
+from dft_lora.train.plan import make_plan
+from dft_lora.train.ranks import Ranks
+
+SMALL = (
+    "train.batch_size=8",
+    "train.micro_batch_size=4",
+    "train.max_steps=3",
+    "train.warmup=0.0",
+    "data.sample=40",
+)
+
+
+def one_step(*changes):
+    """Gradients after the first step's micro-batches, before the update, and its figures."""
+    recipe = load_recipe("tiny_dft", (*SMALL, *changes))
+    trainer = Trainer(make_plan(recipe), Ranks(recipe))
+    torch.manual_seed(1)
+    for name, parameter in trainer.adapter_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    kept = {}
+
+    def update(loss, _update=trainer.update):
+        kept.update(
+            {n: p.grad.clone() for n, p in trainer.adapter_model.named_parameters() if p.requires_grad}
+        )
+        return _update(loss)
+
+    trainer.update = update
+    return kept, trainer.step(0)
+
+
+@pytest.mark.parametrize("name", ["sft", "dft", "asft", "iw-sft"])
+def test_micro_batches_of_any_size_give_the_same_step(name):
+    change = f"objective.name={name}"
+    whole, figures = one_step(change, "train.micro_batch_size=8")
+    for size in (1, 3):  # 3: uneven, the last one is smaller
+        parts, theirs = one_step(change, f"train.micro_batch_size={size}")
+        for key, gradient in whole.items():
+            assert (parts[key] - gradient).norm() <= 1e-5 * gradient.norm(), key
+        assert theirs["loss"] == pytest.approx(figures["loss"], rel=1e-6)
+        assert theirs["supervised_tokens"] == figures["supervised_tokens"]
+
+
+@pytest.mark.parametrize("name", objective_names())
+def test_every_objective_takes_a_step(name):
+    gradients, figures = one_step(f"objective.name={name}", "train.micro_batch_size=4")
+    assert figures["loss"] is not None and figures["nll"] > 0
+    assert any(gradient.abs().sum() > 0 for gradient in gradients.values())
+
+
+def test_skipped_rows_and_their_bound_are_in_the_metrics():
+    full, _ = one_step("train.micro_batch_size=8")
+    part, figures = one_step("train.micro_batch_size=8", "train.skip_rows=0.01")
+    assert figures["skipped_rows"] > 0 and figures["skip_bound"] > 0
+    assert sum((full[k] - part[k]).norm() for k in full) > 0
+
+
+def test_skipping_rows_without_a_weight_is_refused_before_a_model_is_loaded(monkeypatch):
+    with pytest.raises(RecipeError, match=r"train\.skip_rows"):
+        make_plan(load_recipe("tiny_sft", ["train.skip_rows=0.01"]))
+
+
+def test_sft_and_dft_start_from_the_same_adapter_and_see_the_same_tokens(tmp_path):
+    first = []
+    for name in ("sft", "dft"):
+        run = train(load_recipe(f"tiny_{name}", [*SMALL, f"output={tmp_path / name}"]))
+        lines = run.metrics()
+        first.append([(x["step"], x["tokens"], x["supervised_tokens"]) for x in lines])
+        assert lines[0]["nll"] == pytest.approx(0.13, abs=0.1)
+    assert first[0] == first[1] and len(first[0]) == 3
+    start = [
+        json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[0])["nll"]
+        for n in ("sft", "dft")
+    ]
+    assert start[0] == start[1]
+
+
+def test_real_tokenizer_and_gsm8k_nll_falls_and_the_adapter_loads_in_plain_peft(qwen_dir, data_dir, tmp_path):
+    from peft import PeftModel
+
+    source = data_dir / "train" / "gsm8k_train.jsonl"
+    recipe = load_recipe(
+        "tiny_sft",
+        [
+            f"model.name={qwen_dir}",
+            f"data.source={source}",
+            "data.prompt=question",
+            "data.completion=answer",
+            "data.template=qwen-boxed",
+            "data.sample=16",
+            "evaluate.tasks=[]",
+            "train.batch_size=4",
+            "train.micro_batch_size=2",
+            "train.max_steps=6",
+            "train.learning_rate=0.02",
+            f"output={tmp_path / 'run'}",
+        ],
+    )
+    run = train(recipe)
+    nll = [line["nll"] for line in run.metrics()]
+    assert nll[0] == pytest.approx(11.93, abs=0.1)  # ln 151,936: a random model knows nothing
+    assert nll[-1] < nll[0] - 0.05
+    promised = (
+        "step loss nll mean_probability entropy learning_rate grad_norm tokens supervised_tokens seconds"
+    )
+    assert {*promised.split(), "tokens_per_second", "peak_memory_mb"} <= set(run.metrics()[0])
+
+    ids_BL = torch.tensor([[785, 4226, 374, 220, 20]])
+    base, _ = load_base(recipe.model)
+    with torch.no_grad():
+        before = base(input_ids=ids_BL).logits
+        plain = PeftModel.from_pretrained(base, run.adapter).eval()
+        after = plain(input_ids=ids_BL).logits
+        again = (
+            PeftModel.from_pretrained(load_base(recipe.model)[0], run.adapter).eval()(input_ids=ids_BL).logits
+        )
+    assert not torch.equal(before, after) and torch.equal(after, again)
