@@ -110,7 +110,7 @@ class Recipe:
 
 
 PLAIN = Fit(Line(0, 1000.0 * 1024), Line(0, 1100.0 * 1024), 0.0, 300_000, 512)
-CHECKPOINTED = Fit(Line(0, 50.0 * 1024), Line(0, 200.0 * 1024), 0.0, 300_000, 512)
+CHECKPOINTED = Fit(Line(0, 50.0 * 1024), Line(0, 100.0 * 1024), 0.0, 300_000, 512)
 FITS = {False: PLAIN, True: CHECKPOINTED}
 ROW = Pass(T=1000, M=600, saved=0, loss_peak=0, backward_peak=0, seconds=1.0)
 
@@ -120,12 +120,12 @@ def test_proposals_grow_with_memory_and_fit_it():
         return propose(FITS, 2**30, gb * 2**30, ROW, Recipe)
 
     assert at(1.01) is None
-    small, middle, large = at(1.3), at(3), at(24)
+    small, middle, large = at(1.17), at(3), at(24)
     assert small["train.loss_chunk_mb"] is not None and small["train.gradient_checkpointing"]
     assert middle["train.gradient_checkpointing"] and middle["train.loss_chunk_mb"] is None
     assert not large["train.gradient_checkpointing"]
     assert large["train.micro_batch_size"] > 4
-    for proposal, gb in ((small, 1.3), (middle, 3), (large, 24)):
+    for proposal, gb in ((small, 1.17), (middle, 3), (large, 24)):
         assert proposal["predicted_peak"] <= gb * 2**30
     rows = [at(gb)["train.micro_batch_size"] for gb in (1.5, 2, 3, 4)]
     assert rows == sorted(rows)
