@@ -3,12 +3,13 @@
 from .naive import naive_token_logps
 from .objectives import Objective, gradient_weights, objective, objective_names
 from .rows import kernel_missing
-from .token_logps import REFERENCE_NEEDS, TokenScores, token_logps
+from .token_logps import REFERENCE_NEEDS, TokenScores, chunk_rows, token_logps
 
 __all__ = [
     "REFERENCE_NEEDS",
     "Objective",
     "TokenScores",
+    "chunk_rows",
     "gradient_weights",
     "kernel_missing",
     "naive_token_logps",

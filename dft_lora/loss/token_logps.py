@@ -148,7 +148,7 @@ def token_logps(
 
     wants_hidden = torch.is_grad_enabled() and hidden.requires_grad
     wants_grad = wants_hidden or (torch.is_grad_enabled() and head.trainable)
-    rows = _chunk_rows(hidden, len(weight), len(index), chunk_bytes)
+    rows = chunk_rows(hidden, len(weight), len(index), chunk_bytes)
     with torch.autocast(hidden.device.type, enabled=False):
         done = score_rows(
             head,
@@ -191,7 +191,7 @@ def _reference_kl(h_MD: Tensor, logp_M: Tensor, reference: TokenScores) -> Tenso
     return reference.logp - logp_M + (moved_MD * reference.need("jacobian")).sum(-1)
 
 
-def _chunk_rows(hidden: Tensor, V: int, M: int, chunk_bytes: int | None) -> int:
+def chunk_rows(hidden: Tensor, V: int, M: int, chunk_bytes: int | None) -> int:
     """Rows of a chunk by bytes; a given size is obeyed, the default keeps the GEMMs large."""
     if chunk_bytes is not None:
         return max(1, chunk_bytes // (V * hidden.element_size()))

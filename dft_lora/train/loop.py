@@ -27,8 +27,7 @@ from ..data.doctor import table
 from ..data.packing import Packed
 from ..data.templates import Example
 from ..errors import Interrupted, RunError
-from ..loss import REFERENCE_NEEDS, TokenScores, token_logps
-from ..loss.token_logps import _chunk_rows
+from ..loss import REFERENCE_NEEDS, TokenScores, chunk_rows, token_logps
 from ..model.attention import choose_arrangement
 from ..model.backends import build, prepare
 from ..model.hardware import peak_memory_mb
@@ -251,7 +250,7 @@ class Trainer:
         """Cut the step into smaller pieces. Raises RunError when that was done often enough, or cannot be."""
         weight_VD = self.head.weight_VD
         widest = max(batch.supervised for batch in batches)
-        rows = _chunk_rows(weight_VD, len(weight_VD), widest, self.layout.chunk_bytes)
+        rows = chunk_rows(weight_VD, len(weight_VD), widest, self.layout.chunk_bytes)
         row_bytes = len(weight_VD) * weight_VD.element_size()
         smaller = self.layout.smaller(min(rows, max(1, widest)), row_bytes, first=not self.retreats)
         if smaller is None or len(self.retreats) == RETREATS:
