@@ -1,0 +1,123 @@
+"""The report: what it says follows from the answers on disk, and what cannot be compared is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from evidence_runs import answered
+
+from dft_lora.errors import RequestError
+from dft_lora.evaluate import statistics as st
+from dft_lora.evaluate.report import build, table, write_report
+
+RNG = np.random.default_rng(0)
+
+
+def draws(chance: float, problems: int = 40, samples: int = 4) -> list[list[int]]:
+    return RNG.binomial(1, chance, (problems, samples + 1)).tolist()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    chances = {"base": 0.3, "sft": 0.35, "dft": 0.9}
+    return [answered(out / name, draws(chance)) for name, chance in chances.items()]
+
+
+@pytest.fixture(scope="module")
+def report(folders):
+    return build(folders)
+
+
+def test_figures_are_those_of_the_answers(folders, report):
+    for folder in folders:
+        lines = [json.loads(line) for line in folder.evaluation("arithmetic").read_text().splitlines()]
+        right_PN = np.array([line["verdict"] == "correct" for line in lines]).reshape(40, 5)
+        figures = report["runs"][folder.name]["tasks"]["arithmetic"]
+        assert figures["avg"] == pytest.approx(right_PN[:, 1:].mean())
+        assert figures["greedy"] == pytest.approx(right_PN[:, 0].mean())
+        assert figures["ci95"][0] < figures["avg"] < figures["ci95"][1]
+        assert figures["pass_at"]["4"] == pytest.approx(right_PN[:, 1:].any(1).mean())
+        assert (figures["samples"], figures["problems"]) == (4, 40)
+
+
+def test_majority_takes_equal_answers_together(report):
+    """Two kinds of answer, 7 and 8: the majority is right where most samples are, half where they tie."""
+    figures = report["runs"]["dft"]["tasks"]["arithmetic"]
+    assert figures["maj_at"]["1"] == pytest.approx(figures["pass_at"]["1"], abs=0.2)
+    assert figures["maj_at"]["4"] > figures["avg"]
+
+
+def test_promised_shape(report):
+    wanted = {"avg", "ci95", "greedy", "samples", "problems", "truncated", "unparsable"}
+    assert all(wanted <= set(t) for run in report["runs"].values() for t in run["tasks"].values())
+    assert all({"a", "b", "task", "difference", "ci95", "p_value"} <= set(e) for e in report["paired"])
+    assert [(e["a"], e["b"]) for e in report["paired"]] == [("base", "sft"), ("base", "dft"), ("sft", "dft")]
+    json.dumps(report)
+
+
+def test_small_differences_are_called_noise_and_holm_only_raises(report):
+    said = {(e["a"], e["b"]): e for e in report["paired"]}
+    assert said["base", "sft"]["noise"] and not said["sft", "dft"]["noise"]
+    for entry in report["paired"]:
+        assert entry["noise"] == (abs(entry["difference"]) < entry["smallest_detectable"])
+        assert entry["p_value"] <= entry["p_holm"] <= 1
+    adjusted = st.holm([entry["p_value"] for entry in report["paired"]])
+    assert [entry["p_holm"] for entry in report["paired"]] == pytest.approx(adjusted.tolist())
+    assert "noise" in table(report)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"temperature": 0.6}, "temperature"),
+        ({"max_new_tokens": 48}, "max_new_tokens 96 and 48"),
+        ({"template": "plain", "template_hash": "u"}, "template 'chat' and 'plain'"),
+        ({"template_hash": "u"}, "renders other ids"),
+        ({"problems_hash": "x"}, "other texts or answers"),
+    ],
+)
+def test_other_protocols_are_refused_with_the_difference(folders, tmp_path, change, said):
+    other = answered(tmp_path / "other", draws(0.5), **change)
+    with pytest.raises(RequestError, match=said):
+        build([folders[0], other])
+
+
+def test_a_protocol_field_may_differ_where_that_is_the_question(folders, tmp_path):
+    cooled = answered(tmp_path / "cooled", draws(0.5), temperature=0.6)
+    assert build([folders[0], cooled], free={"temperature"})["paired"]
+
+
+def test_other_problems_are_refused_by_number(folders, tmp_path):
+    with pytest.raises(RequestError, match="10 of 40 and 0 of 30 problems differ"):
+        build([folders[0], answered(tmp_path / "fewer", draws(0.5, problems=30))])
+
+
+def test_no_task_in_common_is_refused(folders, tmp_path):
+    with pytest.raises(RequestError, match="no task in common"):
+        build([folders[0], answered(tmp_path / "other", draws(0.5), task="arithmetic-long")])
+
+
+def test_missing_answers_are_counted_not_ignored(tmp_path):
+    folder = answered(tmp_path / "run", draws(0.5))
+    file = folder.evaluation("arithmetic")
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-7]))
+    with pytest.raises(RequestError, match="7 answers"):
+        build([folder])
+
+
+def test_files_of_a_report(folders, tmp_path):
+    """Pictures hold ink, and LLM Comparator's files what its page reads."""
+    from matplotlib.image import imread
+
+    write_report(folders, tmp_path, comparator=True)
+    for picture in (tmp_path / "plots").glob("*.png"):
+        assert imread(picture)[..., :3].std() > 0.05
+    opened = json.loads((tmp_path / "llm-comparator" / "sft-dft-arithmetic.json").read_text())
+    assert [model["name"] for model in opened["models"]] == ["sft", "dft"]
+    assert len(opened["examples"]) == 40
+    for example in opened["examples"]:
+        right = example["output_text_a"] == "#### 7", example["output_text_b"] == "#### 7"
+        assert example["score"] == right[0] - right[1]
+        assert example["input_text"].startswith("What is problem-")
+    assert "## Sharpening" in (tmp_path / "report.md").read_text()
