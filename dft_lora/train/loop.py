@@ -31,6 +31,7 @@ from ..loss import REFERENCE_NEEDS, TokenScores, chunk_rows, token_logps
 from ..model.attention import choose_arrangement
 from ..model.backends import build, prepare
 from ..model.hardware import peak_memory_mb
+from ..model.memory import give_back_large_blocks
 from ..plots import curves
 from ..provenance import certificate
 from ..run_folder import RunFolder
@@ -156,6 +157,8 @@ class Trainer:
     def __init__(self, plan: Plan, ranks: Ranks):
         self.plan, self.recipe, self.ranks = plan, plan.recipe, ranks
         self.accelerator = ranks.accelerator
+        if ranks.device.type == "cpu":
+            give_back_large_blocks()
         built = build(self.recipe, ranks.device)
         self.head, self.hardware, self.checkpointing = built.head, built.hardware, built.checkpointing
         self.hidden_states, model = built.hidden_states, built.model
