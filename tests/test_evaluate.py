@@ -1,0 +1,195 @@
+"""Evaluation end to end on the embedded base: killed, resumed, sharded; token scores against plain torch."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from evidence_runs import trained
+
+from dft_lora.data.templates import Renderer
+from dft_lora.errors import MissingPart, RequestError
+from dft_lora.evaluate.report import build
+from dft_lora.evaluate.sampling import checkpoint_runs, evaluate, read_attempts, tokens_file
+from dft_lora.evaluate.sharpening import cooled
+from dft_lora.evaluate.tokens import TokenTable, entropy, score, temperature_for
+from dft_lora.model.head import check_head
+from dft_lora.model.load import load_adapters, load_base, load_tokenizer
+from dft_lora.run_folder import RunFolder
+from dft_lora.tasks import get_task
+
+ARGUMENTS = ("--task", "arithmetic", "--samples", "3", "--limit", "24")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Evaluated without an interruption."""
+    paths = trained(tmp_path_factory.mktemp("whole"))
+    evaluate(paths, ["arithmetic"], limit=24, changes=["samples=3"])
+    return paths
+
+
+@pytest.fixture
+def fresh(runs, tmp_path):
+    """The same runs, not evaluated."""
+    import shutil
+
+    for path in runs:
+        shutil.copytree(path, tmp_path / path.name, ignore=shutil.ignore_patterns("evaluation", "steps"))
+    return [tmp_path / path.name for path in runs]
+
+
+def command(*arguments, launcher=()):
+    return [sys.executable, *launcher, "-m", "dft_lora", "evaluate", *map(str, arguments)]
+
+
+def answers(path):
+    found = read_attempts(RunFolder(path).evaluation("arithmetic"))
+    return sorted(found, key=lambda a: (a.problem, a.sample))
+
+
+def figures(paths):
+    """The report without what names the machine and the moment."""
+    report = build([RunFolder(path) for path in paths])
+    for run in report["runs"].values():
+        del run["path"]
+    del report["provenance"]
+    return report
+
+
+def test_a_killed_evaluation_resumes_to_the_same_report(runs, fresh):
+    """SIGKILL as soon as answers are on the disk, half a line left behind, then the same command again."""
+    file = RunFolder(fresh[1]).evaluation("arithmetic")
+    process = subprocess.Popen(command(*fresh, *ARGUMENTS), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (file.is_file() and file.stat().st_size) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = sum(len(answers(path)) for path in fresh)
+    assert before > 0
+    with file.open("ab") as lines:
+        lines.write(b'{"problem": "arithmetic/te')
+    evaluate(fresh, ["arithmetic"], limit=24, changes=["samples=3"])
+    assert figures(fresh) == figures(runs)
+    assert [answers(path) for path in fresh] == [answers(path) for path in runs]
+
+
+def test_runs_answered_together_and_alone_answer_alike(runs, fresh):
+    """The base's own answers do not depend on the company it was asked in (fp32, up to rounding ties)."""
+    evaluate([fresh[0]], ["arithmetic"], limit=24, changes=["samples=3"])
+    same = [a == b for a, b in zip(answers(fresh[0]), answers(runs[0]), strict=True)]
+    assert np.mean(same) >= 0.98
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_answers_of_one(runs, fresh):
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29561")
+    done = subprocess.run(
+        command(*fresh, *ARGUMENTS, launcher=launcher), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for path, whole in zip(fresh, runs, strict=True):
+        same = [a == b for a, b in zip(answers(path), answers(whole), strict=True)]
+        assert np.mean(same) >= 0.98
+        assert not list((path / "evaluation").glob("*.rank-*"))
+
+
+def test_another_protocol_is_refused_before_a_model_is_loaded(runs):
+    with pytest.raises(RequestError, match=r"samples: 3 -> 2.*--overwrite"):
+        evaluate([runs[0]], ["arithmetic"], limit=24, changes=["samples=2"])
+    with pytest.raises(RequestError, match="did you mean 'arithmetic'"):
+        evaluate([runs[0]], ["aritmetic"])
+
+
+def test_vllm_says_what_is_missing(fresh):
+    with pytest.raises(MissingPart, match="vllm"):
+        evaluate([fresh[0]], ["arithmetic"], limit=2, changes=["samples=1", "engine=vllm"])
+
+
+def test_checkpoints_are_evaluated_like_runs(runs):
+    steps = checkpoint_runs(RunFolder(runs[1]))
+    assert [step.run()["step"] for step in steps] == [1, 2]
+    evaluate([step.path for step in steps], ["arithmetic"], limit=6, changes=["samples=2"])
+    curve = build([RunFolder(runs[1])])["steps"]["sft"]["arithmetic"]
+    assert [entry["step"] for entry in curve] == [1, 2]
+    assert all(0 <= entry["avg"] <= 1 for entry in curve)
+
+
+@pytest.fixture(scope="module")
+def loaded(runs):
+    recipe = RunFolder(runs[1]).recipe()
+    model = load_adapters(
+        load_base(recipe.model)[0], {"sft": runs[1] / "adapter", "dft": runs[2] / "adapter"}
+    )
+    renderer = Renderer(load_tokenizer(recipe.model))
+    examples = [renderer.render(p) for p in get_task("arithmetic").problems()[:20]]
+    return model, renderer, examples
+
+
+@pytest.mark.parametrize("adapter", [None, "sft", "dft"])
+def test_token_scores_are_those_of_the_whole_logits(loaded, adapter):
+    """Padding, batching by length and the chunked loss change nothing: one example at a time, all logits."""
+    model, renderer, examples = loaded
+    table = score(model, examples, pad_id=renderer.pad_id, adapter=adapter)
+    for e, example in enumerate(examples):
+        if adapter is None:
+            with model.disable_adapter(), torch.no_grad():
+                logits_LV = model(torch.tensor([example.ids])).logits[0]
+        else:
+            model.set_adapter(adapter)
+            with torch.no_grad():
+                logits_LV = model(torch.tensor([example.ids])).logits[0]
+        logp_LV = logits_LV.float().log_softmax(-1)[example.prompt_length - 1 : -1]
+        target_L = torch.tensor(example.ids[example.prompt_length :])
+        mine = table.example_T == e
+        assert table.ids_T[mine].tolist() == target_L.tolist()
+        assert table.logp_T[mine] == pytest.approx(
+            logp_LV.gather(1, target_L[:, None])[:, 0].numpy(), abs=2e-4
+        )
+        assert table.entropy_T[mine] == pytest.approx(-(logp_LV.exp() * logp_LV).sum(-1).numpy(), abs=2e-4)
+        assert table.nll_E[e] == pytest.approx(-table.logp_T[mine].mean(), rel=1e-5)
+
+
+def test_the_pull_is_the_gradient_at_the_hidden_state(loaded):
+    model, renderer, examples = loaded
+    head = check_head(model)
+    from dft_lora.evaluate.tokens import states
+
+    table = score(model, examples[:1], pad_id=renderer.pad_id)
+    _, h_TD, y_T = next(states(model, examples[:1], pad_id=renderer.pad_id))
+    h_TD = h_TD.clone().float().requires_grad_()
+    (h_TD @ head.weight_VD.float().T).log_softmax(-1).gather(1, y_T[:, None]).sum().backward()
+    assert table.pull_T == pytest.approx(h_TD.grad.norm(dim=-1).numpy(), rel=2e-3, abs=1e-5)
+
+
+def test_tables_are_kept_without_pickle(runs, tmp_path):
+    table = TokenTable.load(tokens_file(RunFolder(runs[0]), "arithmetic"))
+    table.save(tmp_path / "copy.safetensors")
+    again = TokenTable.load(tmp_path / "copy.safetensors")
+    assert all(np.array_equal(a, b) for a, b in zip(vars(table).values(), vars(again).values(), strict=True))
+    assert len(table.nll_E) == 24
+
+
+def test_temperature_for_gives_back_the_entropy(loaded):
+    model, renderer, examples = loaded
+    from dft_lora.evaluate.tokens import states
+
+    head = check_head(model)
+    h_TD = torch.cat([h for _, h, _ in states(model, examples, pad_id=renderer.pad_id)])
+    for temperature in (0.5, 1.0, 1.7):
+        wanted = entropy(head, h_TD, temperature)
+        assert temperature_for(head, h_TD, wanted) == pytest.approx(temperature, rel=1e-3)
+
+
+def test_a_cooled_twin_has_the_other_runs_entropy(runs, tmp_path):
+    twin = cooled(RunFolder(runs[1]), RunFolder(runs[2]), tmp_path / "twin", "arithmetic")
+    facts = twin.run()["cooled"]
+    assert twin.recipe().evaluate.temperature == pytest.approx(facts["temperature"], abs=1e-4)
+    assert json.dumps(facts) and 0.05 < facts["temperature"] < 5
+    assert cooled(RunFolder(runs[1]), RunFolder(runs[2]), tmp_path / "twin", "arithmetic").run() == twin.run()
