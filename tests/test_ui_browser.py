@@ -3,12 +3,14 @@
 import json
 import shutil
 import time
+from html import unescape
 
 import pytest
 from test_ui import Forwards, alone_texts, hooks_left, settle, wait_for
 from ui_cases import HOSTILE, missing, served, session
 
 from dft_lora.ui.session import Question
+from dft_lora.ui.text import plain
 
 TABS = ("Compare", "Tokens", "Samples", "Results", "Vote")
 SIZES = {1280: 900, 390: 844}
@@ -233,7 +235,7 @@ def test_a_closed_page_stops_its_stream(page, monkeypatch):
     problem = page.run("return document.querySelector('#problem textarea').value")
     question = Question(problem, temperature=1.0, max_new_tokens=512)
     shown = [page.text(f"#answers .card:nth-child({i}) .said").split() for i in (1, 2, 3)]
-    assert shown == [text.split() for text in alone_texts(question)]
+    assert shown == [unescape(plain(text)).split() for text in alone_texts(question)]
 
 
 @pytest.mark.slow
@@ -345,7 +347,8 @@ def test_every_tab_fits_and_has_contrast_aa(driver, url, width, dark):
         assert page.run(CONTRAST) == [], name
     assert all(address.startswith((url, "data:", "blob:")) for address in page.requests())
     severe = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
-    assert severe == []
+    # Gradio's own stream is cut when the test before leaves its page
+    assert [message for message in severe if "AbortError" not in message] == []
 
 
 def test_a_vote_is_blind_until_it_is_cast(page):
