@@ -121,3 +121,10 @@ def test_files_of_a_report(folders, tmp_path):
         assert example["score"] == right[0] - right[1]
         assert example["input_text"].startswith("What is problem-")
     assert "## Sharpening" in (tmp_path / "report.md").read_text()
+
+
+def test_the_report_says_when_another_template_asked_the_questions(tmp_path):
+    same = build([answered(tmp_path / "same", [[1, 1], [0, 1]])])
+    other = build([answered(tmp_path / "other", [[1, 1], [0, 1]], template="plain")])
+    assert "as trained" not in table(same)
+    assert "other answered arithmetic with template 'plain', not with 'chat' as trained" in table(other)

@@ -115,6 +115,7 @@ class Answered:
             },
             "samples": self.correct_PN.shape[1],
             "problems": len(self.problems),
+            "template": self.protocol["template"],
             "truncated": self.truncated,
             "unparsable": self.unparsable,
             "timed_out": self.timed_out,
@@ -162,6 +163,7 @@ def build(
     for name, folder in zip(names, folders, strict=True):
         runs[name] = {
             "path": str(folder.path),
+            "template": folder.run()["template"],
             "objective": folder.recipe().objective.name if folder.has_adapter else None,
             "tasks": {task: answers.summary() for task, answers in answered[name].items()},
         }
@@ -417,6 +419,10 @@ def table(report: dict[str, Any]) -> str:
         for task, r in entry["tasks"].items()
     ]
     text = aligned(head, rows)
+    for run, task, r in _results(report):
+        if r["template"] != (trained := report["runs"][run]["template"]):
+            text += f"\n\n{run} answered {task} with template {r['template']!r}, "
+            text += f"not with {trained!r} as trained."
     if report["paired"]:
         head = ["difference", "task", "sampled", "95 % interval", "p", "p (Holm)", "detectable", "greedy", ""]
         rows = [
