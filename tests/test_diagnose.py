@@ -1,0 +1,74 @@
+"""The diagnosis: figures that follow from the probabilities, and opposite advice for opposite data."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from dft_lora.cli import main
+from dft_lora.config import load_recipe
+from dft_lora.errors import DataError
+from dft_lora.evaluate.diagnosis import advice, diagnose, effective, figures, text
+from dft_lora.evaluate.tokens import TokenTable
+
+
+def table(p):
+    p = np.asarray(p, dtype=np.float32)
+    zeros = np.zeros(len(p), dtype=np.int32)
+    return TokenTable(zeros, zeros, np.log(p), np.zeros_like(p), 1 - p)
+
+
+def test_opposite_data_gets_opposite_advice():
+    """Arithmetic is what the embedded base was made on; nobody can know the codes of the codebook."""
+    known = diagnose(load_recipe("tiny_dft"), examples=64)
+    unknown = diagnose(load_recipe("tiny_dft", ["data.source=codebook"]), examples=64)
+    assert (known["favours"], unknown["favours"]) == ("dft", "sft")
+    assert known["gradient_kept"] > 0.2 > unknown["gradient_kept"]
+    assert unknown["effective_tokens"]["dft"] < unknown["effective_tokens"]["sft"] <= unknown["tokens"]
+    for found in (known, unknown):
+        assert sum(found["histogram"]) == found["tokens"]
+        nlls = [row["nll"] for row in found["least_likely_examples"]]
+        assert nlls == sorted(nlls, reverse=True) and nlls[-1] >= 0
+        assert found["data"]["examples"] >= found["examples"]
+        assert text(found).splitlines()[0] == found["verdict"]
+
+
+def test_the_same_seed_looks_at_the_same_examples():
+    again = [diagnose(load_recipe("tiny_dft"), examples=4) for _ in range(2)]
+    assert again[0]["mean_probability"] == again[1]["mean_probability"]
+
+
+@pytest.mark.parametrize(("p", "favoured"), [(0.8, "dft"), (0.5, "either"), (0.1, "sft")])
+def test_advice_at_the_anchors_of_the_literature(p, favoured):
+    assert advice(p)[0] == favoured
+    assert figures(table([p] * 50))["favours"] == favoured
+
+
+def test_advice_turns_once():
+    order = {"sft": 0, "either": 1, "dft": 2}
+    said = [order[advice(p)[0]] for p in np.linspace(0, 1, 101)]
+    assert said == sorted(said)
+
+
+def test_shares_and_effective_tokens():
+    found = figures(table([0.05, 0.05, 0.5, 0.95]))
+    assert (found["share_below_0.1"], found["share_above_0.9"]) == (0.5, 0.25)
+    assert found["nll"] == pytest.approx(-np.log([0.05, 0.05, 0.5, 0.95]).mean(), rel=1e-5)
+    even, weights = np.ones(7), np.random.default_rng(0).random(50)
+    assert effective(even) == pytest.approx(7)
+    assert effective(3 * weights) == pytest.approx(effective(weights)) and effective(weights) < 50
+    assert effective(np.array([1.0, 0, 0])) == 1
+
+
+def test_command_line():
+    runner = CliRunner()
+    done = runner.invoke(main, ["diagnose", "tiny_dft", "--examples", "4", "--json"])
+    assert json.loads(done.stdout)["examples"] == 4
+    refused = runner.invoke(main, ["diagnose", "tiny_dft", "--set", "data.source=missing.jsonl"])
+    assert refused.exit_code == 2 and "missing.jsonl" in refused.stderr
+
+
+def test_nothing_to_look_at_is_refused():
+    with pytest.raises(DataError, match="no example"):
+        diagnose(load_recipe("tiny_dft", ["data.max_length=3"]))
