@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from dft_lora.cli import main
 from dft_lora.config import load_recipe
 from dft_lora.errors import RecipeError
 from dft_lora.loss import objective_names
@@ -128,3 +130,24 @@ def test_real_tokenizer_and_gsm8k_nll_falls_and_the_adapter_loads_in_plain_peft(
             PeftModel.from_pretrained(load_base(recipe.model)[0], run.adapter).eval()(input_ids=ids_BL).logits
         )
     assert not torch.equal(before, after) and torch.equal(after, again)
+
+    result = CliRunner().invoke(
+        main,
+        [
+            "evaluate",
+            str(run.path),
+            "--task",
+            "gsm8k",
+            "--samples",
+            "1",
+            "--limit",
+            "2",
+            "--set",
+            "max_new_tokens=8",
+        ],
+        env={"DFT_LORA_DATA": str(data_dir)},
+    )
+    assert result.exit_code == 0, result.output
+    assert "| run | gsm8k | 0.0 % (n=1)" in result.stdout  # eight random tokens answer nothing
+    attempts = [json.loads(line) for line in run.evaluation("gsm8k").read_text().splitlines()]
+    assert len(attempts) == 4 and {attempt["verdict"] for attempt in attempts} <= {"wrong", "unparsable"}

@@ -1,0 +1,60 @@
+"""`make demo` at a small size: the three runs, the promised report, and what a second run may replace."""
+
+import json
+
+import pytest
+
+from dft_lora.demo import run_demo
+from dft_lora.errors import RequestError
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    path = tmp_path_factory.mktemp("demo") / "demo"
+    run_demo(path, quick=True)
+    return path
+
+
+def test_the_report_holds_what_is_promised(out):
+    report = json.loads((out / "report.json").read_text())
+    assert list(report["runs"]) == ["base", "sft", "dft"]
+    keys = {"avg", "ci95", "greedy", "samples", "problems", "truncated", "unparsable"}
+    for run in report["runs"].values():
+        assert list(run["tasks"]) == ["arithmetic", "arithmetic-long"]
+        for result in run["tasks"].values():
+            assert keys <= set(result)
+            assert result["ci95"][0] <= result["avg"] <= result["ci95"][1]
+    pairs = {(entry["a"], entry["b"]) for entry in report["paired"]}
+    assert pairs == {("base", "sft"), ("base", "dft"), ("sft", "dft")}
+    assert {"difference", "ci95", "p_value", "task"} <= set(report["paired"][0])
+    assert report["provenance"]["versions"]["torch"]
+
+
+def test_files_are_where_they_are_promised(out):
+    for name in ("report.md", "plots/accuracy.png", "plots/training.png"):
+        assert (out / name).stat().st_size > 0, name
+    for run in ("sft", "dft"):
+        for name in ("adapter/adapter_model.safetensors", "run.json", "metrics.jsonl", "report.json"):
+            assert (out / run / name).is_file(), name
+    lines = (out / "base" / "evaluation" / "arithmetic.jsonl").read_text().splitlines()
+    assert {"problem", "text", "extracted", "verdict"} <= set(json.loads(lines[0]))
+    assert not list(out.rglob("*.pkl")) + list(out.rglob("*.bin")) + list(out.rglob("*.pt"))
+
+
+def test_sft_and_dft_differ_in_the_objective_alone(out):
+    sft, dft = (json.loads((out / name / "run.json").read_text()) for name in ("sft", "dft"))
+    differing = {key for key in sft["recipe"] if sft["recipe"][key] != dft["recipe"][key]}
+    assert differing == {"name", "objective", "output"}
+    assert sft["data_hash"] == dft["data_hash"] and sft["template_hash"] == dft["template_hash"]
+
+
+def test_a_second_demo_replaces_what_it_wrote_and_nothing_else(out):
+    (out / "mine.txt").write_text("precious")
+    with pytest.raises(RequestError, match=r"mine\.txt"):
+        run_demo(out, quick=True)
+    assert (out / "report.json").is_file() and (out / "mine.txt").read_text() == "precious"
+    (out / "mine.txt").unlink()
+    before = json.loads((out / "report.json").read_text())["runs"]
+    run_demo(out, quick=True)
+    again = json.loads((out / "report.json").read_text())["runs"]
+    assert [r["tasks"] for r in again.values()] == [r["tasks"] for r in before.values()]
