@@ -128,3 +128,11 @@ def test_the_report_says_when_another_template_asked_the_questions(tmp_path):
     other = build([answered(tmp_path / "other", [[1, 1], [0, 1]], template="plain")])
     assert "as trained" not in table(same)
     assert "other answered arithmetic with template 'plain', not with 'chat' as trained" in table(other)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 5, 8])
+def test_any_number_of_samples_is_written(tmp_path, samples):
+    runs = [answered(tmp_path / name, [[1] * (samples + 1), [0] * (samples + 1)]) for name in ("a", "b")]
+    report = write_report(runs, tmp_path / "out")
+    assert list(report["runs"]["a"]["tasks"]["arithmetic"]["pass_at"])[-1] == str(samples)
+    assert (tmp_path / "out" / "report.md").is_file()

@@ -594,5 +594,5 @@ def _share(values: Iterable[bool]) -> float:
 
 
 def _powers(n: int) -> list[int]:
-    """1, 2, 4, ... up to n."""
-    return [2**i for i in range(n.bit_length())]
+    """1, 2, 4, ... and n itself."""
+    return [*(2**i for i in range((n - 1).bit_length())), n]
