@@ -114,8 +114,9 @@ def make(out: Path) -> Runs:
     if not base.begun:
         base_run(best["dft"][0].recipe(), base.path)
 
-    everything = [base, *_flat(grid), *_flat({o: best[o] for o in RIVALS}), *_flat(larger), *own]
+    everything = [base, *_flat(grid), *_flat({o: best[o] for o in RIVALS}), *own]
     evaluate([folder.path for folder in everything], TASKS, limit=LIMIT)
+    evaluate([folder.path for folder in _flat(larger)], TASKS[:1], limit=LIMIT)
     steps = [step for o in MAIN for folder in best[o] for step in checkpoint_runs(folder)]
     evaluate([step.path for step in steps], [VALIDATION], limit=VALIDATED)
     twins = [
@@ -150,6 +151,11 @@ def _choose(first: Mapping[tuple[str, float], RunFolder], task: str, limit: int 
 def scores(folder: RunFolder, tasks: Sequence[str] = TASKS) -> np.ndarray:
     """Sampled accuracy of each problem, task after task [P]."""
     return np.concatenate([st.avg_at_n(Answered.read(folder, task).correct_PN) for task in tasks])
+
+
+def probability(folder: RunFolder) -> np.ndarray:
+    """Geometric mean of the reference tokens' probability, code by code: exp(- plain NLL)."""
+    return np.exp(-TokenTable.load(tokens_file(folder, "codebook")).nll_E)
 
 
 def greedy(folder: RunFolder) -> np.ndarray:
@@ -203,10 +209,11 @@ def lines(runs: Runs) -> list[dict[str, Any]]:
     gains = contrast("DFT - base, long set", base, dft, only_long)
     hard = "refuted" if falls["verdict"] == "confirmed" else gains["verdict"]
     robust = [contrast(f"DFT - SFT at {r:g}", runs.grid["sft", r], runs.grid["dft", r]) for r in RATES]
-    robust.append(contrast(f"DFT - SFT, batches of {OTHER_BATCH}", runs.larger["sft"], runs.larger["dft"]))
-    facts = contrast(
-        "SFT - DFT, codebook", runs.codebook["dft"], runs.codebook["sft"], lambda f: scores(f, ["codebook"])
-    )
+    what = f"DFT - SFT, batches of {OTHER_BATCH}, {TASKS[0]}"
+    robust.append(contrast(what, runs.larger["sft"], runs.larger["dft"], lambda f: scores(f, TASKS[:1])))
+    codes = runs.codebook["dft"], runs.codebook["sft"]
+    known = contrast("SFT - DFT, probability of the code, a token", *codes, probability)
+    recalled = contrast("SFT - DFT, whole codes recalled", *codes, lambda f: scores(f, ["codebook"]))
     advice = {
         name: diagnose(folders[0].recipe())
         for name, folders in (("arithmetic", sft), ("codebook", runs.codebook["sft"]))
@@ -231,8 +238,9 @@ def lines(runs: Runs) -> list[dict[str, Any]]:
         ),
         line(
             "on new facts DFT loses to SFT, and diagnose says so before",
-            facts,
-            verdict=facts["verdict"] if said else "refuted",
+            known,
+            recalled,
+            verdict=known["verdict"] if said else "refuted",
             diagnosis={
                 name: {key: found[key] for key in ("mean_probability", "favours", "verdict")}
                 for name, found in advice.items()
