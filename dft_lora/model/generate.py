@@ -90,7 +90,7 @@ def generate(
 
 
 def rows_that_fit(model: nn.Module, tokens: int) -> int:
-    """Rows of up to `tokens` tokens whose cache fits in half of the free memory (4 GB on a CPU), 1 to 1024."""
+    """Rows of `tokens` tokens whose cache fits in half of the free memory (4 GB on a CPU), 1 to 1024."""
     config, weight = (
         model.config.get_text_config(),
         next(p for p in model.parameters() if p.is_floating_point()),
