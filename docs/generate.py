@@ -111,10 +111,73 @@ def bench(kind: str) -> str:
     return tables(kind=kind)
 
 
+def findings() -> str:
+    """The lines of the findings with their contrasts, then the accuracy behind them."""
+    result = json.loads((RESULTS / "findings.json").read_text(encoding="utf-8"))
+    settings = result["settings"]
+
+    def points(share: float) -> str:
+        return f"{100 * share:+.1f}"
+
+    lines = [
+        "| | claim | verdict | rests on | points, 95 % interval | each seed |",
+        "|---|---|---|---|---|---|",
+    ]
+    for number, line in enumerate(result["lines"], start=1):
+        rows = [
+            (
+                part["what"],
+                f"{points(part['difference'])} ({points(part['ci95'][0])} to {points(part['ci95'][1])})",
+                ", ".join(points(seed) for seed in part["seeds"]),
+            )
+            for part in line["parts"]
+        ]
+        if "peak" in line:
+            rows = [(f"best step, {name}", "", ", ".join(map(str, p))) for name, p in line["peak"].items()]
+        for i, row in enumerate(rows):
+            head = (str(number), line["claim"], f"**{line['verdict']}**") if i == 0 else ("", "", "")
+            lines.append(f"| {' | '.join((*head, *row))} |")
+    said = result["lines"][8]["diagnosis"]
+    kinds = result["accuracy"]
+    columns = list(next(iter(kinds.values())))
+    table = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    table += [
+        f"| {kind} | {' | '.join(f'{100 * values[c]:.1f}' for c in columns)} |"
+        for kind, values in kinds.items()
+    ]
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in settings["rates"].items())
+    tried = ", ".join(f"{rate:g}" for rate in settings["rates_tried"])
+    temperatures = ", ".join(f"{t:.2f}" for t in result["lines"][9]["temperatures"])
+    birth, own = result["provenance"], settings["own_samples"]
+    advice = "; ".join(
+        f"{name}, mean probability {found['mean_probability']:.2f}, favours {found['favours']}"
+        for name, found in said.items()
+    )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"What `diagnose` said before: {advice}. SFT has DFT's entropy at T = {temperatures}.",
+            "",
+            "Percent correct at temperature 1 and greedy, mean of the seeds:",
+            "",
+            *table,
+            "",
+            f"{settings['seeds']} seeds, {settings['examples']} examples in batches of {settings['batch']}, "
+            f"{settings['problems']} problems a set, {settings['samples']} samples each. Learning rates "
+            f"tried: {tried}; best on the validation set: {rates}. Own samples: {own['correct']} of "
+            f"{own['answers']} were correct; {own['kept']} different ones are trained on. "
+            f"Made on {birth['date']}, commit {birth['commit']}, torch "
+            f"{birth['versions']['torch']}, base {birth['base'][:12]}.",
+        ]
+    )
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "recipes": recipes,
     "cli": cli,
+    "findings": findings,
     "objectives": objectives,
     "hardware": hardware,
     "bench-loss": partial(bench, "loss"),

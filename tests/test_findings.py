@@ -1,0 +1,82 @@
+"""The findings: verdicts follow from intervals and seeds, the recorded ones from their own numbers."""
+
+import json
+
+import numpy as np
+import pytest
+from evidence_runs import answered
+
+from dft_lora.findings import RESULTS, _all, contrast
+
+RNG = np.random.default_rng(0)
+
+
+def runs(out, name, chance, seeds=3):
+    """Runs with judged answers to both test sets."""
+    made = []
+    for seed in range(seeds):
+        for task in ("arithmetic", "arithmetic-long"):
+            correct = RNG.binomial(1, chance, (60, 5)).tolist()
+            folder = answered(out / name / f"seed-{seed}", correct, task=task)
+        made.append(folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def better_and_worse(tmp_path_factory):
+    out = tmp_path_factory.mktemp("findings")
+    return runs(out, "worse", 0.3), runs(out, "better", 0.6), runs(out, "same", 0.3)
+
+
+def test_a_claim_is_confirmed_refuted_or_not_shown(better_and_worse):
+    worse, better, same = better_and_worse
+    assert contrast("", worse, better)["verdict"] == "confirmed"
+    assert contrast("", better, worse)["verdict"] == "refuted"
+    assert contrast("", worse, same)["verdict"] == "not shown"
+
+
+def test_one_seed_against_the_others_confirms_nothing(better_and_worse):
+    worse, better, _ = better_and_worse
+    mixed = [better[0], better[1], worse[2]]
+    opposite = [worse[0], worse[1], better[2]]
+    found = contrast("", opposite, mixed)
+    assert min(found["seeds"]) < 0 < max(found["seeds"])
+    assert found["verdict"] != "confirmed"
+
+
+def test_the_difference_is_the_mean_of_the_seeds(better_and_worse):
+    worse, better, _ = better_and_worse
+    found = contrast("", worse, better)
+    assert found["difference"] == pytest.approx(np.mean(found["seeds"]))
+    assert found["difference"] == pytest.approx(found["b"] - found["a"])
+
+
+def test_a_line_needs_all_its_parts():
+    def said(*verdicts):
+        return _all([{"verdict": verdict} for verdict in verdicts])
+
+    assert said("confirmed", "confirmed") == "confirmed"
+    assert said("confirmed", "not shown") == "not shown"
+    assert said("confirmed", "refuted") == "refuted"
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return json.loads(RESULTS.read_text(encoding="utf-8"))
+
+
+def test_recorded_verdicts_follow_from_recorded_numbers(recorded):
+    assert len(recorded["lines"]) == 10
+    for part in (part for line in recorded["lines"] for part in line["parts"]):
+        low, high = part["ci95"]
+        above = low > 0 and min(part["seeds"]) > 0
+        assert part["verdict"] == ("confirmed" if above else "refuted" if high < 0 else "not shown"), part
+        assert low <= part["difference"] <= high
+        assert len(part["seeds"]) == recorded["settings"]["seeds"]
+
+
+def test_the_recorded_base_is_the_one_that_is_shipped(recorded):
+    from dft_lora.config import ModelConfig
+    from dft_lora.train.identity import base_fingerprint
+
+    assert recorded["provenance"]["base"] == base_fingerprint(ModelConfig())
