@@ -38,5 +38,6 @@ def test_micro_batches_hold_each_example_once():
         batches = micro_batches(EXAMPLES, size, PAD)
         assert sorted(id for batch in batches for id in batch.ids) == ["a", "b", "c"]
         assert torch.equal(
-            torch.tensor(sum(batch.supervised for batch in batches)), torch.tensor(collate(EXAMPLES, PAD).supervised)
+            torch.tensor(sum(batch.supervised for batch in batches)),
+            torch.tensor(collate(EXAMPLES, PAD).supervised),
         )

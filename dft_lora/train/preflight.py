@@ -29,7 +29,7 @@ from ..config import Recipe
 from ..data.batches import Batch, step_examples
 from ..data.templates import Example
 from ..errors import RequestError
-from ..loss.token_logps import _chunk_rows
+from ..loss import chunk_rows
 from ..model.backends import prepare
 from ..model.head import bare
 from ..model.memory import MIB, DeviceMemory, LiveTensors, Memory
@@ -223,7 +223,7 @@ def measure(trainer: Trainer, checkpointing: bool) -> Fit:
         backward=Line.through((short.T, short.backward_peak), (long.T, long.backward_peak)),
         scores=0.0,
         row_bytes=V * weight_VD.element_size(),
-        rows=_chunk_rows(weight_VD, V, 2**30, chunk),
+        rows=chunk_rows(weight_VD, V, 2**30, chunk),
     )
     return replace(fit, scores=max(0.0, long.loss_peak - long.saved - fit.workspace(long.M)) / max(1, long.M))
 
