@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import Recipe, load_recipe
     from .errors import DftLoraError, RequestError, RunError
-    from .evaluate.sampling import evaluate
+    from .evaluation.sampling import evaluate
     from .loss import TokenScores, objective, objective_names, token_logps
     from .run_folder import RunFolder
     from .tasks import get_task, task_names
     from .tasks.judge import judge
-    from .train.loop import train
+    from .training.loop import train
 
 __version__ = "0.1.0"
 
@@ -25,7 +25,7 @@ _HOMES = {
     "RunError": ".errors",
     "RunFolder": ".run_folder",
     "TokenScores": ".loss",
-    "evaluate": ".evaluate.sampling",
+    "evaluate": ".evaluation.sampling",
     "get_task": ".tasks",
     "judge": ".tasks.judge",
     "load_recipe": ".config",
@@ -33,7 +33,7 @@ _HOMES = {
     "objective_names": ".loss",
     "task_names": ".tasks",
     "token_logps": ".loss",
-    "train": ".train.loop",
+    "train": ".training.loop",
 }
 
 __all__ = [

@@ -93,7 +93,7 @@ def train(
         click.echo(markdown(run_sweep(Sweep.load(sweep))), nl=False)
         return
     chosen = load_recipe(recipe, changes)
-    from .train.loop import train as run
+    from .training.loop import train as run
 
     click.echo(run(chosen, resume=resume, extend=extend).path)
 
@@ -115,9 +115,9 @@ def evaluate(run_dirs, tasks, samples, temperature, limit, checkpoints, overwrit
 
     Example: dft-lora evaluate runs/tiny_dft --task arithmetic --samples 4
     """
-    from .evaluate.report import write_report
-    from .evaluate.sampling import Shard, checkpoint_runs
-    from .evaluate.sampling import evaluate as run
+    from .evaluation.report import write_report
+    from .evaluation.sampling import Shard, checkpoint_runs
+    from .evaluation.sampling import evaluate as run
     from .run_folder import RunFolder
 
     given = {"samples": samples, "temperature": temperature}
@@ -143,7 +143,7 @@ def compare(run_dirs, out, llm_comparator, as_json) -> None:
 
     Example: dft-lora compare runs/demo/sft runs/demo/dft --out runs/comparison
     """
-    from .evaluate.report import write_report
+    from .evaluation.report import write_report
     from .run_folder import RunFolder
 
     if llm_comparator and not out:
@@ -163,8 +163,8 @@ def diagnose(recipe: str, changes: tuple[str, ...], examples: int, as_json: bool
     Example: dft-lora diagnose tiny_dft --set data.source=codebook
     """
     chosen = load_recipe(recipe, changes)
-    from .evaluate.diagnosis import diagnose as run
-    from .evaluate.diagnosis import text
+    from .evaluation.diagnosis import diagnose as run
+    from .evaluation.diagnosis import text
 
     found = run(chosen, examples)
     click.echo(json.dumps(found, indent=1) if as_json else text(found))
@@ -263,8 +263,8 @@ def preflight(recipe: str, changes: tuple[str, ...], gpu_memory: str | None, as_
     Example: dft-lora preflight qwen2.5-math-1.5b_dft --gpu-memory 16GB
     """
     chosen = load_recipe(recipe, changes)
-    from .train.preflight import preflight as run
-    from .train.preflight import read_size, table
+    from .training.preflight import preflight as run
+    from .training.preflight import read_size, table
 
     found = run(chosen, read_size(gpu_memory) if gpu_memory else None)
     click.echo(json.dumps(found, indent=1) if as_json else table(found))
@@ -367,7 +367,7 @@ def _shipped(name: str) -> Path:
 
 
 def show_report(report: dict[str, Any], as_json: bool) -> None:
-    from .evaluate.report import table
+    from .evaluation.report import table
 
     click.echo(json.dumps(report, indent=1) if as_json else table(report))
 

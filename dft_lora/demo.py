@@ -13,10 +13,10 @@ from typing import Any
 
 from .config import Recipe, load_recipe
 from .errors import RequestError
-from .evaluate.report import write_report
-from .evaluate.sampling import base_run, evaluate
+from .evaluation.report import write_report
+from .evaluation.sampling import base_run, evaluate
 from .run_folder import RunFolder, read_json, write_json
-from .train.loop import train
+from .training.loop import train
 
 RUNS = ("base", "sft", "dft")
 MARK = "demo.json"  # lists what a demo wrote, so that the next one replaces that and nothing else

@@ -19,7 +19,7 @@ OPTIONAL = {
 
 def examine_data(recipe: Recipe) -> dict[str, str]:
     """The rows, counts and findings of a recipe's data: all bad rows are told, none is refused."""
-    from .train.plan import make_plan
+    from .training.plan import make_plan
 
     plan = make_plan(recipe.override(["data.skip_bad_rows=1"]))
     found = {name.replace("_", " "): f"{count:,}" for name, count in plan.counts.items()}

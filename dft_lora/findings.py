@@ -25,17 +25,17 @@ from typing import Any
 import numpy as np
 
 from .config import Recipe, load_recipe
-from .evaluate import statistics as st
-from .evaluate.diagnosis import diagnose
-from .evaluate.report import Answered
-from .evaluate.sampling import base_run, checkpoint_runs, evaluate, tokens_file
-from .evaluate.sharpening import cooled
-from .evaluate.tokens import TokenTable
+from .evaluation import statistics as st
+from .evaluation.diagnosis import diagnose
+from .evaluation.report import Answered
+from .evaluation.sampling import base_run, checkpoint_runs, evaluate, tokens_file
+from .evaluation.sharpening import cooled
+from .evaluation.tokens import TokenTable
 from .provenance import certificate
 from .rejection import own_samples
 from .run_folder import RunFolder, read_json, write_json
 from .sweep import train_once
-from .train.identity import base_fingerprint
+from .training.identity import base_fingerprint
 
 SEEDS = (0, 1, 2)
 RATES = (1e-3, 3e-3)

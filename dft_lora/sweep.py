@@ -82,8 +82,8 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
 
     Raises a RequestError before anything is trained when the task, a field or a finished run does not fit.
     """
-    from .evaluate.report import Answered
-    from .evaluate.sampling import evaluate
+    from .evaluation.report import Answered
+    from .evaluation.sampling import evaluate
 
     get_task(sweep.task)
     recipes = sweep.recipes()
@@ -108,9 +108,9 @@ def train_once(recipe: Recipe) -> RunFolder:
 
     Raises RequestError when the folder holds a run of another recipe or other data.
     """
-    from .train.identity import identity, refuse_differences
-    from .train.loop import train
-    from .train.ranks import Ranks
+    from .training.identity import identity, refuse_differences
+    from .training.loop import train
+    from .training.ranks import Ranks
 
     folder = RunFolder(recipe.output_dir)
     if not folder.has_adapter:
@@ -127,7 +127,7 @@ _plans: dict[tuple[Any, ...], Any] = {}
 
 def _plan(recipe: Recipe) -> Any:
     """`make_plan`, its data rendered once for all the runs that share them (a second or two each)."""
-    from .train.plan import make_plan
+    from .training.plan import make_plan
 
     if recipe.train.max_steps is None:
         return make_plan(recipe)
@@ -139,8 +139,8 @@ def _plan(recipe: Recipe) -> Any:
 
 def summary(sweep: Sweep, recipes: Mapping[str, Recipe], answered: Mapping[str, Any]) -> dict[str, Any]:
     """All runs with their figures, each objective's best, and the bests against each other."""
-    from .evaluate import statistics as st
-    from .evaluate.report import paired
+    from .evaluation import statistics as st
+    from .evaluation.report import paired
     from .provenance import certificate
 
     protocols = {name: a.protocol for name, a in answered.items()}
@@ -177,7 +177,7 @@ def summary(sweep: Sweep, recipes: Mapping[str, Recipe], answered: Mapping[str, 
 
 def markdown(report: Mapping[str, Any]) -> str:
     """sweep.md: every run, then each objective's best against the others'."""
-    from .evaluate.report import aligned, percent, points
+    from .evaluation.report import aligned, percent, points
 
     fields = list(next(iter(report["runs"].values()))["fields"])
     rows = [

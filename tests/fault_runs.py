@@ -14,7 +14,7 @@ from pathlib import Path
 BASE = "tiny"
 HEAVY = ["torch", "transformers.models.qwen2.modeling_qwen2", "peft", "bitsandbytes", "accelerate", "tqdm"]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([*HEAVY, "safetensors.torch", "dft_lora.cli", "dft_lora.train.loop"])
+SERVER.set_forkserver_preload([*HEAVY, "safetensors.torch", "dft_lora.cli", "dft_lora.training.loop"])
 
 
 def write_data(path: Path, rows: int = 40) -> Path:

@@ -19,7 +19,15 @@ import torch
 from dft_lora.config import digest
 from dft_lora.errors import RunError
 from dft_lora.sealed import damage, discard, write_sealed
-from dft_lora.train.checkpoints import PARTS, Checkpoints, State, pack, random_state, set_random_state, unpack
+from dft_lora.training.checkpoints import (
+    PARTS,
+    Checkpoints,
+    State,
+    pack,
+    random_state,
+    set_random_state,
+    unpack,
+)
 
 FORK = multiprocessing.get_context("fork")
 

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from dft_lora.cli import main
 from dft_lora.config import load_recipe
 from dft_lora.errors import DataError
-from dft_lora.evaluate.diagnosis import advice, diagnose, effective, figures, text
-from dft_lora.evaluate.tokens import TokenTable
+from dft_lora.evaluation.diagnosis import advice, diagnose, effective, figures, text
+from dft_lora.evaluation.tokens import TokenTable
 
 
 def table(p):

@@ -13,10 +13,10 @@ from evidence_runs import trained
 
 from dft_lora.data.templates import Renderer
 from dft_lora.errors import MissingPart, RequestError
-from dft_lora.evaluate.report import build
-from dft_lora.evaluate.sampling import checkpoint_runs, evaluate, read_attempts, tokens_file
-from dft_lora.evaluate.sharpening import cooled
-from dft_lora.evaluate.tokens import TokenTable, entropy, score, temperature_for
+from dft_lora.evaluation.report import build
+from dft_lora.evaluation.sampling import checkpoint_runs, evaluate, read_attempts, tokens_file
+from dft_lora.evaluation.sharpening import cooled
+from dft_lora.evaluation.tokens import TokenTable, entropy, score, temperature_for
 from dft_lora.model.head import check_head
 from dft_lora.model.load import load_adapters, load_base, load_tokenizer
 from dft_lora.run_folder import RunFolder
@@ -159,7 +159,7 @@ def test_token_scores_are_those_of_the_whole_logits(loaded, adapter):
 def test_the_pull_is_the_gradient_at_the_hidden_state(loaded):
     model, renderer, examples = loaded
     head = check_head(model)
-    from dft_lora.evaluate.tokens import states
+    from dft_lora.evaluation.tokens import states
 
     table = score(model, examples[:1], pad_id=renderer.pad_id)
     _, h_TD, y_T = next(states(model, examples[:1], pad_id=renderer.pad_id))
@@ -178,7 +178,7 @@ def test_tables_are_kept_without_pickle(runs, tmp_path):
 
 def test_temperature_for_gives_back_the_entropy(loaded):
     model, renderer, examples = loaded
-    from dft_lora.evaluate.tokens import states
+    from dft_lora.evaluation.tokens import states
 
     head = check_head(model)
     h_TD = torch.cat([h for _, h, _ in states(model, examples, pad_id=renderer.pad_id)])

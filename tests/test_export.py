@@ -14,7 +14,7 @@ from dft_lora.errors import MissingPart, RequestError, RunError
 from dft_lora.export import card, difference, logits_of, merge, probe_rows, push, to_gguf, vllm_command
 from dft_lora.model.load import load_adapters, load_base, load_tokenizer
 from dft_lora.run_folder import RunFolder
-from dft_lora.train.loop import train
+from dft_lora.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_the_commands(run, merged):
 
 
 def test_a_run_leaves_its_curves_and_trackers_are_named_where_missing(run, monkeypatch):
-    from dft_lora.train import trackers
+    from dft_lora.training import trackers
 
     assert (run.path / "curves.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)

@@ -25,11 +25,11 @@ from dft_lora.model.hardware import RULES, choose
 from dft_lora.model.load import load_adapters, load_base, load_tokenizer, resolve
 from dft_lora.run_folder import RunFolder
 from dft_lora.tasks import get_task
-from dft_lora.train import loop
-from dft_lora.train.faults import LIMIT_IN_A_ROW, Layout, SaveClock, is_out_of_memory
-from dft_lora.train.figures import Sums
-from dft_lora.train.plan import make_plan
-from dft_lora.train.ranks import Ranks
+from dft_lora.training import loop
+from dft_lora.training.faults import LIMIT_IN_A_ROW, Layout, SaveClock, is_out_of_memory
+from dft_lora.training.figures import Sums
+from dft_lora.training.plan import make_plan
+from dft_lora.training.ranks import Ranks
 
 
 @pytest.fixture(scope="module")

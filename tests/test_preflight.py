@@ -10,9 +10,9 @@ from dft_lora.cli import main
 from dft_lora.config import parse_recipe
 from dft_lora.errors import RequestError
 from dft_lora.model.memory import MIB, LiveTensors
-from dft_lora.train.loop import Trainer
-from dft_lora.train.plan import make_plan
-from dft_lora.train.preflight import (
+from dft_lora.training.loop import Trainer
+from dft_lora.training.plan import make_plan
+from dft_lora.training.preflight import (
     Fit,
     Line,
     Pass,
@@ -25,7 +25,7 @@ from dft_lora.train.preflight import (
     resident_bytes,
     run,
 )
-from dft_lora.train.ranks import Ranks
+from dft_lora.training.ranks import Ranks
 
 
 @pytest.fixture(scope="module")

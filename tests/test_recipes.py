@@ -16,7 +16,7 @@ from dft_lora.loss import objective
 from dft_lora.model.load import resolve
 from dft_lora.model.tiny import TINY_DIR
 from dft_lora.tasks import task_names
-from dft_lora.train.loop import train
+from dft_lora.training.loop import train
 
 
 @dataclass(frozen=True)

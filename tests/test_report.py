@@ -7,8 +7,8 @@ import pytest
 from evidence_runs import answered
 
 from dft_lora.errors import RequestError
-from dft_lora.evaluate import statistics as st
-from dft_lora.evaluate.report import build, table, write_report
+from dft_lora.evaluation import statistics as st
+from dft_lora.evaluation.report import build, table, write_report
 
 RNG = np.random.default_rng(0)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dft_lora.evaluate.statistics import (
+from dft_lora.evaluation.statistics import (
     avg_at_n,
     compare,
     holm,

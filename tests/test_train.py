@@ -11,9 +11,9 @@ from dft_lora.config import load_recipe
 from dft_lora.errors import RecipeError
 from dft_lora.loss import objective_names
 from dft_lora.model.load import load_base
-from dft_lora.train.loop import Trainer, train
-from dft_lora.train.plan import make_plan
-from dft_lora.train.ranks import Ranks
+from dft_lora.training.loop import Trainer, train
+from dft_lora.training.plan import make_plan
+from dft_lora.training.ranks import Ranks
 
 SMALL = (
     "train.batch_size=8",

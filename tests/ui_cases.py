@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from dft_lora.config import load_recipe
-from dft_lora.evaluate.sampling import base_run
+from dft_lora.evaluation.sampling import base_run
 from dft_lora.model.load import add_lora, load_base
 from dft_lora.run_folder import RunFolder
 from dft_lora.ui.server import launch

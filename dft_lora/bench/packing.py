@@ -20,10 +20,10 @@ from ..data.packing import Packed
 from ..data.templates import Example
 from ..model.hardware import choose
 from ..provenance import certificate
-from ..train.figures import Sums
-from ..train.loop import Trainer
-from ..train.plan import make_plan
-from ..train.ranks import Ranks
+from ..training.figures import Sums
+from ..training.loop import Trainer
+from ..training.plan import make_plan
+from ..training.ranks import Ranks
 from .train import Measurement, Shape, write_inputs
 
 

@@ -30,9 +30,9 @@ from ..loss import TokenScores
 from ..model.hardware import choose
 from ..model.memory import MIB, memory_of
 from ..provenance import certificate, versions
-from ..train.loop import Trainer
-from ..train.plan import Plan, make_plan
-from ..train.ranks import Ranks
+from ..training.loop import Trainer
+from ..training.plan import Plan, make_plan
+from ..training.ranks import Ranks
 
 PEERS = ("trl", "datasets")
 HUB = ({"source": "openai/gsm8k", "subset": "main"}, "Qwen/Qwen2.5-0.5B")

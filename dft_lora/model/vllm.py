@@ -23,7 +23,7 @@ AT_ONCE = 1024  # requests handed over at a time: what a kill loses
 
 
 class Vllm:
-    """An engine of evaluate/sampling.py. Raises MissingPart where vLLM, or a GPU for it, is missing."""
+    """An engine of evaluation/sampling.py. Raises MissingPart where vLLM, or a GPU for it, is missing."""
 
     def __init__(self, recipe: Recipe, adapters: Mapping[str, Path], renderer: Renderer):
         import torch

@@ -95,8 +95,8 @@ def default_runs(home: Path = Path("runs"), make: bool = True) -> list[RunFolder
     Raises RequestError where there are none and `make` is off.
     """
     from ..demo import RUNS, clear, demo_recipe, keep_mark, runs
-    from ..evaluate.sampling import base_run
-    from ..train.loop import train
+    from ..evaluation.sampling import base_run
+    from ..training.loop import train
 
     for made in (home / "demo", home / "page"):
         if (made / RUNS[-1] / "adapter").is_dir():
