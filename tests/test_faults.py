@@ -223,26 +223,28 @@ def limit_memory(megabytes: int) -> None:
 
 
 def test_memory_that_really_runs_out(tmp_path):
-    """An address-space limit under which 64 rows of 250 tokens do not fit at once, and 32 do."""
+    """Ever smaller address spaces, until 64 rows of 250 tokens do not fit at once but fewer do."""
     rows = [{"problem": f"{i} + 1?", "solution": f"{i} " * 60} for i in range(1000, 1064)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"batch_size": 64, "micro_batch_size": 64, "max_steps": 1}
-    losses = {}
-    for megabytes in (8000, 1200):
-        recipe = write_recipe(
-            tmp_path / "r.yaml",
-            tmp_path / "d.jsonl",
-            tmp_path / f"run{megabytes}",
-            train=settings,
-        )
-        change = ("--set", "data.max_length=512", "--set", "adapter.dropout=0")
+    change = ("--set", "data.max_length=512", "--set", "adapter.dropout=0")
+
+    def within(megabytes):
+        out = tmp_path / f"run{megabytes}"
+        recipe = write_recipe(tmp_path / "r.yaml", tmp_path / "d.jsonl", out, train=settings)
         code, told = run("train", str(recipe), *change, setup=functools.partial(limit_memory, megabytes))
         assert code == 0, told
-        losses[megabytes] = lines(tmp_path / f"run{megabytes}")[0]["loss"]
-        print(told)
-    facts = RunFolder(tmp_path / "run1200").run()
+        return RunFolder(out).run(), lines(out)[0]["loss"]
+
+    facts, loss = within(8000)
+    assert not facts["retreats"]
+    for megabytes in (1200, 1050, 900, 800, 700):
+        facts, retreated = within(megabytes)
+        if facts["retreats"]:
+            break
     assert facts["retreats"] and facts["micro_batch_size"] < 64
-    assert losses[1200] == pytest.approx(losses[8000], rel=1e-6)
+    assert retreated == pytest.approx(loss, rel=1e-6)
+    print(f"{megabytes} MB: {facts['retreats']}")
 
 
 # --- disk -------------------------------------------------------------------------------------

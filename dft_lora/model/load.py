@@ -87,7 +87,6 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> tuple[
     arguments: dict[str, Any] = {
         "dtype": hardware.dtype,
         "revision": config.revision,
-        "attn_implementation": "sdpa",
         **NO_CODE,
     }
     if config.quantization == "nf4":
