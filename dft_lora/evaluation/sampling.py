@@ -79,14 +79,14 @@ def evaluate(
         raise RequestError("name at least one run folder")
     changes = [change if change.startswith("evaluate.") else f"evaluate.{change}" for change in changes]
     recipes = [folder.recipe().override(changes) for folder in folders]
-    settings, names = recipes[0].evaluate, _unique_names(folders)
-    _same_base(folders, recipes)
+    settings, names = recipes[0].evaluate, unique_names(folders)
+    same_base(folders, recipes)
     task_list = tasks or settings.tasks
     if not task_list:
         raise RequestError("no task: give --task NAME, or evaluate.tasks in the recipe")
     problems = {name: get_task(name).problems()[:limit] for name in task_list}
 
-    renderer = _renderer(folders, recipes)
+    renderer = renderer_of(folders, recipes)
     shard = Shard.of_this_process()
     work = {}
     for task, its_problems in problems.items():
@@ -384,7 +384,7 @@ def _protocol(
     )
 
 
-def _renderer(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> Renderer:
+def renderer_of(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> Renderer:
     """The renderer of all runs: the training template, unless evaluate.template names another.
 
     Raises RequestError when the template now renders other ids than it did in training.
@@ -402,7 +402,7 @@ def _renderer(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> Render
     return renderer
 
 
-def _same_base(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> None:
+def same_base(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> None:
     for folder, recipe in zip(folders[1:], recipes[1:], strict=True):
         if recipe.model != recipes[0].model:
             raise RequestError(
@@ -419,7 +419,7 @@ def _same_base(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> None:
             )
 
 
-def _unique_names(folders: Sequence[RunFolder]) -> list[str]:
+def unique_names(folders: Sequence[RunFolder]) -> list[str]:
     """The folder names, made unique; they name adapters, so dots (module paths to peft) are replaced."""
     names: list[str] = []
     for folder in folders:

@@ -103,13 +103,15 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> tuple[
 
 
 def _quieten() -> None:
-    """Bars for weights that load in a blink, and a note on an optional package, tell nobody much."""
+    """Bars for weights that load in a blink, and notes on other packages' futures, tell nobody much."""
     import logging
+    import warnings
 
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`.*gradient_checkpointing", FutureWarning)
 
 
 def _nf4(dtype: torch.dtype) -> Any:
