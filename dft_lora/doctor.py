@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 from .config import Recipe
 from .data.doctor import table
+from .loss.rows import kernel_missing
 from .model.hardware import RULES, choose
 from .provenance import commit, versions
 
@@ -37,6 +38,7 @@ def examine() -> dict[str, str]:
         "device": f"{small.device} ({small.name})",
         "dtype, small model": f"{small.dtype} ({small.rule})".replace("torch.", ""),
         "dtype, large model": f"{large.dtype} ({large.rule})".replace("torch.", ""),
+        "loss row pass": f"torch operations ({why})" if (why := kernel_missing()) else "Triton kernel",
     }
     found |= {f"rule: {rule.where}": rule.consequence for rule in RULES}
     return found | {

@@ -132,3 +132,4 @@ def test_an_unknown_command_names_the_nearest():
 def test_doctor_tells_versions_and_device():
     found = json.loads(invoke("doctor", "--json").stdout)
     assert found["torch"] and "device" in found
+    assert found["loss row pass"].startswith(("torch operations (", "Triton kernel"))
