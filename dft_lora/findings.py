@@ -1,4 +1,4 @@
-"""The paper's claims, tried on the embedded base: `python -m dft_lora.findings`, about an hour of one core.
+"""The paper's claims, tried on the embedded base: `python -m dft_lora.findings`.
 
 Each line is judged by a paired interval over problems, of the mean of three seeds, and by the seeds alone:
 
