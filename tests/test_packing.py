@@ -6,11 +6,11 @@ from test_model import tiny_config
 
 from dft_lora.config import AdapterConfig, DataConfig, ModelConfig
 from dft_lora.data.batches import IGNORE, collate, micro_batches
-from dft_lora.data.packing import Packed, arrangement, collate_packed, fill
+from dft_lora.data.packing import Packed, Thrifty, collate_packed, fill
 from dft_lora.data.templates import Example
 from dft_lora.errors import ModelError
 from dft_lora.loss import objective, token_logps
-from dft_lora.model.attention import choose_arrangement, keeps_examples_apart
+from dft_lora.model.attention import choose_arrangement, even_length, keeps_examples_apart
 from dft_lora.model.head import check_head, hidden_states
 from dft_lora.model.load import add_lora, load_base
 
@@ -149,17 +149,49 @@ def test_padding_waste_on_gsm8k_is_under_three_percent(data_dir, size):
     assert 1 - tokens / positions < 0.03
 
 
-def test_auto_packs_only_with_varlen_attention_and_a_mixing_model_is_refused():
-    assert arrangement("auto", 64, varlen=True) == Packed(64, flat=True)
-    assert arrangement("auto", 64, varlen=False) is micro_batches
-    assert arrangement(True, 64, varlen=False) == Packed(64)
-    assert arrangement(False, 64, varlen=True) is micro_batches
-    mamba = _mamba()
+def test_auto_packs_where_it_costs_less_and_a_mixing_model_is_refused():
+    llama, mamba = causal_lm("llama"), _mamba()
+    assert choose_arrangement(DataConfig(packing=True, max_length=64), llama) == Packed(64)
+    assert choose_arrangement(DataConfig(packing=False), llama) is micro_batches
+    assert choose_arrangement(DataConfig(packing="auto"), llama) == Thrifty(even_length(llama))
     assert not keeps_examples_apart(mamba)
     assert choose_arrangement(DataConfig(packing="auto"), mamba) is micro_batches
     with pytest.raises(ModelError, match=r"data\.packing"):
         choose_arrangement(DataConfig(packing=True), mamba)
-    assert choose_arrangement(DataConfig(packing=True, max_length=64), causal_lm("llama")) == Packed(64)
+
+
+def test_the_even_length_is_where_attention_costs_as_much_as_the_matrices():
+    """All multiplications of a forward pass before the head, counted by torch, with and without attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = causal_lm("llama")
+    model.set_attn_implementation("eager")  # scores and sums of whole rows, as a block mask pays them
+    even = round(even_length(model))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.model(input_ids=torch.ones(1, even, dtype=torch.long))
+    flops = counter.get_flop_counts()["Global"]
+    attention = sum(n for op, n in flops.items() if "bmm" in str(op))
+    assert attention == pytest.approx(sum(flops.values()) / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("even", [1.0, 30.0, 1e9])
+@pytest.mark.parametrize("size", [1, 3, 9])
+def test_thrifty_rows_never_cost_or_hold_more_than_padded_ones(even, size):
+    def cost(batch):
+        longest = batch.input_ids_BL.shape[1]
+        return batch.positions * (1 + longest / even)
+
+    thrifty, padded = Thrifty(even)(EXAMPLES, size, PAD), micro_batches(EXAMPLES, size, PAD)
+    for mine, theirs in zip(thrifty, padded, strict=True):
+        assert sorted(mine.ids) == sorted(theirs.ids) and mine.supervised == theirs.supervised
+        assert cost(mine) <= cost(theirs) and mine.positions <= theirs.positions
+    assert any(batch.positions_BL is not None for batch in thrifty) == (size > 1)
+
+
+def test_thrifty_rows_stay_padded_where_attention_would_cost_more():
+    pair = [example("a", 30, 1), example("b", 20, 1)]
+    (cheap,), (dear,) = Thrifty(1e9)(pair, 2, PAD), Thrifty(1.0)(pair, 2, PAD)
+    assert cheap.input_ids_BL.shape == (1, 50) and dear.input_ids_BL.shape == (2, 30)
 
 
 def _mamba():

@@ -9,15 +9,16 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..data.batches import Batch, collate, micro_batches, step_examples
-from ..data.packing import Packed
+from ..data.packing import Arrange, Packed, Thrifty
 from ..data.templates import Example
+from ..model.attention import even_length
 from ..model.hardware import choose
 from ..provenance import certificate
 from ..training.figures import Sums
@@ -32,10 +33,11 @@ def in_order(examples: Sequence[Example], size: int, pad_id: int) -> list[Batch]
     return [collate(examples[i : i + size], pad_id) for i in range(0, len(examples), size)]
 
 
-def arrangements(capacity: int) -> dict[str, Callable[[Sequence[Example], int, int], list[Batch]]]:
+def arrangements(capacity: int, even: float) -> dict[str, Arrange]:
     return {
         "padded, in order": in_order,
         "padded, rows of similar length": micro_batches,
+        "packed where it costs less (auto)": Thrifty(even),
         "packed, block mask": Packed(capacity),
         "packed, one row (variable-length attention)": Packed(capacity, flat=True),
     }
@@ -51,7 +53,8 @@ def measure(capacity: int, batch_size: int, size: int, examples: int, threads: i
         trainer = Trainer(plan, Ranks(recipe))
     pad, count = plan.renderer.pad_id, len(plan.examples)
     rows: dict[str, dict[str, Any]] = {}
-    for name, arrange in arrangements(capacity).items():
+    ways = arrangements(capacity, even_length(trainer.model))
+    for name, arrange in ways.items():
         tokens = positions = 0
         for step in range(count // batch_size):
             chosen = [plan.examples[i] for i in step_examples(count, batch_size, 0, step)]
@@ -59,7 +62,7 @@ def measure(capacity: int, batch_size: int, size: int, examples: int, threads: i
                 tokens, positions = tokens + batch.tokens, positions + batch.positions
         rows[name] = {"waste": 1 - tokens / positions}
     chosen = [plan.examples[i] for i in step_examples(count, examples, 0, 0)]
-    for name, arrange in arrangements(capacity).items():
+    for name, arrange in ways.items():
         batches = arrange(chosen, size, pad)
         _pass(trainer, min(batches, key=lambda batch: batch.positions))  # pays for what is set up once
         clock = time.process_time if trainer.ranks.device.type == "cpu" else time.perf_counter

@@ -200,22 +200,17 @@ OURS = Variant("ours", run_ours)
 TRL = Variant("TRL SFTTrainer, dft, its defaults (checkpointing)", run_trl, package="trl")
 COMPARISON = (OURS, TRL, Variant("TRL SFTTrainer, dft, without checkpointing", run_trl_plain, package="trl"))
 
-NO_4BIT = "model.quantization=none"
+FULL_16BIT, FULL = ("model.quantization=none", "data.packing=false"), ("data.packing=false",)
+CHECKPOINTED = ("train.gradient_checkpointing=true",)
+ONE_BY_ONE = (*CHECKPOINTED, "train.micro_batch_size=1")
 LADDER = (
-    Variant("LoRA over a 16-bit base, full logits", run_full_logits, (NO_4BIT,)),
-    Variant("+ 4-bit base (nf4)", run_full_logits),
-    Variant("+ loss in chunks (this engine)", run_ours),
-    Variant("+ gradient checkpointing", run_ours, ("train.gradient_checkpointing=true",)),
-    Variant(
-        "+ micro-batches of one example",
-        run_ours,
-        ("train.gradient_checkpointing=true", "train.micro_batch_size=1"),
-    ),
-    Variant(
-        "+ 8-bit AdamW",
-        run_ours,
-        ("train.gradient_checkpointing=true", "train.micro_batch_size=1", "train.optimizer=adamw8bit"),
-    ),
+    Variant("LoRA over a 16-bit base, full logits", run_full_logits, FULL_16BIT),
+    Variant("+ 4-bit base (nf4)", run_full_logits, FULL),
+    Variant("+ loss in chunks (this engine)", run_ours, FULL),
+    Variant("+ rows packed where it costs less", run_ours),
+    Variant("+ gradient checkpointing", run_ours, CHECKPOINTED),
+    Variant("+ micro-batches of one example", run_ours, ONE_BY_ONE),
+    Variant("+ 8-bit AdamW", run_ours, (*ONE_BY_ONE, "train.optimizer=adamw8bit")),
 )
 VARIANTS = {variant.name: variant for variant in (*COMPARISON, *LADDER)}
 

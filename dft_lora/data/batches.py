@@ -97,7 +97,12 @@ def step_examples(count: int, batch_size: int, seed: int, step: int) -> list[int
     return [orders[i // count][i % count] for i in range(first, last)]
 
 
+def by_length(examples: Sequence[Example], size: int) -> list[list[Example]]:
+    """Groups of at most `size` examples of similar length."""
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
 def micro_batches(examples: Sequence[Example], size: int, pad_id: int) -> list[Batch]:
     """One step's examples as micro-batches of rows of similar length (less padding, same sum)."""
-    by_length = sorted(examples, key=lambda example: len(example.ids))
-    return [collate(by_length[i : i + size], pad_id) for i in range(0, len(by_length), size)]
+    return [collate(group, pad_id) for group in by_length(examples, size)]

@@ -22,11 +22,10 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
 
 import torch
 
-from .batches import IGNORE, Batch, micro_batches
+from .batches import IGNORE, Batch, by_length, collate
 from .templates import Example
 
 Arrange = Callable[[Sequence[Example], int, int], list[Batch]]
@@ -52,41 +51,61 @@ class Packed:
         return [collate_packed(group, pad_id) for group in groups]
 
 
-def arrangement(packing: bool | str, capacity: int, varlen: bool) -> Arrange:
-    """How a step's examples become micro-batches; `varlen`: variable-length attention is at hand.
+@dataclass(frozen=True)
+class Thrifty:
+    """Micro-batches of similar examples, each in the number of rows that costs least with a block mask.
 
-    `auto` packs only there. With a block mask a row of L tokens costs L^2 however short its examples are: on
-    a CPU that is slower than padding rows of similar length (docs/measurements/lowres.md).
+    Fewer rows waste less padding, but attention pays for whole rows: one of L tokens costs L + L^2 / `even`,
+    where `even` is the length at which attention costs as much as all matrices together. No micro-batch
+    costs, or holds, more than one of padded rows.
     """
-    wanted = varlen if packing == "auto" else packing
-    return Packed(capacity, flat=varlen) if wanted else micro_batches
+
+    even: float
+
+    def __call__(self, examples: Sequence[Example], size: int, pad_id: int) -> list[Batch]:
+        return [self._collate(group, pad_id) for group in by_length(examples, size)]
+
+    def _collate(self, group: Sequence[Example], pad_id: int) -> Batch:
+        ways = [spread(group, n) for n in range(len(group), 0, -1)]
+        rows = min(ways, key=self._cost)
+        return collate(group, pad_id) if len(rows) == len(group) else collate_packed(rows, pad_id)
+
+    def _cost(self, rows: list[list[Example]]) -> float:
+        longest = max(map(_tokens, rows))
+        return len(rows) * longest * (1 + longest / self.even)
 
 
 def fill(examples: Sequence[Example], capacity: int) -> list[list[Example]]:
-    """Examples in rows of nearly equal length, at most `capacity` tokens each, in few rows.
-
-    The longest goes first, each into the emptiest row (Graham 1969); a row more where that does not fit. Rows
-    of equal length waste no padding beside each other, and none of them sets a peak of memory alone.
-    """
-    longest_first = sorted(examples, key=lambda example: len(example.ids), reverse=True)
-    total = sum(len(example.ids) for example in examples)
-    for n in count(math.ceil(total / capacity)):
-        rows: list[list[Example]] = [[] for _ in range(n)]
-        loads = [(0, row) for row in range(n)]
-        for example in longest_first:
-            load, row = loads[0]
-            rows[row].append(example)
-            heapq.heapreplace(loads, (load + len(example.ids), row))
-        if max(loads)[0] <= capacity:
+    """Examples in rows of nearly equal length, at most `capacity` tokens each, in few rows."""
+    for n in range(math.ceil(_tokens(examples) / capacity), len(examples) + 1):
+        rows = spread(examples, n)
+        if max(map(_tokens, rows)) <= capacity:
             return rows
-        if n >= len(examples):
-            raise ValueError(f"capacity: an example of {len(longest_first[0].ids)} tokens exceeds {capacity}")
-    raise AssertionError  # count() does not end
+    longest = max(len(example.ids) for example in examples)
+    raise ValueError(f"capacity: an example of {longest} tokens exceeds {capacity}")
+
+
+def spread(examples: Sequence[Example], n: int) -> list[list[Example]]:
+    """Examples in n rows of nearly equal length: the longest first, each into the emptiest (Graham 1969).
+
+    Rows of equal length waste no padding beside each other, and none of them sets a peak of memory alone.
+    """
+    rows: list[list[Example]] = [[] for _ in range(n)]
+    loads = [(0, row) for row in range(n)]
+    for example in sorted(examples, key=lambda example: len(example.ids), reverse=True):
+        load, row = loads[0]
+        rows[row].append(example)
+        heapq.heapreplace(loads, (load + len(example.ids), row))
+    return rows
+
+
+def _tokens(row: Sequence[Example]) -> int:
+    return sum(len(example.ids) for example in row)
 
 
 def collate_packed(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
     """One batch of packed rows, padded on the right to the longest."""
-    longest = max(sum(len(example.ids) for example in row) for row in rows)
+    longest = max(map(_tokens, rows))
     input_ids_BL = torch.full((len(rows), longest), pad_id)
     mask_BL = torch.zeros_like(input_ids_BL)
     labels_BL = torch.full_like(input_ids_BL, IGNORE)

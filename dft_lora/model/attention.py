@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..config import DataConfig
-from ..data.packing import Arrange, Packed, arrangement
+from ..data.batches import micro_batches
+from ..data.packing import Arrange, Packed, Thrifty
 from ..errors import ModelError
 from .head import bare, hidden_states
 
@@ -47,19 +48,35 @@ def keeps_examples_apart(model: Any) -> bool:
     return torch.equal(of_second([5, 6, 7]), of_second([9, 8, 5]))
 
 
-def choose_arrangement(data: DataConfig, model: Any) -> Arrange:
-    """Packed rows or padded ones, as `data.packing` says; `model` in eval mode.
+def even_length(model: Any) -> float:
+    """Tokens of a row at which attention over the whole row costs as much as all matrices before the head.
 
+    2 P multiplications and additions a token against 4 L D a layer.
+    """
+    core = bare(model)
+    config, head = core.config.get_text_config(), core.get_output_embeddings()
+    sizes = [
+        module.in_features * module.out_features
+        for module in core.modules()
+        if hasattr(module, "in_features") and module is not head
+    ]
+    return sum(sizes) / (2 * config.num_hidden_layers * config.hidden_size)
+
+
+def choose_arrangement(data: DataConfig, model: Any) -> Arrange:
+    """How a step's examples become micro-batches, as `data.packing` says; `model` in eval mode.
+
+    `auto` packs all it can with variable-length attention, and elsewhere where that costs less than padding.
     Raises ModelError where packing is asked for and the model mixes the examples of a row; `auto` pads then.
     """
     if data.packing is False:
-        return arrangement(False, data.max_length, varlen=False)
-    chosen = arrangement(data.packing, data.max_length, use_varlen(model))
-    if isinstance(chosen, Packed) and not keeps_examples_apart(model):
+        return micro_batches
+    varlen = use_varlen(model)
+    if not keeps_examples_apart(model):
         if data.packing is True:
             raise ModelError(
                 f"data.packing: {type(bare(model)).__name__} mixes the examples of a packed row; "
                 "set data.packing: false"
             )
-        return arrangement(False, data.max_length, varlen=False)
-    return chosen
+        return micro_batches
+    return Packed(data.max_length, varlen) if varlen or data.packing is True else Thrifty(even_length(model))

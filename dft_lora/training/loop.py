@@ -24,7 +24,6 @@ import torch
 from ..config import Recipe
 from ..data.batches import Batch, step_examples
 from ..data.doctor import table
-from ..data.packing import Packed
 from ..data.templates import Example
 from ..errors import Interrupted, RunError
 from ..loss import REFERENCE_NEEDS, TokenScores, chunk_rows, token_logps
@@ -368,7 +367,7 @@ class Trainer:
             "findings": [asdict(finding) | {"rows": finding.rows[:100]} for finding in plan.findings],
             "steps": plan.steps,
             "gradient_checkpointing": self.checkpointing,
-            "packing": isinstance(self.arrange, Packed),
+            "arrangement": getattr(self.arrange, "__name__", repr(self.arrange)),
             "trainable_parameters": sum(parameter.numel() for parameter in self.trainable),
         }
 
