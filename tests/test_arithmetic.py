@@ -89,7 +89,8 @@ def test_no_problem_is_in_two_sets_even_under_other_names():
     def anonymous(question: str) -> str:
         return re.sub("|".join(NAMES + THINGS), "_", question)
 
-    groups = [base_training(20_000).problems(), TRAIN, TASKS[0].problems(), TASKS[1].problems()]
+    tests = [task.problems() for task in (*TASKS, get_task("arithmetic-validation"))]
+    groups = [base_training(20_000).problems(), TRAIN, *tests]
     sets = [{anonymous(problem.question) for problem in group} for group in groups]
     for i, one in enumerate(sets):
         for other in sets[:i]:

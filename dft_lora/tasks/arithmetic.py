@@ -170,31 +170,41 @@ STYLES = (_equations, _running, _prose, _numbered, _words)
 
 @dataclass(frozen=True)
 class Part:
-    """A set of problems: lengths in turn (so that any prefix is balanced), quarters of the chains, size."""
+    """A set of problems: lengths in turn (so that any prefix is balanced), quarters of the chains, size.
+
+    No chain of the sets in `apart` is in it.
+    """
 
     label: str
     lengths: tuple[int, ...]
     quarters: tuple[int, ...]
     size: int
     wrong: float = 0.0
+    apart: tuple[Part, ...] = ()
 
     def problems(self) -> Iterator[Problem]:
         """`size` different questions; the same ones, in the same order, at each call."""
-        rng = Random(self.label)
-        return islice(self._stream(rng), self.size)
+        return (problem for _, problem in self._drawn())
 
-    def _stream(self, rng: Random) -> Iterator[Problem]:
+    def chains(self) -> set[Chain]:
+        return {chain for chain, _ in self._drawn()}
+
+    def _drawn(self) -> Iterator[tuple[Chain, Problem]]:
+        rng, taken = Random(self.label), set().union(*(part.chains() for part in self.apart))
+        return islice(self._stream(rng, taken), self.size)
+
+    def _stream(self, rng: Random, taken: set[Chain]) -> Iterator[tuple[Chain, Problem]]:
         seen: set[str] = set()
         for length in cycle(self.lengths):
-            problem = self._problem(rng, length, len(seen))
+            chain, problem = self._draw(rng, length, len(seen), taken)
             while problem.question in seen:
-                problem = self._problem(rng, length, len(seen))
+                chain, problem = self._draw(rng, length, len(seen), taken)
             seen.add(problem.question)
-            yield problem
+            yield chain, problem
 
-    def _problem(self, rng: Random, length: int, index: int) -> Problem:
+    def _draw(self, rng: Random, length: int, index: int, taken: set[Chain]) -> tuple[Chain, Problem]:
         chain = Chain.draw(rng, length)
-        while chain.quarter not in self.quarters:
+        while chain.quarter not in self.quarters or chain in taken:
             chain = Chain.draw(rng, length)
         name, things = rng.choice(NAMES), rng.choice(THINGS)
         told = [rng.choice(OPENINGS).format(name=name, n=chain.start, things=things)]
@@ -204,7 +214,7 @@ class Part:
         told.append(rng.choice(ENDINGS).format(name=name, things=things))
         lines = chain.work(rng, self.wrong)
         solution = rng.choice(STYLES)(rng, lines, things)
-        return Problem.ask(
+        return chain, Problem.ask(
             f"{self.label}/{index}",
             " ".join(told),
             solution=f"{solution}\n#### {lines[-1].result}",
@@ -236,13 +246,15 @@ def base_training(size: int, seed: int = 0) -> Part:
 
 
 FINE_TUNING = Part("arithmetic/train", lengths=(1, 2, 3), quarters=(1,), size=3840, wrong=0.08)
+TEST = Part("arithmetic/test", (1, 2, 3), quarters=(0,), size=300)
+VALIDATION = Part("arithmetic-validation/test", (1, 2, 3), quarters=(0,), size=120, apart=(TEST,))
 TRAIN = {"train": FINE_TUNING, "train-clean": replace(FINE_TUNING, wrong=0.0)}
 
 TASKS = (
     Arithmetic(
         "arithmetic",
         "word problems of 1 to 3 steps, as many as the fine-tuning set has",
-        {**TRAIN, "test": Part("arithmetic/test", (1, 2, 3), quarters=(0,), size=300)},
+        {**TRAIN, "test": TEST},
         max_new_tokens=96,
     ),
     Arithmetic(
@@ -254,10 +266,7 @@ TASKS = (
     Arithmetic(
         "arithmetic-validation",
         "word problems of 1 to 3 steps to choose settings by",
-        {
-            **TRAIN,
-            "test": Part("arithmetic-validation/test", (1, 2, 3), quarters=(0,), size=120),
-        },
+        {**TRAIN, "test": VALIDATION},
         max_new_tokens=96,
     ),
 )
