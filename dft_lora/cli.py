@@ -367,7 +367,7 @@ def _shipped(name: str) -> Path:
 
 
 def show_report(report: dict[str, Any], as_json: bool) -> None:
-    from .evaluation.report import table
+    from .evaluation.text import table
 
     click.echo(json.dumps(report, indent=1) if as_json else table(report))
 

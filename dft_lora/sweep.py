@@ -82,7 +82,7 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
 
     Raises a RequestError before anything is trained when the task, a field or a finished run does not fit.
     """
-    from .evaluation.report import Answered
+    from .evaluation.answered import Answered
     from .evaluation.sampling import evaluate
 
     get_task(sweep.task)
@@ -177,7 +177,7 @@ def summary(sweep: Sweep, recipes: Mapping[str, Recipe], answered: Mapping[str, 
 
 def markdown(report: Mapping[str, Any]) -> str:
     """sweep.md: every run, then each objective's best against the others'."""
-    from .evaluation.report import aligned, percent, points
+    from .evaluation.text import aligned, percent, points
 
     fields = list(next(iter(report["runs"].values()))["fields"])
     rows = [

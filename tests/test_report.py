@@ -8,7 +8,8 @@ from evidence_runs import answered
 
 from dft_lora.errors import RequestError
 from dft_lora.evaluation import statistics as st
-from dft_lora.evaluation.report import build, table, write_report
+from dft_lora.evaluation.report import build, write_report
+from dft_lora.evaluation.text import table
 
 RNG = np.random.default_rng(0)
 

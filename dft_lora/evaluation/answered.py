@@ -1,0 +1,148 @@
+"""One run's answers to one task, from the files of an evaluation to arrays and a line of the report.
+
+Legend: P problems, N samples of each.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import RequestError
+from ..run_folder import RunFolder, read_json
+from ..tasks.audit import Audit, audit
+from ..tasks.base import Attempt
+from . import statistics as st
+from .sampling import GREEDY, read_attempts
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One run's answers to one task, as arrays. `correct_PN` holds 0 and 1; `greedy_P` too."""
+
+    protocol: dict[str, Any]
+    problems: list[str]
+    questions: dict[str, str | None]
+    tags: dict[str, dict[str, Any]]
+    correct_PN: np.ndarray
+    greedy_P: np.ndarray
+    truncated: float
+    unparsable: float
+    timed_out: float
+    mean_tokens: float
+    answers_PN: list[list[str | None]]
+    """Extracted answers; all correct ones carry the reference, since they mean the same."""
+    greedy_text_P: list[str]
+    second_opinion: Audit
+
+    @classmethod
+    def read(cls, folder: RunFolder, task: str) -> Answered:
+        """Raises RequestError when the evaluation is missing or was cut short."""
+        facts_file = folder.evaluation(task).with_suffix(".json")
+        if not facts_file.is_file():
+            raise RequestError(
+                f"{folder.path}: not evaluated on {task!r}; run dft-lora evaluate {folder.path}"
+            )
+        facts = read_json(facts_file)
+        samples, problems = facts["protocol"]["samples"], list(facts["problems"])
+        attempts = read_attempts(folder.evaluation(task))
+        where = {problem: i for i, problem in enumerate(problems)}
+        correct = np.full((len(problems), samples + 1), -1)  # greedy in the last column, as index -1
+        cells: list[list[Attempt | None]] = [[None] * (samples + 1) for _ in problems]
+        for attempt in attempts:
+            correct[where[attempt.problem], attempt.sample] = attempt.verdict.correct
+            cells[where[attempt.problem]][attempt.sample] = attempt
+        if (correct < 0).any():
+            raise RequestError(
+                f"{folder.path}: {int((correct < 0).sum())} answers to {task!r} are missing "
+                "(an evaluation was interrupted); run dft-lora evaluate again to complete it"
+            )
+        drawn = [attempt for row in cells for attempt in row[:-1] if attempt]
+        reference = {problem: values["answer"] for problem, values in facts["problems"].items()}
+        statuses = [attempt.verdict.status for attempt in drawn]
+        return cls(
+            protocol=facts["protocol"],
+            problems=problems,
+            questions={problem: values.get("question") for problem, values in facts["problems"].items()},
+            tags={problem: values["tags"] for problem, values in facts["problems"].items()},
+            correct_PN=correct[:, :-1],
+            greedy_P=correct[:, -1],
+            truncated=_share(attempt.truncated for attempt in drawn),
+            unparsable=_share(status == "unparsable" for status in statuses),
+            timed_out=_share(status == "timed_out" for status in statuses),
+            mean_tokens=float(np.mean([attempt.tokens for attempt in drawn])),
+            answers_PN=[
+                [reference[a.problem] if a.verdict.correct else a.verdict.extracted for a in row[:-1] if a]
+                for row in cells
+            ],
+            greedy_text_P=[row[GREEDY].text for row in cells if row[GREEDY]],
+            second_opinion=audit((attempt.verdict, reference[attempt.problem]) for attempt in drawn),
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """One task's entry of report.json."""
+        return {
+            "avg": float(self.correct_PN.mean()),
+            "ci95": list(st.interval(st.avg_at_n(self.correct_PN))),
+            "greedy": float(self.greedy_P.mean()),
+            "greedy_ci95": list(st.interval(self.greedy_P)),
+            "pass_at": {
+                str(k): float(st.pass_at_k(self.correct_PN, k).mean())
+                for k in _powers(self.correct_PN.shape[1])
+            },
+            "maj_at": {
+                str(k): float(st.maj_at_k(self.answers_PN, self.correct_PN, k).mean())
+                for k in _powers(self.correct_PN.shape[1])
+            },
+            "audit": {
+                "compared": self.second_opinion.compared,
+                "disagreement": self.second_opinion.rate,
+            },
+            "samples": self.correct_PN.shape[1],
+            "problems": len(self.problems),
+            "template": self.protocol["template"],
+            "truncated": self.truncated,
+            "unparsable": self.unparsable,
+            "timed_out": self.timed_out,
+            "mean_tokens": self.mean_tokens,
+            "by_tag": self._by_tag(),
+        }
+
+    def _by_tag(self) -> dict[str, dict[str, Any]]:
+        """Accuracy per value of each tag that has few values: steps, level, subject."""
+        groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for i, problem in enumerate(self.problems):
+            for tag, value in self.tags[problem].items():
+                groups[tag][str(value)].append(i)
+        return {
+            tag: {
+                value: {
+                    "avg": float(self.correct_PN[rows].mean()),
+                    "ci95": list(st.interval(st.avg_at_n(self.correct_PN[rows]))),
+                    "greedy": float(self.greedy_P[rows].mean()),
+                    "problems": len(rows),
+                }
+                for value, rows in sorted(values.items())
+            }
+            for tag, values in groups.items()
+            if len(values) <= 20
+        }
+
+
+def evaluated_tasks(folder: RunFolder) -> list[str]:
+    """Tasks with answers in a run folder; a name with a dot is a part of an evaluation that was cut."""
+    files = (folder.path / "evaluation").glob("*.jsonl")
+    return sorted(file.stem for file in files if "." not in file.stem)
+
+
+def _share(values: Iterable[bool]) -> float:
+    return float(np.mean(list(values)))
+
+
+def _powers(n: int) -> list[int]:
+    """1, 2, 4, ... and n itself."""
+    return [*(2**i for i in range((n - 1).bit_length())), n]

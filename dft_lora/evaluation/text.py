@@ -1,0 +1,187 @@
+"""The report as text: the table that commands print, and report.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from .sampling import FORGETTING
+
+
+def table(report: dict[str, Any]) -> str:
+    """One row a run and task: avg@n with its interval, greedy, shares; then the paired differences."""
+    head = ["run", "task", "avg@n", "95 % interval", "greedy", "truncated", "unparsable"]
+    rows = [
+        [
+            run,
+            task,
+            f"{percent(r['avg'])} (n={r['samples']})",
+            f"{percent(r['ci95'][0])} to {percent(r['ci95'][1])}",
+            percent(r["greedy"]),
+            percent(r["truncated"]),
+            percent(r["unparsable"]),
+        ]
+        for run, entry in report["runs"].items()
+        for task, r in entry["tasks"].items()
+    ]
+    text = aligned(head, rows)
+    for run, task, r in _results(report):
+        if r["template"] != (trained := report["runs"][run]["template"]):
+            text += f"\n\n{run} answered {task} with template {r['template']!r}, "
+            text += f"not with {trained!r} as trained."
+    if report["paired"]:
+        head = ["difference", "task", "sampled", "95 % interval", "p", "p (Holm)", "detectable", "greedy", ""]
+        rows = [
+            [
+                f"{e['b']} - {e['a']}",
+                e["task"],
+                points(e["difference"]),
+                f"{points(e['ci95'][0])} to {points(e['ci95'][1])}",
+                f"{e['p_value']:.4f}",
+                f"{e['p_holm']:.4f}",
+                f"{100 * e['smallest_detectable']:.1f}",
+                points(e["greedy_difference"]),
+                "noise" if e["noise"] else "",
+            ]
+            for e in report["paired"]
+        ]
+        text += "\n\n" + aligned(head, rows)
+    return text
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """report.md: the table, accuracy by tag, figures, birth certificate."""
+    parts = ["# Comparison", table(report)]
+    for tag in sorted({tag for _, _, r in _results(report) for tag in r["by_tag"]}):
+        rows = [
+            [
+                run,
+                task,
+                value,
+                percent(r["avg"]),
+                f"{percent(r['ci95'][0])} to {percent(r['ci95'][1])}",
+                percent(r["greedy"]),
+                str(r["problems"]),
+            ]
+            for run, task, result in _results(report)
+            for value, r in result["by_tag"].get(tag, {}).items()
+        ]
+        parts += [
+            f"## By {tag}",
+            aligned(["run", "task", tag, "avg@n", "95 % interval", "greedy", "problems"], rows),
+        ]
+    parts += _sharpening(report) + _tokens(report)
+    parts += ["## Figures", "![Accuracy](plots/accuracy.png)", "![Training](plots/training.png)"]
+    parts += [
+        f"![Token probabilities, {title}](plots/probabilities-{title}.png)"
+        for title in report["tokens"]
+        if title != FORGETTING
+    ]
+    if any(report["steps"].values()):
+        parts.append("![Accuracy against step](plots/steps.png)")
+    compared = sum(r["audit"]["compared"] for _, _, r in _results(report))
+    differing = sum(r["audit"]["compared"] * r["audit"]["disagreement"] for _, _, r in _results(report))
+    if compared:
+        parts.append(
+            f"A second, independent comparison differs from the judge in {differing:.0f} of {compared} "
+            "verdicts."
+        )
+    birth = report["provenance"]
+    made = f"Made by `{birth['command']}` on {birth['date']}, commit {birth['commit']}"
+    parts += [f"{made}, torch {birth['versions']['torch']}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _sharpening(report: dict[str, Any]) -> list[str]:
+    """What remains of a gain when nothing is left to chance (greedy), or when one of k answers may hit."""
+    ks = sorted({int(k) for _, _, r in _results(report) for k in r["pass_at"]})
+    rows = [
+        [
+            run,
+            task,
+            percent(r["greedy"]),
+            *(percent(r["pass_at"][str(k)]) if str(k) in r["pass_at"] else "" for k in ks),
+            percent(r["maj_at"][str(r["samples"])]),
+        ]
+        for run, task, r in _results(report)
+    ]
+    return [
+        "## Sharpening",
+        "At temperature 1 a sharper model scores higher without knowing more. Greedy and pass@k tell the two "
+        "apart: a gain that is gone there was sharpening.",
+        aligned(["run", "task", "greedy", *(f"pass@{k}" for k in ks), "maj@n"], rows),
+    ]
+
+
+def _tokens(report: dict[str, Any]) -> list[str]:
+    """Plain NLL of texts that nobody trained on, and the tokens that moved."""
+    if not report["tokens"]:
+        return []
+    head = ["run", "text", "NLL", "95 % interval", "change", "mean p", "entropy", "p < 0.1", "p > 0.9"]
+    rows = []
+    for title, figures in report["tokens"].items():
+        for run, f in figures.items():
+            change = f.get("nll_change_ci95")
+            rows.append(
+                [
+                    run,
+                    title,
+                    f"{f['nll']:.3f}",
+                    f"{f['nll_ci95'][0]:.3f} to {f['nll_ci95'][1]:.3f}",
+                    f"{change[0]:+.3f} to {change[1]:+.3f}" if change else "",
+                    f"{f['mean_probability']:.3f}",
+                    f"{f['entropy']:.3f}",
+                    percent(f["share_below_0.1"]),
+                    percent(f["share_above_0.9"]),
+                ]
+            )
+    moved = [
+        [run, title, _movement(f["gained"]), _movement(f["suppressed"])]
+        for title, figures in report["tokens"].items()
+        if title != FORGETTING
+        for run, f in figures.items()
+        if "gained" in f
+    ]
+    parts = [
+        "## Tokens of the reference solutions",
+        "Plain NLL in nats a token, whatever the objective; the change is the 95 % interval of the "
+        f"difference to the first run. `{FORGETTING}` is English prose: what rises there was forgotten.",
+        aligned(head, rows),
+    ]
+    if moved:
+        parts += [
+            "Mean change of a token's probability, in points:",
+            aligned(["run", "text", "gained", "suppressed"], moved),
+        ]
+    return parts
+
+
+def _movement(entries: list[list[Any]]) -> str:
+    quoted = [
+        (json.dumps(text, ensure_ascii=False).replace("|", "\\|"), change) for text, _, change in entries
+    ]
+    return ", ".join(f"`{text}` {points(change)}" for text, change in quoted[:6])
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def points(difference: float) -> str:
+    return f"{100 * difference:+.1f}"
+
+
+def aligned(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table that also reads well as plain text."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [
+        " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in [head, *rows]
+    ]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _results(report: dict[str, Any]) -> Iterable[tuple[str, str, dict[str, Any]]]:
+    return ((run, task, r) for run, entry in report["runs"].items() for task, r in entry["tasks"].items())

@@ -1,0 +1,75 @@
+"""What the token tables of several runs say beside each other: plain NLL, histograms, which tokens moved.
+
+Legend: T tokens of the reference solutions, E solutions.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..run_folder import RunFolder
+from .tokens import TokenTable
+
+BINS = 20  # of a probability
+SHOWN = 12  # tokens that gained or lost most
+SEEN = 3  # times a token must occur to be listed
+
+
+def token_figures(folders: Mapping[str, RunFolder]) -> dict[str, Any]:
+    """For each text that was scored: plain figures of every run, and which tokens gained on the first run.
+
+    Runs whose tables hold other tokens than the first one's are left out of the comparison.
+    """
+    found: dict[str, dict[str, TokenTable]] = defaultdict(dict)
+    for name, folder in folders.items():
+        for file in sorted((folder.path / "evaluation").glob("*.tokens.safetensors")):
+            found[file.name.removesuffix(".tokens.safetensors")][name] = TokenTable.load(file)
+    return {title: _figures(tables) for title, tables in found.items()}
+
+
+def _figures(tables: Mapping[str, TokenTable]) -> dict[str, Any]:
+    first = next(iter(tables.values()))
+    figures: dict[str, Any] = {}
+    for name, table in tables.items():
+        edges = np.linspace(0, 1, BINS + 1)
+        bin_T = np.minimum((table.p_T * BINS).astype(int), BINS - 1)
+        count = np.bincount(bin_T, minlength=BINS)
+        pull = np.bincount(bin_T, table.pull_T, minlength=BINS) / np.maximum(count, 1)
+        dft = np.bincount(bin_T, table.pull_T * table.p_T, minlength=BINS) / np.maximum(count, 1)
+        figures[name] = {
+            "tokens": len(table.ids_T),
+            "nll": float(table.nll_E.mean()),
+            "nll_ci95": list(_mean_interval(table.nll_E)),
+            "mean_probability": float(table.p_T.mean()),
+            "entropy": float(table.entropy_T.mean()),
+            "share_below_0.1": float((table.p_T < 0.1).mean()),
+            "share_above_0.9": float((table.p_T > 0.9).mean()),
+            "edges": edges.tolist(),
+            "histogram": count.tolist(),
+            "sft_gradient": pull.tolist(),
+            "dft_gradient": dft.tolist(),
+        }
+        if table is not first and np.array_equal(table.ids_T, first.ids_T):
+            figures[name]["nll_change_ci95"] = list(_mean_interval(table.nll_E - first.nll_E))
+            figures[name]["gained"], figures[name]["suppressed"] = _movers(first, table)
+    return figures
+
+
+def _movers(before: TokenTable, after: TokenTable) -> tuple[list[list[float]], list[list[float]]]:
+    """[id, times seen, mean change of its probability] of the tokens that gained and lost most."""
+    ids, of_T, seen = np.unique(before.ids_T, return_inverse=True, return_counts=True)
+    change = np.bincount(of_T, after.p_T - before.p_T) / seen
+    order = [int(i) for i in np.argsort(change) if seen[i] >= SEEN]
+    entry = [[int(ids[i]), int(seen[i]), float(change[i])] for i in order]
+    return [e for e in entry[::-1][:SHOWN] if e[2] > 0], [e for e in entry[:SHOWN] if e[2] < 0]
+
+
+def _mean_interval(value_E: np.ndarray) -> tuple[float, float]:
+    """95 % bootstrap interval of a mean over solutions (percentile, seed 0)."""
+    drawn = np.random.default_rng(0).integers(len(value_E), size=(2000, len(value_E)))
+    low, high = np.quantile(value_E[drawn].mean(1), (0.025, 0.975))
+    return float(low), float(high)
