@@ -14,8 +14,8 @@ def test_labels_are_the_solution_and_its_end_token():
     for row, example in enumerate(EXAMPLES):
         labels = batch.labels_BL[row].tolist()
         n, p = len(example.ids), example.prompt_length
-        assert labels == [IGNORE] * p + list(example.ids[p:]) + [IGNORE] * (6 - n)
-        assert batch.attention_mask_BL[row].tolist() == [1] * n + [0] * (6 - n)
+        assert labels == [IGNORE] * p + list(example.ids[p:]) + [IGNORE] * (8 - n)
+        assert batch.attention_mask_BL[row].tolist() == [1] * n + [0] * (8 - n)
     assert batch.supervised == sum(len(e.ids) - e.prompt_length for e in EXAMPLES)
     assert batch.tokens == sum(len(e.ids) for e in EXAMPLES)
 

@@ -191,7 +191,7 @@ def test_thrifty_rows_never_cost_or_hold_more_than_padded_ones(even, size):
 def test_thrifty_rows_stay_padded_where_attention_would_cost_more():
     pair = [example("a", 30, 1), example("b", 20, 1)]
     (cheap,), (dear,) = Thrifty(1e9)(pair, 2, PAD), Thrifty(1.0)(pair, 2, PAD)
-    assert cheap.input_ids_BL.shape == (1, 50) and dear.input_ids_BL.shape == (2, 30)
+    assert cheap.input_ids_BL.shape == (1, 56) and dear.input_ids_BL.shape == (2, 32)
 
 
 def _mamba():

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .batches import IGNORE, Batch, by_length, collate
+from .batches import IGNORE, Batch, by_length, collate, rounded
 from .templates import Example
 
 Arrange = Callable[[Sequence[Example], int, int], list[Batch]]
@@ -48,7 +48,7 @@ class Packed:
         groups = [rows[i : i + size] for i in range(0, len(rows), size)]
         if self.flat:
             groups = [[[example for row in group for example in row]] for group in groups]
-        return [collate_packed(group, pad_id) for group in groups]
+        return [collate_packed(group, pad_id, padded=not self.flat) for group in groups]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Thrifty:
         return collate(group, pad_id) if len(rows) == len(group) else collate_packed(rows, pad_id)
 
     def _cost(self, rows: list[list[Example]]) -> float:
-        longest = max(map(_tokens, rows))
+        longest = rounded(max(map(_tokens, rows)))
         return len(rows) * longest * (1 + longest / self.even)
 
 
@@ -103,9 +103,10 @@ def _tokens(row: Sequence[Example]) -> int:
     return sum(len(example.ids) for example in row)
 
 
-def collate_packed(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
-    """One batch of packed rows, padded on the right to the longest."""
+def collate_packed(rows: Sequence[Sequence[Example]], pad_id: int, padded: bool = True) -> Batch:
+    """One batch of packed rows, padded on the right to the longest; one row alone may do without."""
     longest = max(map(_tokens, rows))
+    longest = rounded(longest) if padded else longest
     input_ids_BL = torch.full((len(rows), longest), pad_id)
     mask_BL = torch.zeros_like(input_ids_BL)
     labels_BL = torch.full_like(input_ids_BL, IGNORE)
