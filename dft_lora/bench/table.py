@@ -47,19 +47,19 @@ def train_table(result: dict[str, Any]) -> str:
         f"{result['threads']} threads; torch {birth['versions']['torch']}, "
         f"TRL {birth['peers']['trl'] or 'not installed'}, {birth['date'][:10]}, commit {birth['commit']}.",
         "",
-        "| | seconds a step | ratio | CPU seconds | ratio | MB above the loaded model | ratio | MB in all |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| | seconds a step | ratio | MB above the loaded model | ratio | of it tensors | MB in all |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    keys = ("seconds", "cpu_seconds", "above_loaded_mb")
+    digits = {"seconds": 2, "above_loaded_mb": 0}
     first = next((row for row in result["variants"].values() if row["runs"]), {})
     for name, row in result["variants"].items():
         if not row["runs"]:
-            lines.append(f"| {name} | not run: {row['missing']} | | | | | | |")
+            lines.append(f"| {name} | not run: {row['missing']} | | | | | |")
             continue
-        digits = {"seconds": 2, "cpu_seconds": 2, "above_loaded_mb": 0}
-        cells = [f"{row[key]:.{digits[key]}f} | {row[key] / first[key]:.2f}" for key in keys]
+        cells = [f"{row[key]:.{n}f} | {row[key] / first[key]:.2f}" for key, n in digits.items()]
+        tensors = f"{row['tensors_mb']:.0f}" if row["tensors_mb"] else ""
         whole = row["loaded_mb"] + row["above_loaded_mb"]
-        lines.append(f"| {name} | {' | '.join(cells)} | {whole:.0f} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {tensors} | {whole:.0f} |")
     return "\n".join(lines)
 
 

@@ -28,7 +28,7 @@ from ..data.batches import Batch, step_examples
 from ..data.templates import Example
 from ..loss import TokenScores
 from ..model.hardware import choose
-from ..model.memory import MIB, memory_of
+from ..model.memory import MIB, LiveTensors, memory_of
 from ..provenance import certificate, versions
 from ..training.loop import Trainer
 from ..training.plan import Plan, make_plan
@@ -51,13 +51,17 @@ class Shape:
 
 
 class Watch:
-    """Memory when the model is ready, at most afterwards, and the time of each step but the first."""
+    """Memory when the model is ready, at most afterwards, and the time of each step but the first.
+
+    `tensors`: bytes of the tensors that a step makes, at most, where the variant counts them.
+    """
 
     def __init__(self) -> None:
         self.device = choose().device
         self.memory = memory_of(self.device)
         self.empty = self.memory.now()
         self.ticks: list[tuple[float, float]] = []
+        self.tensors: int | None = None
 
     def ready(self) -> None:
         self.loaded = self.memory.now()
@@ -67,12 +71,14 @@ class Watch:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.ticks.append((time.perf_counter(), time.process_time()))
+        self.peak = self.memory.peak()
 
     def figures(self) -> dict[str, Any]:
         walls, works = zip(*self.ticks, strict=True)
         return {
             "loaded_mb": (self.loaded - self.empty) / MIB,
-            "above_loaded_mb": (self.memory.peak() - self.loaded) / MIB,
+            "above_loaded_mb": (self.peak - self.loaded) / MIB,
+            "tensors_mb": self.tensors and self.tensors / MIB,
             "seconds": [b - a for a, b in pairwise(walls)],
             "cpu_seconds": [b - a for a, b in pairwise(works)],
         }
@@ -89,6 +95,10 @@ def run_ours(plan: Plan, steps: int, watch: Watch, kind: type[Trainer] = Trainer
     for step in range(steps):
         losses.append(trainer.step(step)["loss"])
         watch.tick()
+    if watch.device.type == "cpu":
+        with LiveTensors() as alive:
+            trainer.step(steps)
+        watch.tensors = alive.peak()
     return losses[0]
 
 
@@ -265,6 +275,7 @@ def summary(runs: list[dict[str, Any]], tokens: float) -> dict[str, float]:
         "tokens_per_second": tokens / seconds,
         "loaded_mb": statistics.median(run["loaded_mb"] for run in runs),
         "above_loaded_mb": statistics.median(run["above_loaded_mb"] for run in runs),
+        "tensors_mb": runs[0]["tensors_mb"],
         "first_loss": runs[0]["first_loss"],
     }
 

@@ -13,7 +13,9 @@ import torch
 from .templates import Example
 
 IGNORE = -100
-MULTIPLE = 8  # of a row's length: tensor cores like it, and a CPU keeps 6 MB of compiled kernels for each length
+MULTIPLE = (
+    8  # of a row's length: tensor cores like it, and a CPU keeps 6 MB of compiled kernels for each length
+)
 
 
 @dataclass(frozen=True)
