@@ -96,6 +96,8 @@ class TrainConfig(Part):
     keep_checkpoints: int = Field(2, ge=1)
     loss_chunk_mb: int | None = Field(None, ge=1)
     """Workspace of the loss; null: the loss engine's own choice."""
+    shard: bool = False
+    """Share the frozen base among several processes (FSDP), for one too large for a single GPU."""
     skip_rows: float = Field(0.0, ge=0, lt=1)
     """Relative budget of loss rows to drop (`token_logps(skip=)`); only with a weighted objective."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
@@ -148,6 +150,8 @@ class Recipe(Part):
         micro, batch = self.train.micro_batch_size, self.train.batch_size
         if micro != "auto" and micro > batch:
             raise ValueError(f"train.micro_batch_size ({micro}) is larger than train.batch_size ({batch})")
+        if self.train.shard and self.model.backend != "plain":
+            raise ValueError(f"train.shard: not with model.backend {self.model.backend!r}; plain has it")
         return self
 
     @property

@@ -98,14 +98,14 @@ def test_when_one_is_killed_the_other_ends_with_a_valid_checkpoint(tmp_path, vic
     assert state.step >= 2 and all(torch.isfinite(weight).all() for weight in state.adapter.values())
 
 
-@pytest.mark.slow
-def test_accelerate_launch(tmp_path):
-    """The documented command, launcher and all."""
+def test_the_documented_launcher_starts_two_processes(tmp_path):
+    """torchrun, which is what `accelerate launch --multi_gpu` calls; accelerate's `--cpu` starts only one."""
     path = recipe(tmp_path, "two")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", str(free_port()), "-m", "dft_lora", "train", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port()), "-m", "dft_lora", "train", str(path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "two" / "run.json").read_text())["provenance"]["processes"] == 2
     assert len(RunFolder(tmp_path / "two").metrics()) == 4

@@ -46,11 +46,12 @@ def shape(family, tokenizer, hidden, intermediate, heads, kv_heads, vocabulary, 
 SHAPES = {
     "qwen2.5-math-1.5b": shape("qwen2", "qwen2.5", 1536, 8960, 12, 2, 151_936, True),
     "qwen2.5-math-7b": shape("qwen2", "qwen2.5", 3584, 18_944, 28, 4, 152_064, False),
+    "qwen2.5-32b": shape("qwen2", "qwen2.5", 5120, 27_648, 40, 8, 152_064, False),
     "llama-3.2-3b": shape("llama", "phi-3-mini", 3072, 8192, 24, 8, 128_256, True),
     "llama-3.1-8b": shape("llama", "phi-3-mini", 4096, 14_336, 32, 8, 128_256, False),
     "deepseek-math-7b": shape("llama", "phi-3-mini", 4096, 11_008, 32, 32, 102_400, False),
 }
-ALIASES = {"t4": "qwen2.5-math-1.5b", "24gb": "qwen2.5-math-7b"}
+ALIASES = {"t4": "qwen2.5-math-1.5b", "24gb": "qwen2.5-math-7b", "2x24gb": "qwen2.5-32b"}
 HUB = sorted(name for name in shipped_recipes() if not name.startswith("tiny"))
 
 
@@ -62,9 +63,9 @@ def test_a_recipe_names_things_that_exist(name):
     assert recipe.data.template in {*TEMPLATES, "auto"}
     assert resolve(recipe.model)
     head = shipped_recipes()[name].read_text().splitlines()[:4]
-    assert head[1].startswith(f"#   dft-lora train {name}") and any(
-        line.startswith("# Hardware:") for line in head
-    )
+    launch = "accelerate launch --multi_gpu --num_processes 2 -m dft_lora" if recipe.train.shard else "dft-lora"
+    assert head[1].startswith(f"#   {launch} train {name}")
+    assert any(line.startswith("# Hardware:") for line in head)
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +97,7 @@ def one_step(name, tmp_path, data_dir, narrow):
     rows = (data_dir / "train" / "math_train.jsonl").read_text().splitlines()[:8]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(json.loads(row)) for row in rows))
     changes = [f"model.name={base}", f"data.source={tmp_path / 'rows.jsonl'}", f"output={tmp_path / 'run'}"]
+    changes += ["train.shard=false"]  # one process; tests/test_fsdp.py has two
     changes += ["data.sample=null", "train.max_steps=1", "train.batch_size=4", "train.micro_batch_size=2"]
     run = train(load_recipe(name, changes))
     (line,) = run.metrics()

@@ -57,7 +57,7 @@ def train_table(result: dict[str, Any]) -> str:
             lines.append(f"| {name} | not run: {row['missing']} | | | | | |")
             continue
         cells = [f"{row[key]:.{n}f} | {row[key] / first[key]:.2f}" for key, n in digits.items()]
-        tensors = f"{row['tensors_mb']:.0f}" if row["tensors_mb"] else ""
+        tensors = f"{row['tensors_mb']:.0f}" if row.get("tensors_mb") else ""
         whole = row["loaded_mb"] + row["above_loaded_mb"]
         lines.append(f"| {name} | {' | '.join(cells)} | {tensors} | {whole:.0f} |")
     return "\n".join(lines)

@@ -63,15 +63,18 @@ def even_length(model: Any) -> float:
     return sum(sizes) / (2 * config.num_hidden_layers * config.hidden_size)
 
 
-def choose_arrangement(data: DataConfig, model: Any) -> Arrange:
+def choose_arrangement(data: DataConfig, model: Any, alike: bool = False) -> Arrange:
     """How a step's examples become micro-batches, as `data.packing` says; `model` in eval mode.
 
     `auto` packs all it can with variable-length attention, and elsewhere where that costs less than padding.
-    Raises ModelError where packing is asked for and the model mixes the examples of a row; `auto` pads then.
+    `alike`: as many micro-batches for any examples, which packing does not promise. Raises ModelError where
+    packing is asked for and the model mixes the examples of a row, where `auto` pads, or with `alike`.
     """
     if data.packing is False:
         return micro_batches
-    varlen = use_varlen(model)
+    if data.packing is True and alike:
+        raise ModelError("data.packing: true does not go with train.shard; auto does")
+    varlen = not alike and use_varlen(model)
     if not keeps_examples_apart(model):
         if data.packing is True:
             raise ModelError(

@@ -16,6 +16,7 @@ from .hardware import Hardware
 from .head import Head, check_head, hidden_states
 from .load import add_lora, load_base, use_checkpointing
 from .lora_inputs import keep_inputs_narrow
+from .sharding import shard
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,15 @@ def build(recipe: Recipe, device: torch.device) -> Built:
 
 
 def _plain(recipe: Recipe, device: torch.device) -> Built:
-    base, hardware = load_base(recipe.model, device)
+    base, hardware = load_base(recipe.model, device, shardable=recipe.train.shard)
     head = check_head(base)
     torch.manual_seed(recipe.train.seed)  # the same initial adapter for every objective
     model = add_lora(base, recipe.adapter)
     if hardware.dtype != torch.float32:
         keep_inputs_narrow(model)
     checkpointing = use_checkpointing(model, recipe.train.gradient_checkpointing)
+    if recipe.train.shard:
+        shard(model, device)
     return Built(model.eval(), head, hardware, checkpointing)
 
 

@@ -74,9 +74,12 @@ def count_parameters(model_config: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def load_base(config: ModelConfig, device: torch.device | None = None) -> tuple[Any, Hardware]:
+def load_base(
+    config: ModelConfig, device: torch.device | None = None, shardable: bool = False
+) -> tuple[Any, Hardware]:
     """A frozen causal LM in eval mode on its device, and the hardware rule that was applied.
 
+    `shardable`: left on the CPU, 4-bit weights stored as elements of the compute dtype (`sharding.py`).
     Raises ModelError when there is no such model.
     """
     from transformers import AutoModelForCausalLM
@@ -90,10 +93,11 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> tuple[
         **NO_CODE,
     }
     if config.quantization == "nf4":
-        arguments |= {"quantization_config": _nf4(hardware.dtype)}
+        storage = hardware.dtype if shardable else torch.uint8
+        arguments |= {"quantization_config": _nf4(hardware.dtype, storage)}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            resolve(config), device_map={"": hardware.device}, **arguments
+            resolve(config), device_map={"": "cpu" if shardable else hardware.device}, **arguments
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name: cannot load {config.name!r} ({_first_line(error)})") from None
@@ -114,7 +118,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", "`.*gradient_checkpointing", FutureWarning)
 
 
-def _nf4(dtype: torch.dtype) -> Any:
+def _nf4(dtype: torch.dtype, storage: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -122,6 +126,7 @@ def _nf4(dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
     )
 
 

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from ..model.attention import choose_arrangement
 from ..model.backends import build, prepare
 from ..model.hardware import peak_memory_mb
 from ..model.memory import give_back_large_blocks
+from ..model.sharding import held_mb
 from ..plots import curves
 from ..provenance import certificate
 from ..run_folder import RunFolder
@@ -85,7 +87,7 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
         trainer = Trainer(plan, ranks)
         if state is not None:
             trainer.restore(state)
-        elif recipe.train.micro_batch_size == "auto" and ranks.device.type == "cuda":
+        elif trainer.finds_micro_batch:
             trainer.layout = replace(trainer.layout, micro_batch_size=auto_micro_batch(trainer))
         if ranks.is_main:
             folder.cut_metrics(trainer.done)
@@ -161,13 +163,15 @@ class Trainer:
         built = build(self.recipe, ranks.device)
         self.head, self.hardware, self.checkpointing = built.head, built.hardware, built.checkpointing
         self.hidden_states, model = built.hidden_states, built.model
-        self.arrange = choose_arrangement(self.recipe.data, model)
+        self.arrange = choose_arrangement(self.recipe.data, model, alike=self.recipe.train.shard)
         model.train()
         self.adapter_model = model
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.model, self.optimizer = self.accelerator.prepare(
-            model, make_optimizer(self.trainable, self.recipe)
-        )
+        # Gradients are added up once a step, by `Ranks`: DDP only makes sure that all begin alike.
+        shared = self.recipe.train.shard
+        self.model = model if shared else self.accelerator.prepare(model)
+        self.apart = ranks.together if shared else partial(self.accelerator.no_sync, self.model)
+        self.optimizer = self.accelerator.prepare(make_optimizer(self.trainable, self.recipe))
         torch.manual_seed(self.recipe.train.seed + self.ranks.rank)  # dropout differs between ranks
         size = self.recipe.train.micro_batch_size
         chunk_mb = self.recipe.train.loss_chunk_mb
@@ -178,6 +182,12 @@ class Trainer:
         self.retreats: list[dict[str, Any]] = []
         self.skips = Skips()
         self.done, self.seconds = 0, 0.0
+
+    @property
+    def finds_micro_batch(self) -> bool:
+        """Whether `micro_batch_size: auto` is measured: on a GPU that need not keep step with others."""
+        settings = self.recipe.train
+        return settings.micro_batch_size == "auto" and self.ranks.device.type == "cuda" and not settings.shard
 
     def step(self, step: int) -> dict[str, Any]:
         """Run optimizer step `step` (from 0); returns its line of `metrics.jsonl`."""
@@ -233,11 +243,13 @@ class Trainer:
 
             def run(batches=batches, sums=sums) -> None:
                 for batch in batches:
-                    with self.accelerator.no_sync(self.model):
+                    with self.apart():
                         loss = self.score(batch, sums)
                         self.accelerator.backward(loss / max(1, supervised))
 
             failed = ran_out_of_memory(run)
+            if failed and self.recipe.train.shard:  # the others wait for this one's part of a layer
+                raise RunError(self.out_of_memory(batches, passed=len(sums.parts)))
             *values, failures = self.ranks.sum(
                 torch.cat([sums.values, sums.values.new_tensor([failed])])
             ).tolist()
@@ -256,11 +268,14 @@ class Trainer:
         row_bytes = len(weight_VD) * weight_VD.element_size()
         smaller = self.layout.smaller(min(rows, max(1, widest)), row_bytes, first=not self.retreats)
         if smaller is None or len(self.retreats) == RETREATS:
-            sizes = [tuple(batch.input_ids_BL.shape) for batch in batches]
-            raise RunError(out_of_memory_text(self.layout, sizes, passed, self.checkpointing))
+            raise RunError(self.out_of_memory(batches, passed))
         self.layout = smaller
         self.retreats.append({"step": self.done + 1, **asdict(smaller)})
         log.warning("step %d ran out of memory; doing it again with %s", self.done + 1, smaller)
+
+    def out_of_memory(self, batches: Sequence[Batch], passed: int) -> str:
+        sizes = [tuple(batch.input_ids_BL.shape) for batch in batches]
+        return out_of_memory_text(self.layout, sizes, passed, self.checkpointing)
 
     def update(self, loss: float) -> tuple[float, bool, bool]:
         """Clip and step; gradient norm, whether the weights changed, whether all numbers were sound.
@@ -369,6 +384,7 @@ class Trainer:
             "gradient_checkpointing": self.checkpointing,
             "arrangement": getattr(self.arrange, "__name__", repr(self.arrange)),
             "trainable_parameters": sum(parameter.numel() for parameter in self.trainable),
+            "frozen_mb": held_mb(self.adapter_model),
         }
 
     def standing(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from ..config import Recipe
 from ..errors import RequestError, RunError
 from ..model.hardware import choose
+from .faults import is_out_of_memory
 from .trackers import check_trackers
 
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
@@ -19,8 +20,8 @@ SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
 class Ranks:
     """Accelerate's view of this process among the others; alone, sums are what they are.
 
-    float16 bases get loss scaling. Raises RequestError when there are more processes than examples in a step,
-    a tracker is not installed, or the model would be sharded; later RunError when another process is gone.
+    float16 bases get loss scaling. Raises RequestError when the examples of a step cannot be shared out, a
+    tracker is not installed, or accelerate would shard the model; RunError when another process is gone.
     """
 
     def __init__(self, recipe: Recipe):
@@ -37,8 +38,9 @@ class Ranks:
         kind = str(getattr(self.accelerator.distributed_type, "value", ""))
         if kind in SHARDED:
             raise RequestError(
-                f"accelerate's distributed_type {kind} shards the model, and the loss reads the head outside "
-                "of its forward: use MULTI_GPU, where every GPU holds the 4-bit base (docs/scaling.md)"
+                f"accelerate's distributed_type {kind} shards all of the model, and the loss reads the head "
+                "outside of its forward: use MULTI_GPU, with train.shard: true to share the base "
+                "(docs/scaling.md)"
             )
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
@@ -48,19 +50,34 @@ class Ranks:
             raise RequestError(
                 f"train.batch_size {recipe.train.batch_size} is smaller than {self.world} processes"
             )
+        if recipe.train.shard:
+            self._check_sharing(recipe)
+
+    def _check_sharing(self, recipe: Recipe) -> None:
+        """All processes gather a layer together, so each must make as many passes as the others."""
+        if self.world == 1:
+            raise RequestError(
+                "train.shard: there is one process, so nobody to share the base with; start several with "
+                "accelerate launch (docs/scaling.md), or set train.shard: false"
+            )
+        if recipe.train.batch_size % self.world:
+            raise RequestError(
+                f"train.batch_size {recipe.train.batch_size}: with train.shard it must be a multiple of the "
+                f"{self.world} processes"
+            )
 
     def wait(self) -> None:
-        with self._together():
+        with self.together():
             self.accelerator.wait_for_everyone()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """`values` added up over all ranks."""
-        with self._together():
+        with self.together():
             return self.accelerator.reduce(values, reduction="sum")
 
     def stack(self, values: torch.Tensor) -> torch.Tensor:
         """[ranks, ...] on the CPU, from each rank's own `values`."""
-        with self._together():
+        with self.together():
             return self.accelerator.gather(values[None].to(self.device)).cpu()
 
     def any(self, *flags: bool) -> list[bool]:
@@ -84,12 +101,12 @@ class Ranks:
             parameter.grad = piece.view_as(parameter)
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
+    def together(self) -> Iterator[None]:
         """Gloo and NCCL report a lost process as a RuntimeError; alone there is none to lose."""
         try:
             yield
         except RuntimeError as error:
-            if self.world == 1:
+            if self.world == 1 or is_out_of_memory(error):
                 raise
             reason = (str(error).splitlines() or [""])[0][:120]
             raise RunError(

@@ -1,0 +1,91 @@
+"""A base shared among two gloo processes: the same adapter, half of the base in each, no orphan."""
+
+import json
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+from fault_runs import finish, run
+from test_ddp import recipe, start_two, weights
+
+from dft_lora.training.checkpoints import Checkpoints
+
+
+@pytest.mark.parametrize(
+    ("changes", "train"),
+    [
+        (["objective.name=dft"], {}),
+        (["objective.name=asft"], {"gradient_checkpointing": True}),
+        (["model.quantization=none"], {}),
+    ],
+    ids=["nf4", "reference and checkpointing", "16 bits"],
+)
+def test_a_shared_base_trains_the_adapter_that_whole_ones_train_to_the_bit(tmp_path, changes, train):
+    """ASFT needs the base itself too: a second forward pass, adapter off."""
+    changes = [word for change in changes for word in ("--set", change)]
+    two_of_them(tmp_path, recipe(tmp_path, "whole", **train), *changes)
+    two_of_them(tmp_path, recipe(tmp_path, "shared", shard=True, **train), *changes)
+    whole, shared = weights(tmp_path / "whole"), weights(tmp_path / "shared")
+    assert whole.keys() == shared.keys()
+    assert all(torch.equal(weight, shared[name]) for name, weight in whole.items())
+    assert any(weight.abs().max() > 1e-4 for name, weight in whole.items() if "lora_B" in name)
+    all_of_it, share = (
+        json.loads((tmp_path / name / "run.json").read_text())["frozen_mb"] for name in ("whole", "shared")
+    )
+    assert 0.5 * all_of_it < share < 0.7 * all_of_it  # embeddings and head are in each
+
+
+def two_of_them(tmp_path, path, *arguments):
+    ends = [finish(child) for child in start_two("train", str(path), *arguments)]
+    assert [code for code, _ in ends] == [0, 0], ends
+
+
+def test_when_one_is_killed_the_other_ends_and_the_run_goes_on_to_the_bit(tmp_path):
+    settings = {"max_steps": 100, "save_steps": 2, "shard": True}
+    path = recipe(tmp_path, "two", **settings)
+    children = start_two("train", str(path))
+    checkpoints = Checkpoints(tmp_path / "two" / "checkpoints", keep=3)
+    deadline = time.monotonic() + 300
+    while len(checkpoints.all()) < 2:
+        assert time.monotonic() < deadline and all(child.is_alive() for child in children), "no checkpoint"
+        time.sleep(0.05)
+    os.kill(children[1].pid, signal.SIGKILL)
+    children[0].join(60)
+    assert not children[0].is_alive(), "the other process hangs"
+    code, log = finish(children[0])
+    assert code == 1 and re.search(r"error: another process of this run is gone .*--resume", log), log
+    assert "Traceback" not in log
+    two_of_them(tmp_path, path, "--resume")
+    two_of_them(tmp_path, recipe(tmp_path, "straight", **settings))
+    straight = weights(tmp_path / "straight")
+    assert all(torch.equal(weight, straight[name]) for name, weight in weights(tmp_path / "two").items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([], "train.shard: there is one process"),
+        (["model.backend=unsloth"], "train.shard: not with model.backend 'unsloth'"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(tmp_path, changes, words):
+    changes = [word for change in changes for word in ("--set", change)]
+    code, log = run("train", str(recipe(tmp_path, "one", shard=True)), *changes)
+    assert code == 2 and words in log and "Traceback" not in log, log
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["train.batch_size=5"], "train.batch_size 5: with train.shard it must be a multiple of the 2"),
+        (["data.packing=true"], "data.packing: true does not go with train.shard"),
+    ],
+)
+def test_two_processes_that_would_not_keep_step_are_refused(tmp_path, changes, words):
+    changes = [word for change in changes for word in ("--set", change)]
+    children = start_two("train", str(recipe(tmp_path, "two", shard=True)), *changes)
+    for code, log in [finish(child) for child in children]:
+        assert code == 2 and words in log and "Traceback" not in log, log
