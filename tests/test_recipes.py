@@ -63,7 +63,9 @@ def test_a_recipe_names_things_that_exist(name):
     assert recipe.data.template in {*TEMPLATES, "auto"}
     assert resolve(recipe.model)
     head = shipped_recipes()[name].read_text().splitlines()[:4]
-    launch = "accelerate launch --multi_gpu --num_processes 2 -m dft_lora" if recipe.train.shard else "dft-lora"
+    launch = "dft-lora"
+    if recipe.train.shard:
+        launch = "accelerate launch --multi_gpu --num_processes 2 -m dft_lora"
     assert head[1].startswith(f"#   {launch} train {name}")
     assert any(line.startswith("# Hardware:") for line in head)
 
