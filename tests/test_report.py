@@ -119,7 +119,7 @@ def test_files_of_a_report(folders, tmp_path):
     assert len(opened["examples"]) == 40
     for example in opened["examples"]:
         right = example["output_text_a"] == "#### 7", example["output_text_b"] == "#### 7"
-        assert example["score"] == right[0] - right[1]
+        assert example["score"] == right[0] - right[1] and example["custom_fields"]["correct"] == [*right]
         assert example["input_text"].startswith("What is problem-")
     assert "## Sharpening" in (tmp_path / "report.md").read_text()
 

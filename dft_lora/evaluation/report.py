@@ -182,15 +182,12 @@ def llm_comparator(a: str, b: str, left: Answered, right: Answered) -> dict[str,
                 "output_text_b": right.greedy_text_P[i],
                 "score": score,
                 "individual_rater_scores": [],
-                "custom_fields": {
-                    "correct_a": str(bool(left.greedy_P[i])),
-                    "correct_b": str(bool(right.greedy_P[i])),
-                },
+                "custom_fields": {"correct": [bool(left.greedy_P[i]), bool(right.greedy_P[i])]},
             }
         )
-    schema = [{"name": name, "type": "string"} for name in ("correct_a", "correct_b")]
+    schema = {"name": "correct", "type": "per_model_boolean"}
     return {
-        "metadata": {"source_path": left.protocol["task"], "custom_fields_schema": schema},
+        "metadata": {"source_path": left.protocol["task"], "custom_fields_schema": [schema]},
         "models": [{"name": a}, {"name": b}],
         "examples": examples,
     }
