@@ -124,7 +124,7 @@ def test_five_bad_steps_in_a_row_stop_with_a_diagnosis(make_trainer):
         for step in range(5, 10):
             trainer.step(step)
     chosen = [trainer.plan.examples[i] for i in step_examples(len(trainer.plan.examples), 8, 0, 9)]
-    guilty = micro_batches(chosen, 2, trainer.plan.renderer.pad_id)[1].ids
+    guilty = trainer.arrange(chosen, 2, trainer.plan.renderer.pad_id)[1].ids
     text = str(stopped.value)
     assert ", ".join(guilty) in text and "float32" in text and "up to step 10" in text and "\n" not in text
 
@@ -167,9 +167,9 @@ ERRORS = [
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("where", ["forward", "loss", "backward"])
 def test_a_step_that_runs_out_of_memory_is_done_in_smaller_pieces(make_trainer, monkeypatch, where, error):
-    calm = make_trainer("train.micro_batch_size=4")
+    four_rows = ("train.micro_batch_size=4", "data.packing=false")
+    calm, trainer = make_trainer(*four_rows), make_trainer(*four_rows)
     expected = [calm.step(step) for step in range(2)]
-    trainer = make_trainer("train.micro_batch_size=4")
     starve(trainer, monkeypatch, where, error)
     for step in range(2):
         line = trainer.step(step)

@@ -46,6 +46,7 @@ class Ranks:
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
+        self.wait()  # all are connected before one leaves because of what follows
         if recipe.train.batch_size < self.world:
             raise RequestError(
                 f"train.batch_size {recipe.train.batch_size} is smaller than {self.world} processes"
