@@ -17,7 +17,7 @@ import torch
 from fault_runs import lines, run, write_data, write_recipe
 
 from dft_lora.config import ModelConfig, load_recipe
-from dft_lora.data.batches import micro_batches, step_examples
+from dft_lora.data.batches import step_examples
 from dft_lora.data.doctor import table
 from dft_lora.data.templates import Example
 from dft_lora.errors import DataError, ModelError, RequestError, RunError
@@ -453,7 +453,7 @@ def bare_step(trainer, step: int) -> None:
         plan.examples[i] for i in step_examples(len(plan.examples), settings.batch_size, settings.seed, step)
     ]
     supervised, sums = sum(example.supervised for example in chosen), Sums(torch.device("cpu"))
-    for batch in micro_batches(chosen, trainer.layout.micro_batch_size, plan.renderer.pad_id):
+    for batch in trainer.arrange(chosen, trainer.layout.micro_batch_size, plan.renderer.pad_id):
         trainer.accelerator.backward(trainer.score(batch, sums) / supervised)
     trainer.accelerator.clip_grad_norm_(trainer.trainable, settings.max_grad_norm)
     trainer.optimizer.step()
