@@ -55,9 +55,9 @@ def _plain(recipe: Recipe, device: torch.device) -> Built:
     model = add_lora(base, recipe.adapter)
     if hardware.dtype != torch.float32:
         keep_inputs_narrow(model)
-    checkpointing = use_checkpointing(model, recipe.train.gradient_checkpointing)
     if recipe.train.shard:
         shard(model, device)
+    checkpointing = use_checkpointing(model, recipe.train.gradient_checkpointing)
     return Built(model.eval(), head, hardware, checkpointing)
 
 
