@@ -418,6 +418,24 @@ def test_results_are_read_from_the_folders_alone(tmp_path):
         results_view(folders)
 
 
+def test_results_draw_how_likely_each_token_is(tmp_path):
+    """Stairs on a logarithmic scale, from the runs' own reports as well as from one that compares them."""
+    for name, counts in (("sft", [1] * 20), ("dft", [100, *[1] * 18, 1000])):
+        folder = RunFolder(tmp_path / name / name)
+        folder.path.mkdir(parents=True)
+        (folder.path / "run.json").write_text("{}")
+        tokens = {"arithmetic": {name: {"histogram": counts}}, "other-text": {name: {"histogram": [1] * 20}}}
+        folder.report_file.write_text(json.dumps(report(**{name: {}}) | {"tokens": tokens}))
+    view = results_view([RunFolder(tmp_path / name / name) for name in ("sft", "dft")])
+    assert view.count("How likely each token is") == 1 and "other-text" not in view
+    flat, bimodal = (
+        [float(point.split(",")[1]) for point in points.split()]
+        for points in re.findall(r'<polyline[^>]*points="([^"]*)"><title>[sd]ft', view)
+    )
+    assert len(flat) == len(bimodal) == 40 and len(set(flat)) == 1
+    assert bimodal[-1] < bimodal[0] < bimodal[20]  # y grows downwards: two peaks, the right one higher
+
+
 def test_a_page_of_results_loads_no_model():
     from dft_lora.ui.page import build
 

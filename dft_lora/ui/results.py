@@ -1,12 +1,13 @@
 """The recorded results of some runs, drawn from their folders: no model, no plotting library.
 
-Accuracy with intervals, paired differences, how often each problem was solved, training curves: SVG in
-the page's own colours, for gr.HTML.
+Accuracy with intervals, paired differences, probabilities of the reference solutions' tokens, how often each
+problem was solved, training curves: SVG in the page's own colours, for gr.HTML.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -25,6 +26,7 @@ CURVES = (
 )
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 320, 170, 40, 24, 8
 BINS = 5  # of the share of a problem's samples that are right
+LEAST = 1e-4  # share of the tokens at the foot of the logarithmic scale
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,16 @@ class Recorded:
             if file.is_file() and set(by_name) <= set(_runs(read_json(file), file)):
                 return cls(read_json(file), by_name)
         runs: dict[str, Any] = {}
+        tokens: dict[str, dict[str, Any]] = defaultdict(dict)
         for name, folder in by_name.items():
             if folder.report_file.is_file():
-                own = _runs(read_json(folder.report_file), folder.report_file)
-                runs |= own if name in own else {name: next(iter(own.values()), {"tasks": {}})}
-        return cls({"runs": runs, "paired": []}, by_name) if runs else None
+                report = read_json(folder.report_file)
+                own = _runs(report, folder.report_file)
+                said = name if name in own else next(iter(own), name)
+                runs[name] = own.get(said, {"tasks": {}})
+                for text, figures in report.get("tokens", {}).items():
+                    tokens[text] |= {name: figures[said]} if said in figures else {}
+        return cls({"runs": runs, "paired": [], "tokens": tokens}, by_name) if runs else None
 
 
 def _runs(report: Any, file: Path) -> dict[str, Any]:
@@ -74,6 +81,7 @@ def results_view(folders: Sequence[RunFolder]) -> str:
         (
             _accuracy(label, recorded),
             _paired(label, report.get("paired", []), set(recorded.folders)),
+            _probabilities(label, recorded),
             _solved(label, recorded),
             curves,
             _birth(report.get("provenance")),
@@ -152,6 +160,43 @@ def _birth(provenance: Mapping[str, Any] | None) -> str:
 
 
 # --- charts ---------------------------------------------------------------------------------------
+
+
+def _probabilities(label: Legend, recorded: Recorded) -> str:
+    """The paper's bimodal figure: tokens of the reference solutions by their probability, run by run."""
+    charts = []
+    for text, figures in recorded.report.get("tokens", {}).items():
+        shown = {run: figures[run]["histogram"] for run in recorded.folders if run in figures}
+        if shown and text in {task for task, _ in _entries(recorded)}:
+            charts.append(_figure(plain(text), _shares(label, shown)))
+    if not charts:
+        return ""
+    legend = " ".join(map(label, recorded.folders))
+    note = f'<span class="small">{legend} · share of the reference solutions’ tokens, logarithmic</span>'
+    return f'<h3>How likely each token is {note}</h3><div class="charts">{"".join(charts)}</div>'
+
+
+def _shares(label: Legend, histograms: Mapping[str, Sequence[int]]) -> str:
+    """Shares of the tokens in equal steps of probability from 0 to 1, as stairs."""
+    across, down = _axes((0, 1), (math.log10(LEAST), 0))
+    stairs = ""
+    for run, counts in histograms.items():
+        heights = [down(math.log10(max(LEAST, n / (sum(counts) or 1)))) for n in counts]
+        edges = [across(i / len(counts)) for i in range(len(counts) + 1)]
+        corners = [(x, y) for i, y in enumerate(heights) for x in edges[i : i + 2]]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
+        stairs += f'<polyline class="{label.colour(run)} line" points="{points}">'
+        stairs += f"<title>{plain(run)}</title></polyline>"
+    grid = "".join(
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{down(n):.1f}" y2="{down(n):.1f}"></line>'
+        f"{_text(LEFT - 5, down(n) + 4, f'{10.0 ** (n + 2):g} %', 'end')}"
+        for n in range(round(math.log10(LEAST)), 1)
+    )
+    ends = "".join(
+        _text(across(p), HEIGHT - 6, said, anchor)
+        for p, said, anchor in ((0, "p = 0", "start"), (0.5, "0.5", "middle"), (1, "p = 1", "end"))
+    )
+    return _svg(grid + stairs + ends, "share of tokens by probability")
 
 
 def _solved(label: Legend, recorded: Recorded) -> str:

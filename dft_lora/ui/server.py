@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config import Recipe
 from ..errors import RequestError
 from ..run_folder import RunFolder
+from .waiting import waiting
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -88,25 +91,31 @@ def credentials() -> tuple[str, str]:
     return user, password
 
 
-def default_runs(home: Path = Path("runs"), make: bool = True) -> list[RunFolder]:
-    """The demo's runs below `home`; where there are none, the same adapters, trained here and now.
+def default_runs(home: Path = Path("runs")) -> list[RunFolder]:
+    """The demo's runs below `home`, or those that an earlier start of the page made; [] without either."""
+    from ..demo import RUNS, runs
 
-    That takes a minute or two on two CPU cores, with a progress bar on stderr, and is kept in home/page.
-    Raises RequestError where there are none and `make` is off.
-    """
-    from ..demo import RUNS, clear, demo_recipe, keep_mark, runs
+    made = (at for at in (home / "demo", home / "page") if RunFolder(at / RUNS[-1]).has_adapter)
+    return next(map(runs, made), [])
+
+
+def page_recipes(home: Path = Path("runs")) -> list[Recipe]:
+    """The demo's two recipes, for a page that has no runs yet: a minute or two on two CPU cores."""
+    from ..demo import RUNS, demo_recipe
+
+    return [demo_recipe(name, home / "page") for name in RUNS[1:]]
+
+
+def make_runs(recipes: Sequence[Recipe]) -> list[RunFolder]:
+    """Base, SFT and DFT of `page_recipes`; a start that was stopped goes on where it was."""
+    from ..demo import RUNS, keep_mark
     from ..evaluation.sampling import base_run
-    from ..training.loop import train
+    from ..sweep import train_once
 
-    for made in (home / "demo", home / "page"):
-        if (made / RUNS[-1] / "adapter").is_dir():
-            return runs(made)
-    if not make:
-        raise RequestError(f"RUN_DIR: name the runs to show, or make {home / 'demo'} with dft-lora demo")
-    clear(home / "page")
-    keep_mark(home / "page")
-    recipes = [demo_recipe(name, home / "page") for name in RUNS[1:]]
-    return [base_run(recipes[0], home / "page" / RUNS[0]), *map(train, recipes)]
+    home = recipes[0].output_dir.parent
+    keep_mark(home)
+    base = RunFolder(home / RUNS[0])
+    return [base if base.begun else base_run(recipes[0], base.path), *map(train_once, recipes)]
 
 
 def serve(
@@ -119,21 +128,38 @@ def serve(
     results_only: bool = False,
     votes: Path = Path("runs/votes.jsonl"),
 ) -> None:
-    """Load the runs (default: the demo's) and serve their page until it is interrupted.
+    """Load the runs and serve their page until it is interrupted.
+
+    Without `run_dirs` they are the demo's; where there are none either, the same adapters are trained now,
+    with a bar on the page and on stderr, and kept in runs/page.
 
     It binds to this machine alone, shares nothing and reports nothing unless told otherwise. Raises
     RequestError, before a model is loaded, for a request that is wrong.
     """
     login = credentials() if auth else None
-    folders = [RunFolder.open(path) for path in run_dirs] or default_runs(make=not results_only)
-    session = ballot = None
-    if not results_only:
-        from .session import Session
-        from .votes import Ballot
-
-        session = Session(folders)
-        ballot = Ballot(votes, session.identities)
+    folders = [RunFolder.open(path) for path in run_dirs] or default_runs()
+    if results_only:
+        if not folders:
+            raise RequestError("RUN_DIR: name the runs to show, or make runs/demo with dft-lora demo")
+        launch(folders, None, None, host=host, port=port, share=share, login=login).block_thread()
+        return
+    if folders:
+        session, ballot = _open(folders, votes)
+    else:
+        recipes = page_recipes()
+        with waiting(recipes, host, port) as port:
+            print(f"no runs yet: making some; http://{host}:{port} shows how far that is", file=sys.stderr)
+            folders = make_runs(recipes)
+            session, ballot = _open(folders, votes)
     launch(folders, session, ballot, host=host, port=port, share=share, login=login).block_thread()
+
+
+def _open(folders: Sequence[RunFolder], votes: Path) -> tuple[Session, Ballot]:
+    from .session import Session
+    from .votes import Ballot
+
+    session = Session(folders)
+    return session, Ballot(votes, session.identities)
 
 
 def launch(

@@ -1,0 +1,76 @@
+"""The page of a first start: a bar while the adapters that the page shows are trained.
+
+It stands on the port of the page that follows and is gone before that one opens; the browser then reloads.
+How far the training is, is read from the run folders: nothing in it knows that it is watched.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from ..config import Recipe
+from ..errors import RequestError
+from ..run_folder import RunFolder
+
+PAGE = Path(__file__).with_name("waiting.html")
+PORTS = range(7860, 7960)  # as Gradio chooses: the first one that is free
+
+
+def progress(recipes: Sequence[Recipe]) -> dict[str, Any]:
+    """Optimizer steps done and in all, over the runs of `recipes` one after the other, and in words."""
+    done = total = 0
+    said = "Opening the page"
+    for recipe in reversed(recipes):
+        steps, file = recipe.train.max_steps, RunFolder(recipe.output_dir).metrics_file
+        made = min(steps, file.read_bytes().count(b"\n")) if file.is_file() else 0
+        done, total = done + made, total + steps
+        if made < steps:
+            said = f"{recipe.name}: step {made} of {steps}" if made else f"{recipe.name}: loading the base"
+    return {"done": done, "total": total, "said": said}
+
+
+@contextmanager
+def waiting(recipes: Sequence[Recipe], host: str, port: int | None) -> Iterator[int]:
+    """Serve the bar within; yields the port. Raises RequestError where the address cannot be used."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/progress":
+                self.reply(json.dumps(progress(recipes)).encode(), "application/json")
+            else:
+                self.reply(PAGE.read_bytes(), "text/html; charset=utf-8")
+
+        def reply(self, body: bytes, kind: str) -> None:
+            self.send_response(200)
+            self.send_header("content-type", kind)
+            self.send_header("content-length", str(len(body)))
+            self.send_header("cache-control", "no-store")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            """The terminal belongs to the training's own bar."""
+
+    server = _listen(host, [port] if port else PORTS, Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _listen(host: str, ports: Sequence[int], handler: type) -> ThreadingHTTPServer:
+    refused: OSError | None = None
+    for port in ports:
+        try:
+            return ThreadingHTTPServer((host, port), handler)
+        except OSError as error:
+            refused = error
+    raise RequestError(f"--host, --port: cannot serve there ({refused})")
