@@ -5,11 +5,13 @@ import os
 import re
 import signal
 import time
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
-from fault_runs import finish, run
-from test_ddp import recipe, start_two, weights
+from fault_runs import finish, run, start
+from test_ddp import free_port, join, recipe, start_two, weights
 
 from dft_lora.training.checkpoints import Checkpoints
 
@@ -18,10 +20,11 @@ from dft_lora.training.checkpoints import Checkpoints
     ("changes", "train"),
     [
         (["objective.name=dft"], {}),
+        (["model.dtype=bfloat16"], {}),
         (["objective.name=asft"], {"gradient_checkpointing": True}),
         (["model.quantization=none"], {}),
     ],
-    ids=["nf4", "reference and checkpointing", "16 bits"],
+    ids=["nf4", "nf4 stored as bfloat16", "reference and checkpointing", "not quantized"],
 )
 def test_a_shared_base_trains_the_adapter_that_whole_ones_train_to_the_bit(tmp_path, changes, train):
     """ASFT needs the base itself too: a second forward pass, adapter off."""
@@ -36,6 +39,47 @@ def test_a_shared_base_trains_the_adapter_that_whole_ones_train_to_the_bit(tmp_p
         json.loads((tmp_path / name / "run.json").read_text())["frozen_mb"] for name in ("whole", "shared")
     )
     assert 0.5 * all_of_it < share < 0.7 * all_of_it  # embeddings and head are in each
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_layer_is_whole_at_a_time(tmp_path, checkpointing):
+    """Checkpointing computes a layer's forward pass again, with the weights gathered for its backward."""
+    path = recipe(tmp_path, "two", shard=True, max_steps=1, gradient_checkpointing=checkpointing)
+    arguments, port = ("train", str(path), "--set", "data.packing=false"), free_port()
+    logs = [tmp_path / "0.log", tmp_path / "1.log"]
+    children = [start(*arguments, setup=partial(watch, rank, port, logs[rank])) for rank in (0, 1)]
+    ends = [finish(child) for child in children]
+    assert [code for code, _ in ends] == [0, 0], ends
+    passes = 2 * 4  # micro-batches of each process, layers
+    for log in logs:
+        seen = Counter(log.read_text().splitlines())
+        assert seen == {"forward 1": passes * (1 + checkpointing), "backward 1": passes}
+
+
+def watch(rank: int, port: int, log) -> None:
+    """In a child: a line in `log` for each pass of a layer, with how many layers are whole at that moment."""
+    from torch.distributed.tensor import DTensor
+
+    from dft_lora.model import backends
+    from dft_lora.model.head import bare
+
+    def shard_and_watch(model, device):
+        shard(model, device)
+        layers = bare(model).get_decoder().layers
+
+        def note(kind, *_):
+            whole = sum(
+                not any(isinstance(weight, DTensor) for weight in layer.parameters()) for layer in layers
+            )
+            with log.open("a") as file:
+                file.write(f"{kind} {whole}\n")
+
+        for layer in layers:
+            layer.mlp.register_forward_pre_hook(partial(note, "forward"))
+            layer.mlp.register_full_backward_hook(partial(note, "backward"))
+
+    join(rank, port)
+    shard, backends.shard = backends.shard, shard_and_watch
 
 
 def two_of_them(tmp_path, path, *arguments):

@@ -6,8 +6,8 @@ backward pass comes to it, and let go after. Adapter, embeddings, norm and outpu
 gradients are ordinary tensors, checkpoints hold whole adapters and optimizer states.
 
 4-bit weights need two things for it. Their storage dtype is a floating one, since FSDP makes parameters of
-their parts. And their quantization state hangs on the module, where bitsandbytes looks for it once FSDP has
-put a plain tensor in the weight's place.
+their parts. And their quantization state, whole in each process, hangs on the module, where bitsandbytes
+looks for it once FSDP has put a plain tensor in the weight's place.
 """
 
 from __future__ import annotations
