@@ -25,7 +25,7 @@ CURVES = (
     ("entropy", "entropy, nats"),
 )
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 320, 170, 40, 24, 8
-BINS = 5  # of the share of a problem's samples that are right
+BINS = 5  # at most, of the share of a problem's samples that are right
 LEAST = 1e-4  # share of the tokens at the foot of the logarithmic scale
 
 
@@ -164,11 +164,11 @@ def _birth(provenance: Mapping[str, Any] | None) -> str:
 
 def _probabilities(label: Legend, recorded: Recorded) -> str:
     """The paper's bimodal figure: tokens of the reference solutions by their probability, run by run."""
-    charts = []
-    for text, figures in recorded.report.get("tokens", {}).items():
-        shown = {run: figures[run]["histogram"] for run in recorded.folders if run in figures}
-        if shown and text in {task for task, _ in _entries(recorded)}:
-            charts.append(_figure(plain(text), _shares(label, shown)))
+    charts, tables = [], recorded.report.get("tokens", {})
+    for task, _ in _entries(recorded):
+        figures = tables.get(task, {})
+        if shown := {run: figures[run]["histogram"] for run in recorded.folders if run in figures}:
+            charts.append(_figure(plain(task), _shares(label, shown)))
     if not charts:
         return ""
     legend = " ".join(map(label, recorded.folders))
@@ -189,7 +189,7 @@ def _shares(label: Legend, histograms: Mapping[str, Sequence[int]]) -> str:
         stairs += f"<title>{plain(run)}</title></polyline>"
     grid = "".join(
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{down(n):.1f}" y2="{down(n):.1f}"></line>'
-        f"{_text(LEFT - 5, down(n) + 4, f'{10.0 ** (n + 2):g} %', 'end')}"
+        f"{_text(LEFT - 5, down(n) + 4, f'{10.0 ** (n + 2):g}%', 'end')}"
         for n in range(round(math.log10(LEAST)), 1)
     )
     ends = "".join(
@@ -216,7 +216,7 @@ def _solved(label: Legend, recorded: Recorded) -> str:
 
 
 def _by_share(file: Path) -> list[int]:
-    """Problems in BINS equal steps of their share of right samples; [] without a file."""
+    """Problems in equal steps of their share of right samples, as many as can be filled; [] without a file."""
     if not file.is_file():
         return []
     right: Counter[str] = Counter()
@@ -225,9 +225,9 @@ def _by_share(file: Path) -> list[int]:
         if line["sample"] >= 0:
             samples[line["problem"]] += 1
             right[line["problem"]] += line["verdict"] == "correct"
-    bins = [0] * BINS
+    bins = [0] * min(BINS, max(samples.values(), default=0) + 1)
     for problem, n in samples.items():
-        bins[min(BINS - 1, BINS * right[problem] // n)] += 1
+        bins[min(len(bins) - 1, len(bins) * right[problem] // n)] += 1
     return bins
 
 
