@@ -216,7 +216,7 @@ def _solved(label: Legend, recorded: Recorded) -> str:
 
 
 def _by_share(file: Path) -> list[int]:
-    """Problems in equal steps of their share of right samples, as many as can be filled; [] without a file."""
+    """Problems in equal steps of their share of right samples, as many as can be filled; [] without file."""
     if not file.is_file():
         return []
     right: Counter[str] = Counter()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import Recipe
-from ..errors import RequestError
+from ..errors import Interrupted, RequestError
 from ..run_folder import RunFolder
 from .waiting import waiting
 
@@ -107,7 +107,10 @@ def page_recipes(home: Path = Path("runs")) -> list[Recipe]:
 
 
 def make_runs(recipes: Sequence[Recipe]) -> list[RunFolder]:
-    """Base, SFT and DFT of `page_recipes`; a start that was stopped goes on where it was."""
+    """Base, SFT and DFT of `page_recipes`; a start that was stopped goes on where it was.
+
+    Raises Interrupted after SIGTERM or Ctrl-C, with a checkpoint kept.
+    """
     from ..demo import RUNS, keep_mark
     from ..evaluation.sampling import base_run
     from ..sweep import train_once
@@ -115,7 +118,13 @@ def make_runs(recipes: Sequence[Recipe]) -> list[RunFolder]:
     home = recipes[0].output_dir.parent
     keep_mark(home)
     base = RunFolder(home / RUNS[0])
-    return [base if base.begun else base_run(recipes[0], base.path), *map(train_once, recipes)]
+    if not base.begun:
+        base_run(recipes[0], base.path)
+    try:
+        return [base, *map(train_once, recipes)]
+    except Interrupted as stop:
+        message = f"stopped while the first adapters were made; the next start goes on from {home}"
+        raise Interrupted(message, stop.exit_code - 128) from None
 
 
 def serve(

@@ -1,13 +1,15 @@
 """The page of a first start: a bar while the adapters that the page shows are trained.
 
 It stands on the port of the page that follows and is gone before that one opens; the browser then reloads.
-How far the training is, is read from the run folders: nothing in it knows that it is watched.
+How far the training is, is read from the run folders: nothing in it knows that it is watched. What ends it
+before its time is told on the bar's page too.
 """
 
 from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,29 +22,46 @@ from ..run_folder import RunFolder
 
 PAGE = Path(__file__).with_name("waiting.html")
 PORTS = range(7860, 7960)  # as Gradio chooses: the first one that is free
+LINGER = 2.0  # seconds that a failure stands there: the bar looks twice a second
 
 
 def progress(recipes: Sequence[Recipe]) -> dict[str, Any]:
-    """Optimizer steps done and in all, over the runs of `recipes` one after the other, and in words."""
-    done = total = 0
+    """Optimizer steps done and in all over the runs of `recipes`, one after the other; and in words."""
+    done, total, seconds = 0, 0, 0.0
     said = "Opening the page"
     for recipe in reversed(recipes):
-        steps, file = recipe.train.max_steps, RunFolder(recipe.output_dir).metrics_file
-        made = min(steps, file.read_bytes().count(b"\n")) if file.is_file() else 0
-        done, total = done + made, total + steps
-        if made < steps:
-            said = f"{recipe.name}: step {made} of {steps}" if made else f"{recipe.name}: loading the base"
+        steps, times = recipe.train.max_steps, _step_seconds(RunFolder(recipe.output_dir).metrics_file)
+        done, total, seconds = done + len(times), total + steps, seconds + sum(times)
+        if len(times) < steps:
+            said = (
+                f"{recipe.name}: step {len(times)} of {steps}"
+                if times
+                else f"{recipe.name}: loading the base"
+            )
+    if 0 < done < total:
+        said += f", about {seconds / done * (total - done):.0f} s left"
     return {"done": done, "total": total, "said": said}
+
+
+def _step_seconds(file: Path) -> list[float]:
+    """Seconds of every step that is logged whole: the last line may be half written."""
+    if not file.is_file():
+        return []
+    return [json.loads(line)["seconds"] for line in file.read_bytes().rpartition(b"\n")[0].splitlines()]
 
 
 @contextmanager
 def waiting(recipes: Sequence[Recipe], host: str, port: int | None) -> Iterator[int]:
-    """Serve the bar within; yields the port. Raises RequestError where the address cannot be used."""
+    """Serve the bar within, or what failed there; yields the port.
+
+    Raises RequestError where the address cannot be used.
+    """
+    failed = ""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path == "/progress":
-                self.reply(json.dumps(progress(recipes)).encode(), "application/json")
+                self.reply(json.dumps(progress(recipes) | {"failed": failed}).encode(), "application/json")
             else:
                 self.reply(PAGE.read_bytes(), "text/html; charset=utf-8")
 
@@ -61,6 +80,10 @@ def waiting(recipes: Sequence[Recipe], host: str, port: int | None) -> Iterator[
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server.server_port
+    except Exception as error:
+        failed = str(error) or type(error).__name__
+        time.sleep(LINGER)
+        raise
     finally:
         server.shutdown()
         server.server_close()
