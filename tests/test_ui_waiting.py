@@ -3,30 +3,43 @@
 import httpx
 import pytest
 
-from dft_lora.errors import RequestError
+from dft_lora import sweep
+from dft_lora.errors import Interrupted, RequestError
 from dft_lora.run_folder import RunFolder
 from dft_lora.ui.server import default_runs, make_runs, page_recipes
-from dft_lora.ui.waiting import waiting
+from dft_lora.ui.waiting import progress, waiting
 
 
-def test_a_first_start_shows_how_far_it_is_and_makes_way(tmp_path):
-    """The bar's numbers come from the run folders; its port is free for the page that follows."""
+def test_the_bar_is_read_from_the_run_folders(tmp_path):
+    recipes = page_recipes(tmp_path)
+    assert progress(recipes) == {"done": 0, "total": 240, "said": "sft: loading the base"}
+    folder = RunFolder.create(recipes[0].output_dir)
+    for step in range(1, 5):
+        folder.log({"step": step, "seconds": 0.5})
+    with folder.metrics_file.open("a") as file:
+        file.write('{"step": 5, "sec')  # a visitor looks while the line is written
+    assert progress(recipes) == {
+        "done": 4,
+        "total": 240,
+        "said": "sft: step 4 of 120, about 118 s left",  # 236 steps of 0.5 s
+    }
+    folder.metrics_file.write_text('{"seconds": 0.25}\n' * 120)
+    assert progress(recipes) == {
+        "done": 120,
+        "total": 240,
+        "said": "dft: loading the base, about 30 s left",
+    }
+    RunFolder.create(recipes[1].output_dir).metrics_file.write_text('{"seconds": 0.25}\n' * 120)
+    assert progress(recipes) == {"done": 240, "total": 240, "said": "Opening the page"}
+
+
+def test_every_visitor_sees_the_bar_and_its_port_is_free_for_the_page(tmp_path):
     recipes = page_recipes(tmp_path)
     with waiting(recipes, "127.0.0.1", None) as port:
         address = f"http://127.0.0.1:{port}"
-        assert httpx.get(f"{address}/progress").json() == {
-            "done": 0,
-            "total": 240,
-            "said": "sft: loading the base",
-        }
-        folder = RunFolder.create(recipes[0].output_dir)
-        for step in range(1, 4):
-            folder.log({"step": step})
-        assert httpx.get(f"{address}/progress").json()["said"] == "sft: step 3 of 120"
-        folder.metrics_file.write_text("{}\n" * 120)
-        found = httpx.get(f"{address}/progress").json()
-        assert (found["done"], found["said"]) == (120, "dft: loading the base")
-        assert "progress" in httpx.get(address).text
+        for _ in range(2):
+            assert httpx.get(f"{address}/progress").json() == {**progress(recipes), "failed": ""}
+            assert "<progress" in httpx.get(address).text
         with pytest.raises(RequestError, match="--host, --port"), waiting(recipes, "127.0.0.1", port):
             pass
     with waiting(recipes, "127.0.0.1", port) as again:
@@ -42,3 +55,15 @@ def test_a_first_start_goes_on_with_what_was_made(tmp_path, monkeypatch):
     assert [folder.name for folder in made] == ["base", "sft", "dft"] == [f.name for f in default_runs()]
     again = make_runs(quick)
     assert [(folder.path / "run.json").read_bytes() for folder in again] == before
+
+
+def test_a_first_start_that_is_stopped_names_the_way_on(tmp_path, monkeypatch):
+    """`dft-lora app` has no --resume: starting it again is what goes on."""
+
+    def stopped(recipe):
+        raise Interrupted("stopped after step 3 of 120; go on with --resume", 2)
+
+    monkeypatch.setattr(sweep, "train_once", stopped)
+    with pytest.raises(Interrupted, match="the next start goes on from") as raised:
+        make_runs(page_recipes(tmp_path))
+    assert raised.value.exit_code == 130 and "--resume" not in str(raised.value)

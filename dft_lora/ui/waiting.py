@@ -33,11 +33,8 @@ def progress(recipes: Sequence[Recipe]) -> dict[str, Any]:
         steps, times = recipe.train.max_steps, _step_seconds(RunFolder(recipe.output_dir).metrics_file)
         done, total, seconds = done + len(times), total + steps, seconds + sum(times)
         if len(times) < steps:
-            said = (
-                f"{recipe.name}: step {len(times)} of {steps}"
-                if times
-                else f"{recipe.name}: loading the base"
-            )
+            where = f"step {len(times)} of {steps}" if times else "loading the base"
+            said = f"{recipe.name}: {where}"
     if 0 < done < total:
         said += f", about {seconds / done * (total - done):.0f} s left"
     return {"done": done, "total": total, "said": said}
