@@ -47,3 +47,12 @@ def qwen_dir(data_dir, tmp_path_factory) -> Path:
     )
     Qwen2ForCausalLM(config).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def url():
+    """The page over the embedded base, served; its address."""
+    from ui_cases import served
+
+    with served() as address:
+        yield address

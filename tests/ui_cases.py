@@ -1,4 +1,4 @@
-"""What the tests of the page share: runs over the embedded base, a page that is served, hostile text.
+"""What the tests of the page share: runs over the embedded base, their answers alone, a page, hostile text.
 
 The adapters are random: what is tested is that each column has its own, not that it is right.
 """
@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -18,12 +19,15 @@ import torch
 
 from dft_lora.config import load_recipe
 from dft_lora.evaluation.sampling import base_run
+from dft_lora.model.adapters import adapter_layers
+from dft_lora.model.generate import Request, generate
 from dft_lora.model.load import add_lora, load_base
 from dft_lora.run_folder import RunFolder
 from dft_lora.ui.server import launch
-from dft_lora.ui.session import Session
+from dft_lora.ui.session import Question, Session
 from dft_lora.ui.votes import Ballot
 
+PROBLEM = "Mia has 12 apples. Mia buys 7 more. How many apples are there now?"
 HOSTILE = [
     "<script>hit()</script>",
     "<img src=x onerror=hit()>",
@@ -123,6 +127,64 @@ def served(max_waiting: int = 64, **options) -> Iterator[str]:
             yield page.local_url
     finally:
         page.close(verbose=False)
+
+
+def alone(question: Question, run: str) -> list[int]:
+    """The naive twin: one request in a batch of its own, through `generate`."""
+    it = session()
+    request = Request(
+        it._prompt(question.problem, 1),
+        it.adapters[run],
+        seed=question.seed * 64,
+        temperature=question.temperature,
+        max_new_tokens=question.max_new_tokens,
+    )
+    (done,) = generate(it.model, [request], stop_ids=it.renderer.stop_ids, pad_id=it.renderer.pad_id)
+    return done.ids
+
+
+def alone_texts(question: Question) -> list[str]:
+    return [session().renderer.decode(alone(question, run)) for run in session().runs]
+
+
+class Forwards:
+    """Counts the model's forward passes, and raises in one of them where asked."""
+
+    def __init__(self, fail_at=None):
+        self.count, self.fail_at = 0, fail_at
+
+    def __enter__(self):
+        self.hook = session().model.register_forward_pre_hook(self._before)
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+    def _before(self, module, arguments):
+        self.count += 1
+        if self.count == self.fail_at:
+            raise RuntimeError("a fault in the middle of a forward")
+
+
+def hooks_left() -> int:
+    return sum(len(layer._forward_pre_hooks) for layer in adapter_layers(session().model))
+
+
+def settle(forwards: Forwards, quiet: float = 0.25) -> int:
+    """The count of forwards once it has stopped rising."""
+    count, since = forwards.count, time.monotonic()
+    while time.monotonic() - since < quiet:
+        time.sleep(0.02)
+        if forwards.count != count:
+            count, since = forwards.count, time.monotonic()
+    return count
+
+
+def wait_for(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
 
 
 def missing(reason: str) -> None:

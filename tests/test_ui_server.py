@@ -1,0 +1,359 @@
+"""The page as it is served: who gets in and how much, the endpoints, many clients at once, the Space."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+import types
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gradio
+import pytest
+import yaml
+from click.testing import CliRunner
+from gradio_client import Client
+from ui_cases import PROBLEM, Forwards, alone_texts, hooks_left, runs, served, session, settle, wait_for
+
+from dft_lora.cli import main
+from dft_lora.ui.server import MAX_BODY, Guard
+from dft_lora.ui.session import Question
+
+ROOT = Path(__file__).resolve().parent.parent
+JSON = {"Content-Type": "application/json"}
+PATHS = [f"/gradio_api/{route}" for route in ("call/compare", "queue/join", "run/compare")]
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    return Client(url, verbose=False)
+
+
+# --- server ----------------------------------------------------------------------------------------
+
+
+def ask(url: str, path: str, data: bytes | None = None, headers: dict | None = None) -> tuple[int, bytes]:
+    request = urllib.request.Request(url.rstrip("/") + path, data, headers or {})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def test_it_listens_on_this_machine_alone_and_reports_nothing(url):
+    assert url.startswith("http://127.0.0.1:")
+    port = int(url.rstrip("/").rpartition(":")[2])
+    outside = socket.gethostbyname(socket.gethostname())
+    if outside != "127.0.0.1":
+        with socket.socket() as knock:
+            assert knock.connect_ex((outside, port)) != 0
+    config = json.loads(ask(url, "/config")[1])
+    assert config["analytics_enabled"] is False
+
+
+def test_every_answer_forbids_other_hosts(url):
+    with urllib.request.urlopen(url) as answer:
+        policy = answer.headers["content-security-policy"]
+    assert "connect-src 'self'" in policy and "default-src 'self'" in policy
+    assert "http" not in policy and "*" not in policy
+
+
+@pytest.mark.parametrize("problem", ["x" * 1_000_000, "\n" * 1_000_000], ids=["1 MB", "10^6 newlines"])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_megabyte_is_refused_at_once(url, path, problem):
+    """Within 200 ms, transfer included: the best of five, for the machine may be shared."""
+    data = json.dumps({"data": [problem, "", 0, 8, 0], "fn_index": 0, "session_hash": "a"}).encode()
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        status, body = ask(url, path, data, JSON)
+        times.append(time.perf_counter() - started)
+        assert status == 413 and b"at most" in body
+    print(f"{1000 * min(times):.0f} ms at best, {1000 * max(times):.0f} ms at worst")
+    assert min(times) < 0.2, times
+
+
+def test_what_fits_a_request_but_no_page_is_refused_by_name(client):
+    with pytest.raises(Exception, match=r"problem has 200,000 characters; at most 8,000"):
+        client.predict("x" * 200_000, "", api_name="/compare")
+
+
+def test_a_body_of_unknown_length_is_refused():
+    assert Guard._refusal({b"transfer-encoding": b"chunked"}) == 411
+    assert Guard._refusal({b"content-length": b"x"}) == 413
+    assert Guard._refusal({b"content-length": str(MAX_BODY).encode()}) is None
+    assert Guard._refusal({}) is None
+
+
+PROBES = [
+    "/gradio_api/file=/etc/passwd",
+    "/gradio_api/file=../../../../etc/passwd",
+    "/gradio_api/file=%2e%2e/%2e%2e/%2e%2e/etc/passwd",
+    "/gradio_api/file=..%2f..%2f..%2fetc%2fpasswd",
+    "/gradio_api/file=....//....//etc/passwd",
+    "/gradio_api/file=/proc/self/environ",
+    "/gradio_api/file=C:/Windows/win.ini",
+    "/gradio_api/file=app.py",
+    "/gradio_api/file=dft_lora/ui/server.py",
+    "/gradio_api/file=runs/votes.jsonl",
+    "/gradio_api/file=http://127.0.0.1:1/",
+    "/gradio_api/file=http://169.254.169.254/latest/meta-data/",
+    "/gradio_api/file=https://elsewhere.invalid/a.png",
+    "/gradio_api/file=file:///etc/passwd",
+    "/gradio_api/proxy=http://169.254.169.254/latest/meta-data/",
+    "/gradio_api/proxy=http://127.0.0.1:22/",
+    "/gradio_api/proxy=https://elsewhere.invalid/",
+    "/gradio_api/proxy=file:///etc/passwd",
+    "/assets/../../../../etc/passwd",
+    "/assets/%2e%2e/%2e%2e/%2e%2e/routes.py",
+    "/assets/..%2f..%2f..%2froutes.py",
+    "/static/..%2f..%2f..%2froutes.py",
+    "/static/%2e%2e/%2e%2e/etc/passwd",
+    "/custom_component/x/client/component/..%2f..%2fsetup.py",
+    "/svelte/..%2f..%2fetc%2fpasswd",
+    "/gradio_api/stream/a/b/1/..%2f..%2fetc.ts",
+    "/gradio_api/upload_progress?upload_id=../../etc/passwd",
+    "/theme.css/..%2f..%2fetc/passwd",
+]
+
+
+@pytest.mark.parametrize("path", PROBES)
+def test_probes_get_a_client_error(url, path):
+    import http.client
+
+    connection = http.client.HTTPConnection(url.removeprefix("http://").rstrip("/"), timeout=10)
+    connection.request("GET", path)  # as written: urllib would tidy the dots away
+    answer = connection.getresponse()
+    body = answer.read()
+    assert 400 <= answer.status < 500, (path, answer.status)
+    assert b"root:" not in body and b"import " not in body
+
+
+def test_a_user_and_password_are_asked_for(monkeypatch):
+    for name in ("DFT_LORA_USER", "DFT_LORA_PASSWORD"):
+        monkeypatch.delenv(name, raising=False)
+    missing = CliRunner().invoke(main, ["app", "--auth"])
+    assert missing.exit_code == 2 and "DFT_LORA_USER and DFT_LORA_PASSWORD" in missing.stderr
+    with served(login=("ada", "secret")) as address:
+        assert ask(address, "/config")[0] == 401
+        assert ask(address, PATHS[0], b'{"data": []}', JSON)[0] == 401
+        known = Client(address, auth=("ada", "secret"), verbose=False)
+        assert known.predict("19", "19", api_name="/score") == "correct"
+
+
+# --- endpoints -------------------------------------------------------------------------------------
+
+
+def test_compare_streams_columns_in_step(client):
+    job = client.submit(PROBLEM, "19", 0.0, 24, 0, api_name="/compare")
+    job.result()
+    steps = job.outputs()
+    assert [column["run"] for column in steps[-1]] == session().runs
+    assert set(steps[-1][0]) == {"run", "text", "verdict", "tokens", "seconds"}
+    assert all(column["verdict"] in ("correct", "wrong", "unparsable") for column in steps[-1])
+    assert steps[0][0]["verdict"] is None and len(steps) > 5
+    question = Question(PROBLEM, max_new_tokens=24)
+    assert [column["text"] for column in steps[-1]] == alone_texts(question)
+
+
+def test_tokens_and_score(client):
+    tokens = client.predict("sft", PROBLEM, "12+7=19", api_name="/tokens")
+    assert "".join(t["token"] for t in tokens[:-1]) == "12+7=19"
+    assert set(tokens[0]) == {"token", "probability", "weight", "top"} and len(tokens[0]["top"]) == 5
+    assert all(0 <= t["weight"] == t["probability"] <= 1 for t in tokens)
+    assert client.predict("\\boxed{\\frac{1}{2}}", "0.5", api_name="/score") == "correct"
+    assert client.predict("#### 4", "5", api_name="/score") == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "endpoint", "message"),
+    [
+        (("", "", 0, 8, 0), "/compare", "problem is empty"),
+        ((["a"], "", 0, 8, 0), "/compare", "problem is list, not text"),
+        (("a", "", 9, 8, 0), "/compare", "temperature: give a number from 0 to 2"),
+        (("a", "", 0, "8", 0), "/compare", "max_new_tokens: give a whole number"),
+        (("nope", "a", "b"), "/tokens", "run 'nope' is not on this page"),
+        (("4", "x" * 9000), "/score", "reference has 9,000 characters"),
+    ],
+)
+def test_a_wrong_call_is_told_what_is_wrong(client, arguments, endpoint, message):
+    with pytest.raises(Exception, match=re.escape(message)):
+        client.predict(*arguments, api_name=endpoint)
+
+
+def test_only_three_endpoints_are_public(client):
+    named = client.view_api(return_format="dict")["named_endpoints"]
+    assert set(named) == {"/compare", "/tokens", "/score"}
+
+
+def canary(i: int) -> Question:
+    """A problem of client i alone."""
+    return Question(
+        f"Mia has {100 + i} apples. Mia buys {i} more. How many now?",
+        temperature=1.0,
+        seed=i,
+        max_new_tokens=10,
+    )
+
+
+def crowd(url: str, clients: int) -> tuple[dict[int, list[str]], dict[int, str]]:
+    """`clients` connected clients that ask at the same moment: (columns by client, errors by client)."""
+    with ThreadPoolExecutor(clients) as threads:
+        patient = {"timeout": 120}  # the clients share this process, and its one interpreter, with the server
+        connected = [Client(url, verbose=False, httpx_kwargs=patient) for _ in range(clients)]
+        barrier, answers, errors = threading.Barrier(clients), {}, {}
+
+        def one(i: int) -> None:
+            q = canary(i)
+            barrier.wait()
+            try:
+                result = connected[i].predict(
+                    q.problem, "", q.temperature, q.max_new_tokens, q.seed, api_name="/compare"
+                )
+                answers[i] = [column["text"] for column in result]
+            except Exception as error:
+                errors[i] = str(error)
+
+        list(threads.map(one, range(clients)))
+    return answers, errors
+
+
+def check_crowd(url: str, clients: int) -> None:
+    expected = {i: alone_texts(canary(i)) for i in range(clients)}
+    assert len({tuple(texts) for texts in expected.values()}) == clients, "canaries must differ"
+    answers, errors = crowd(url, clients)
+    assert not errors and answers == expected
+
+
+def test_clients_at_once_get_their_own_answers(url):
+    check_crowd(url, 8)
+
+
+@pytest.mark.slow
+def test_fifty_clients_at_once_get_their_own_answers(url):
+    check_crowd(url, 50)
+
+
+def test_a_full_queue_says_so_and_nothing_breaks():
+    with served(max_waiting=2) as address:
+        answers, errors = crowd(address, 8)
+        assert len(answers) >= 2 and len(answers) + len(errors) == 8 and errors
+        assert all("queue is full" in error.lower() for error in errors.values()), errors
+        assert Client(address, verbose=False).predict("19", "19", api_name="/score") == "correct"
+
+
+def check_cancels(url: str, times: int) -> None:
+    """Cancel in mid-stream: generation ends before its 400 tokens, nothing is left; then the reference."""
+    client, question = Client(url, verbose=False), Question(PROBLEM, max_new_tokens=12)
+    reference = alone_texts(question)
+    for _ in range(times):
+        with Forwards() as forwards:
+            job = client.submit(PROBLEM, "", 1.0, 400, 1, api_name="/compare")
+            wait_for(lambda job=job: len(job.outputs()) >= 2)
+            job.cancel()
+            settled = settle(forwards)
+            assert settled < 400
+        assert hooks_left() == 0 and not session()._lock.locked()
+    result = client.predict(PROBLEM, "", 0.0, 12, 0, api_name="/compare")
+    assert [column["text"] for column in result] == reference
+
+
+def test_cancelling_clients_leave_nothing_behind(url):
+    check_cancels(url, 4)
+
+
+@pytest.mark.slow
+def test_a_hundred_cancels_leave_nothing_behind(url):
+    check_cancels(url, 100)
+
+
+def test_a_fault_in_generation_reaches_one_client_and_no_other(url, client):
+    with Forwards(fail_at=4), pytest.raises(Exception, match=r".") as raised:
+        client.predict(PROBLEM, "", 0.0, 24, 0, api_name="/compare")
+    assert "Traceback" not in str(raised.value)
+    assert hooks_left() == 0
+    check_crowd(url, 2)
+
+
+# --- Space -----------------------------------------------------------------------------------------
+
+
+def front_matter() -> dict:
+    _, head, _ = (ROOT / "space" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(head)
+
+
+def test_the_space_has_what_a_space_needs():
+    """The fields that Hugging Face's Spaces configuration reference asks of a Gradio Space."""
+    facts = front_matter()
+    assert facts["sdk"] == "gradio" and facts["sdk_version"] == gradio.__version__
+    assert (ROOT / facts["app_file"]).is_file()
+    assert len(facts["short_description"]) <= 60 and len(facts["emoji"]) == 1
+    colours = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+    assert {facts["colorFrom"], facts["colorTo"]} <= colours
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert facts["license"] == project["license"].lower()
+    required = (ROOT / "space" / "requirements.txt").read_text(encoding="utf-8").split()
+    assert required == project["dependencies"]
+
+
+def test_a_function_is_itself_where_no_gpu_is_lent():
+    from dft_lora.ui.page import on_gpu
+
+    assert on_gpu(front_matter) is front_matter
+
+
+def test_a_function_is_handed_to_spaces_where_one_is(monkeypatch):
+    from dft_lora.ui.page import on_gpu
+
+    spaces = types.ModuleType("spaces")
+    spaces.GPU = lambda function: ("lent", function)
+    monkeypatch.setitem(sys.modules, "spaces", spaces)
+    assert on_gpu(front_matter) == ("lent", front_matter)
+
+
+def test_the_space_starts_as_a_space_does(tmp_path):
+    """Only what the page's document says to copy, started as `python app.py`, in another process."""
+    shutil.copytree(ROOT / "dft_lora", tmp_path / "dft_lora", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (ROOT / "app.py", *(ROOT / "space").iterdir()):
+        shutil.copy(file, tmp_path)
+    shutil.copytree(runs()[0].path.parent, tmp_path / "runs" / "demo")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "DFT_LORA_RESULTS_ONLY": "1"}
+    space = subprocess.Popen(
+        [sys.executable, "app.py"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE
+    )
+    try:
+        wait_for(lambda: answers_there(port) or space.poll() is not None, 90)
+        assert space.poll() is None, space.stderr.read().decode()
+        assert b"Results" in ask(f"http://127.0.0.1:{port}", "/config")[1]
+    finally:
+        space.terminate()
+        space.wait(20)
+
+
+def answers_there(port: int) -> bool:
+    with socket.socket() as knock:
+        return knock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_the_documented_examples_run(url, capsys):
+    """Each code block of docs/page.md, as it stands there, against this server."""
+    text = (ROOT / "docs" / "page.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(examples) == 3
+    for example in examples:
+        exec(example.replace("http://127.0.0.1:7860", url), {})
+    printed = capsys.readouterr().out
+    assert "correct" in printed.splitlines() and "probability" not in printed
