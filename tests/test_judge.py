@@ -15,9 +15,10 @@ import pytest
 
 from dft_lora.errors import DataError, RunError
 from dft_lora.tasks import judge as judging
-from dft_lora.tasks.answers import NeedsAlgebra, agree, clean_gsm8k, extract
+from dft_lora.tasks.answers import NeedsAlgebra, agree
 from dft_lora.tasks.audit import audit, second_opinion
 from dft_lora.tasks.base import Verdict
+from dft_lora.tasks.extraction import clean_gsm8k, extract
 from dft_lora.tasks.judge import judge, judge_many
 
 HERE = Path(__file__).resolve().parent

@@ -16,8 +16,8 @@ from typing import Any
 from ..config import DataConfig
 from ..errors import DataError, did_you_mean
 from ..tasks import get_task, task_names
-from ..tasks.answers import clean_gsm8k
 from ..tasks.base import Problem
+from ..tasks.extraction import clean_gsm8k
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 LONGEST_FIELD = 1_000_000  # characters; longer strings are accidents (a file in a cell), not problems

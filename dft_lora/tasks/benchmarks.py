@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dft_lora.errors import DataError
-from dft_lora.tasks.answers import clean_gsm8k, extract, has_box
 from dft_lora.tasks.base import Problem, Task
+from dft_lora.tasks.extraction import clean_gsm8k, extract, has_box
 
 Row = Mapping[str, Any]
 

@@ -23,9 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dft_lora.errors import DataError, RunError
-from dft_lora.tasks.answers import LONGEST, NeedsAlgebra, agree, extract
+from dft_lora.tasks.answers import NeedsAlgebra, agree
 from dft_lora.tasks.base import Verdict
+from dft_lora.tasks.extraction import extract
 
+LONGEST = 1000  # characters of an answer that is still worth reading
 LIMIT = 3.0  # seconds of processor time for one answer, so that a busy machine changes no verdict
 PATIENCE = 20.0 if hasattr(signal, "setitimer") else LIMIT  # seconds on the clock
 

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..tasks.answers import extract, tidy
+from ..tasks.answers import tidy
+from ..tasks.extraction import extract
 from .session import Answer
 
 
