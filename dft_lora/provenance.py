@@ -37,12 +37,18 @@ def commit() -> str | None:
         return None
 
 
+def command() -> str:
+    """How this program was called: `python -m MODULE ...`, or the name of a script and its arguments."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    called = ["python", "-m", module.name.removesuffix(".__main__")] if module else [Path(sys.argv[0]).name]
+    return shlex.join([*called, *sys.argv[1:]])
+
+
 def certificate(**more: Any) -> dict[str, Any]:
     """What every recorded result carries; `more` adds device, seed and the like."""
-    program, *arguments = sys.argv
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(program).name, *arguments]),
+        "command": command(),
         "commit": commit(),
         "platform": platform.platform(),
         "versions": versions(),
