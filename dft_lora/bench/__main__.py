@@ -9,6 +9,18 @@ import click
 
 from .table import RESULTS, TABLES, loss_table, packing_table, tables, train_table
 
+out_option = click.option(
+    "--out", type=click.Path(path_type=Path), default=None, help="the JSON; beside the bench by default"
+)
+
+
+def keep(result: dict, out: Path | None, name: str) -> None:
+    """Write a result where it was asked for, or beside the bench under its name."""
+    out = out or RESULTS / f"{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    click.echo(f"{out}\n", err=True)
+
 
 @click.group(invoke_without_command=True)
 @click.pass_context
@@ -28,9 +40,7 @@ def main(context: click.Context) -> None:
 @click.option("--rounds", default=5, help="measured rounds; one more is thrown away")
 @click.option("--threads", default=1)
 @click.option("--only", default="", help="only variants whose name contains this, and the floor")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=None, help="the JSON; beside the bench by default"
-)
+@out_option
 def loss(source, tokens, hidden, vocabulary, dtype, device, rounds, threads, only, out) -> None:
     """Time, memory and error of the head's forward and backward pass."""
     from .loss import measure
@@ -46,11 +56,8 @@ def loss(source, tokens, hidden, vocabulary, dtype, device, rounds, threads, onl
         threads=threads,
         only=only,
     )
-    out = out or RESULTS / f"loss-{device}-{source}-{dtype}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, out, f"loss-{device}-{source}-{dtype}")
     click.echo(loss_table(result))
-    click.echo(f"\n{out}", err=True)
 
 
 @main.command("train")
@@ -67,9 +74,7 @@ def loss(source, tokens, hidden, vocabulary, dtype, device, rounds, threads, onl
 @click.option("--vocabulary", default=151_936, help="V")
 @click.option("--batch", default=4, help="examples a step")
 @click.option("--max-length", default=512, help="longest example, tokens")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=None, help="the JSON; beside the bench by default"
-)
+@out_option
 def train_step(
     ladder, dtype, steps, rounds, threads, only, hidden, layers, vocabulary, batch, max_length, out
 ):
@@ -79,11 +84,8 @@ def train_step(
     shape = Shape(hidden, layers, vocabulary, hidden * 11 // 2, batch, max_length)
     chosen = tuple(variant for variant in (LADDER if ladder else COMPARISON) if only in variant.name)
     result = measure(chosen, Measurement(shape, dtype, steps, rounds, threads))
-    out = out or RESULTS / f"train-{'ladder' if ladder else 'peers'}-{result['dtype']}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, out, f"train-{'ladder' if ladder else 'peers'}-{result['dtype']}")
     click.echo(train_table(result))
-    click.echo(f"\n{out}", err=True)
 
 
 @main.command()
@@ -92,19 +94,14 @@ def train_step(
 @click.option("--rows", default=4, help="rows of a micro-batch")
 @click.option("--examples", default=32, help="examples that are timed")
 @click.option("--threads", default=1)
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=None, help="the JSON; beside the bench by default"
-)
+@out_option
 def packing(capacity, batch, rows, examples, threads, out) -> None:
     """Padding waste and tokens a second of packed rows and padded ones."""
     from .packing import measure
 
     result = measure(capacity, batch, rows, examples, threads)
-    out = out or RESULTS / f"packing-{capacity}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, out, f"packing-{capacity}")
     click.echo(packing_table(result))
-    click.echo(f"\n{out}", err=True)
 
 
 @main.command()

@@ -42,6 +42,7 @@ _TIDY = [
         (r"π|(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "),
         (r"∞", r"\\infty "),
         (r"∪", r"\\cup "),
+        (r"∅|\\varnothing(?![a-z])", r"\\emptyset "),
         (r"√\s*(\d+)|(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1\2}"),
         (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])", ""),
         (r",\s*\\!\s*|\{,\}", ","),
@@ -88,6 +89,8 @@ class Group(NamedTuple):
 def parse(text: str, thousands: bool = True) -> Group | str:
     """A tidy answer as nested groups with leaves of text; `thousands`: read a bare 1,234 as one number."""
     text = text.strip()
+    if "," in text and (words := WRAP.fullmatch(text)):
+        text = words[1]
     if matrix := re.fullmatch(r"\\begin\s*\{([bpvBV]?matrix)\}(.*)\\end\s*\{\1\}", text):
         rows = [row.split("&") for row in matrix[2].split(r"\\") if row.strip()]
         return Group("matrix", tuple(Group("row", tuple(map(parse, row)), "") for row in rows), text)

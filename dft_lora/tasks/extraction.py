@@ -17,7 +17,7 @@ from collections import deque
 _BRACE = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.S)
 _STATED = re.compile(r"\banswer(?:\s+is\b|\s*[:=])[\s:*]*(?=\S)", re.I)
 _MATHS = re.compile(r"\$+([^$]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]")
-_PROSE = re.compile(r"(?<![\\{A-Za-z])[A-Za-z]{2,}\s+[A-Za-z]{2,}\b")
+_PROSE = re.compile(r"(?<![\\{A-Za-z])[A-Za-z][A-Za-z']+\s+[A-Za-z]{2,}\b")
 _NUMBER = re.compile(r"-?\\[dt]?frac\{\d+\}\{\d+\}|(?<![\w.,])-?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
 
 
