@@ -16,7 +16,7 @@ import click
 
 from . import __version__
 from .config import load_recipe, shipped_recipes
-from .errors import DftLoraError, RequestError, did_you_mean
+from .errors import DftLoraError, Interrupted, RequestError, did_you_mean
 
 
 class Commands(click.Group):
@@ -95,7 +95,10 @@ def train(
     chosen = load_recipe(recipe, changes)
     from .training.loop import train as run
 
-    click.echo(run(chosen, resume=resume, extend=extend).path)
+    try:
+        click.echo(run(chosen, resume=resume, extend=extend).path)
+    except Interrupted as stop:
+        raise stop.and_then("go on with --resume") from None
 
 
 @main.command()
@@ -327,7 +330,9 @@ def export(run_dir, target, merged, out, quantize, llama_cpp) -> None:
 
     run = RunFolder.open(run_dir)
     if target == "vllm":
-        click.echo(vllm_command(run))
+        from .model.load import resolve
+
+        click.echo(vllm_command(run, resolve(run.recipe().model)))
         return
     if merged is None:
         raise RequestError(f"--merged: {target} needs a merged model; dft-lora merge {run_dir} OUT makes one")

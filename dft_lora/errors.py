@@ -55,7 +55,12 @@ class Interrupted(RunError):
 
     def __init__(self, message: str, signal_number: int | None):
         super().__init__(message)
+        self.signal_number = signal_number
         self.exit_code = 128 + (signal_number or 0)
+
+    def and_then(self, way_on: str) -> Interrupted:
+        """The same, with how to go on: the one who was asked knows."""
+        return Interrupted(f"{self}; {way_on}", self.signal_number)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

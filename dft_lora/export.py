@@ -177,12 +177,14 @@ def _results(run: RunFolder) -> str:
     return "\n".join(lines)
 
 
-def vllm_command(run: RunFolder) -> str:
-    """How vLLM serves the adapter over its base, as it is."""
+def vllm_command(run: RunFolder, base: str | None = None) -> str:
+    """How vLLM serves the adapter over its 16-bit base, by default as the recipe names it."""
+    from .model.vllm import lora_rank
+
     recipe = run.recipe()
     return (
-        f"vllm serve {recipe.model.name} --enable-lora --max-lora-rank {max(8, recipe.adapter.r)} "
-        f"--lora-modules {run.name}={run.adapter}"
+        f"vllm serve {base or recipe.model.name} --enable-lora "
+        f"--max-lora-rank {lora_rank([recipe.adapter.r])} --lora-modules {run.name}={run.adapter}"
     )
 
 

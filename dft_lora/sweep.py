@@ -26,7 +26,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from .config import Part, Recipe, load_recipe
-from .errors import RecipeError
+from .errors import Interrupted, RecipeError
 from .run_folder import RunFolder, write_json, write_text
 from .tasks import get_task
 
@@ -114,7 +114,10 @@ def train_once(recipe: Recipe) -> RunFolder:
 
     folder = RunFolder(recipe.output_dir)
     if not folder.has_adapter:
-        return train(recipe, resume=folder.begun)
+        try:
+            return train(recipe, resume=folder.begun)
+        except Interrupted as stop:
+            raise stop.and_then("start it again, it goes on from there") from None
     ranks = Ranks(recipe)
     now = identity(_plan(recipe), ranks.device, ranks.world)
     refuse_differences(folder.run()["identity"], now, extend=False)

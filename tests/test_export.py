@@ -1,6 +1,7 @@
 """Merging keeps what was learned, cards say what was measured, and foreign tools are called or named."""
 
 import json
+import os
 import stat
 
 import pytest
@@ -115,6 +116,7 @@ def test_the_commands(run, merged):
 
     done = call("export", run.path, "--to", "vllm")
     assert done.exit_code == 0 and "--enable-lora" in done.output and str(run.adapter) in done.output
+    assert os.path.isfile(f"{done.output.split()[2]}/config.json"), "the embedded base by its folder"
     assert call("export", run.path, "--to", "gguf").exit_code == 2
     assert call("merge", run.path, merged[0]).exit_code == 2
 

@@ -3,9 +3,9 @@
 import httpx
 import pytest
 
-from dft_lora import sweep
 from dft_lora.errors import Interrupted, RequestError
 from dft_lora.run_folder import RunFolder
+from dft_lora.training import loop
 from dft_lora.ui.server import default_runs, make_runs, page_recipes
 from dft_lora.ui.waiting import progress, waiting
 
@@ -60,10 +60,10 @@ def test_a_first_start_goes_on_with_what_was_made(tmp_path, monkeypatch):
 def test_a_first_start_that_is_stopped_names_the_way_on(tmp_path, monkeypatch):
     """`dft-lora app` has no --resume: starting it again is what goes on."""
 
-    def stopped(recipe):
-        raise Interrupted("stopped after step 3 of 120; go on with --resume", 2)
+    def stopped(recipe, resume):
+        raise Interrupted("runs/page/sft: stopped after step 3 of 120", 2)
 
-    monkeypatch.setattr(sweep, "train_once", stopped)
-    with pytest.raises(Interrupted, match="the next start goes on from") as raised:
+    monkeypatch.setattr(loop, "train", stopped)
+    with pytest.raises(Interrupted, match="step 3 of 120; start it again, it goes on from there") as raised:
         make_runs(page_recipes(tmp_path))
     assert raised.value.exit_code == 130 and "--resume" not in str(raised.value)

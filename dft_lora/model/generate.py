@@ -180,7 +180,7 @@ def _decode(model, requests, stop_ids, pad_id, batch_rows) -> Iterator[_Step]:
         if waiting and (not rows or 4 * free >= batch_rows) and len(waiting[0]) <= free:
             rows = []
             while waiting and len(rows) + len(waiting[0]) <= free:
-                rows += [_Row(i, requests[i], _uniform(requests[i])) for i in waiting.popleft()]
+                rows += [_Row(i, requests[i], random_stream(requests[i])) for i in waiting.popleft()]
             logits_RV = batch.admit(rows)
         else:
             logits_RV = batch.advance()
@@ -212,7 +212,7 @@ def _groups(requests, batch_rows) -> deque[list[int]]:
     return deque(g[i : i + batch_rows] for g in groups for i in range(0, len(g), batch_rows))
 
 
-def _uniform(request: Request) -> np.random.Generator:
+def random_stream(request: Request) -> np.random.Generator:
     """The random stream of a request: the same on every device and in every company."""
     return np.random.default_rng((request.seed, *request.prompt_ids))
 

@@ -1,85 +1,123 @@
-"""Generation by vLLM, for large evaluations on a GPU: the only file that imports it (`dft-lora[vllm]`).
+"""Generation by vLLM, for large evaluations: the only file that imports it (`dft-lora[vllm]`).
 
-The same requests, protocol and files as the package's own loop, with one base in 4-bit and an adapter a
-request. vLLM draws from random streams of its own, so single samples differ from the own loop's; their
-distribution does not.
+The same requests, protocol and files as the package's own loop, with one base and an adapter a request. vLLM
+reads no bitsandbytes weights, so it is given the 4-bit base unpacked: the same numbers, in 16 bits. It draws
+from random streams of its own, so single samples differ from the own loop's; their distribution does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..config import Recipe
 from ..data.templates import Renderer
-from ..errors import MissingPart
+from ..errors import MissingPart, RequestError
 from ..run_folder import read_json
-from .generate import Completion, Request
-from .load import resolve
+from .generate import Completion, Request, random_stream
+from .hardware import choose
+from .load import count_parameters, load_model_config, resolve, unpack
 
 AT_ONCE = 1024  # requests handed over at a time: what a kill loses
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for max_lora_rank
+
+
+def lora_rank(ranks: Iterable[int]) -> int:
+    """vLLM's max_lora_rank for adapters of these ranks. Raises RequestError where none is large enough."""
+    largest = max(ranks, default=1)
+    if largest > RANKS[-1]:
+        raise RequestError(f"adapter.r {largest}: vLLM takes adapters up to rank {RANKS[-1]}")
+    return next(rank for rank in RANKS if rank >= largest)
 
 
 class Vllm:
-    """An engine of evaluation/sampling.py. Raises MissingPart where vLLM, or a GPU for it, is missing."""
+    """An engine of evaluation/sampling.py. Raises MissingPart where vLLM, or a device for it, is missing."""
 
     def __init__(self, recipe: Recipe, adapters: Mapping[str, Path], renderer: Renderer):
-        import torch
-
         if find_spec("vllm") is None:
             raise MissingPart("evaluate.engine: vllm is not installed: pip install 'dft-lora[vllm]'")
-        if not torch.cuda.is_available():
+        from vllm.platforms import current_platform
+
+        if current_platform.is_unspecified():
             raise MissingPart("evaluate.engine: vllm needs a GPU; use evaluate.engine: plain")
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 
+        config = recipe.model
+        hardware = choose(config.dtype, count_parameters(load_model_config(config)))
+        dtype = str(hardware.dtype).removeprefix("torch.")
+        self.facts: dict[str, Any] = {"device": hardware.name, "dtype": dtype, "engine": "vllm"}
         self.stop_ids = sorted(renderer.stop_ids)
         self.loras = {
             name: LoRARequest(name, number, str(path.resolve()))
             for number, (name, path) in enumerate(adapters.items(), start=1)
         }
         ranks = [read_json(path / "adapter_config.json")["r"] for path in adapters.values()]
-        quantization = {"quantization": "bitsandbytes"} if recipe.model.quantization == "nf4" else {}
-        self.model = LLM(
-            model=resolve(recipe.model),
-            revision=recipe.model.revision,
-            dtype=recipe.model.dtype,
-            enable_lora=bool(ranks),
-            max_loras=max(1, len(ranks)),
-            max_lora_rank=max([8, *ranks]),
-            trust_remote_code=False,
-            **quantization,
-        )
-        self.facts: dict[str, Any] = {"device": torch.cuda.get_device_name(), "engine": "vllm"}
+        use_own_gpu()
+        with TemporaryDirectory(prefix="dft-lora-") as folder:
+            unpacked = config.quantization == "nf4"
+            if unpacked:
+                unpack(config, hardware.dtype, Path(folder))
+            self.model = LLM(
+                model=folder if unpacked else resolve(config),
+                revision=None if unpacked else config.revision,
+                tokenizer=resolve(config),
+                tokenizer_revision=config.revision,
+                dtype=dtype,
+                max_model_len=-1,  # as long as fits
+                enable_lora=bool(ranks),
+                max_loras=max(1, len(ranks)),
+                max_lora_rank=lora_rank(ranks),
+                trust_remote_code=False,
+            )
 
     def generate(self, requests: Sequence[Request], on_progress: Callable[[int, Completion], None]) -> None:
-        """Answer all requests; `on_progress(i, completion)` as soon as each part of AT_ONCE is done."""
+        """Answer all requests; `on_progress(i, completion)` as soon as each part of AT_ONCE is done.
+
+        The bare base is asked apart: beside adapters, vLLM 0.32's CPU build applies one to its rows too.
+        """
+        for adapted in (False, True):
+            chosen = [i for i, request in enumerate(requests) if (request.adapter is not None) == adapted]
+            for start in range(0, len(chosen), AT_ONCE):
+                part = chosen[start : start + AT_ONCE]
+                for i, completion in zip(part, self._answers([requests[i] for i in part]), strict=True):
+                    on_progress(i, completion)
+
+    def _answers(self, requests: Sequence[Request]) -> Iterator[Completion]:
         from vllm import SamplingParams
 
-        for start in range(0, len(requests), AT_ONCE):
-            part = requests[start : start + AT_ONCE]
-            outputs = self.model.generate(
-                [{"prompt_token_ids": list(request.prompt_ids)} for request in part],
-                [
-                    SamplingParams(
-                        temperature=request.temperature,
-                        top_p=request.top_p,
-                        seed=request.seed,
-                        max_tokens=request.max_new_tokens,
-                        stop_token_ids=self.stop_ids,
-                        detokenize=False,
-                    )
-                    for request in part
-                ],
-                lora_request=[self.loras.get(request.adapter) for request in part],
-                use_tqdm=False,
-            )
-            for i, output in enumerate(outputs, start=start):
-                answer = output.outputs[0]
-                ids = list(answer.token_ids)
-                finished = answer.finish_reason == "stop"
-                if finished and ids and ids[-1] in self.stop_ids:
-                    ids.pop()
-                on_progress(i, Completion(ids, finished))
+        outputs = self.model.generate(
+            [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
+            [
+                SamplingParams(
+                    temperature=request.temperature,
+                    top_p=request.top_p,
+                    seed=int(random_stream(request).integers(2**31)),  # vLLM's belongs to the seed alone
+                    max_tokens=request.max_new_tokens,
+                    stop_token_ids=self.stop_ids,
+                    detokenize=False,
+                )
+                for request in requests
+            ],
+            lora_request=[self.loras.get(request.adapter) for request in requests],
+            use_tqdm=False,
+        )
+        for output in outputs:
+            answer = output.outputs[0]
+            ids = list(answer.token_ids)
+            finished = answer.finish_reason == "stop"
+            if finished and ids and ids[-1] in self.stop_ids:
+                ids.pop()
+            yield Completion(ids, finished)
+
+
+def use_own_gpu() -> None:
+    """Under a launcher each process sees all GPUs, and vLLM takes the first it sees: show it its own."""
+    if "LOCAL_RANK" in os.environ:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        gpus = seen.split(",") if seen else [str(i) for i in range(int(os.environ["LOCAL_WORLD_SIZE"]))]
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)]

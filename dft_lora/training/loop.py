@@ -111,7 +111,7 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
                     clock.saved()
                 if asked and not finished:
                     where = f"{folder.path}: stopped after step {trainer.done} of {plan.steps}"
-                    raise Interrupted(f"{where}; go on with --resume", stop.number)
+                    raise Interrupted(where, stop.number)
         if ranks.is_main:
             write_adapter(folder.adapter, trainer.adapter_weights(), trainer.adapter_config)
             folder.write_run(figures={"seconds": trainer.seconds, "last": folder.metrics()[-1]})

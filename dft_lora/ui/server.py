@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import Recipe
-from ..errors import Interrupted, RequestError
+from ..errors import RequestError
 from ..run_folder import RunFolder
 from .waiting import waiting
 
@@ -120,11 +120,7 @@ def make_runs(recipes: Sequence[Recipe]) -> list[RunFolder]:
     base = RunFolder(home / RUNS[0])
     if not base.begun:
         base_run(recipes[0], base.path)
-    try:
-        return [base, *map(train_once, recipes)]
-    except Interrupted as stop:
-        message = f"stopped while the first adapters were made; the next start goes on from {home}"
-        raise Interrupted(message, stop.exit_code - 128) from None
+    return [base, *map(train_once, recipes)]
 
 
 def serve(
