@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from .config import Recipe, load_recipe
+from .errors import DftLoraError
 from .evaluation import statistics as st
 from .evaluation.answered import Answered
 from .evaluation.diagnosis import diagnose
@@ -342,7 +343,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/findings"), help="where the runs lie")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file that is written")
     chosen = parser.parse_args(arguments)
-    runs = make(chosen.out)
+    try:
+        runs = make(chosen.out)
+    except DftLoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     found = lines(runs)
     counts = read_json(chosen.out / "own-samples.json")["counts"]
     result = {
