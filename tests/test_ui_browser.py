@@ -74,11 +74,13 @@ class Page:
         )
 
     def unfold(self, title: str, box: str) -> None:
-        """Open an accordion; what is in a closed one is not in the document."""
+        """Open an accordion: what is in it enters the document now, and listens a frame later."""
         if not self.count(box):
             buttons = "[...document.querySelectorAll('button.label-wrap')]"
             self.run(f"{buttons}.find(b => b.innerText.includes(arguments[0])).click()", title)
             wait_for(lambda: self.count(box + " textarea"))
+            frames = "requestAnimationFrame(() => requestAnimationFrame(arguments[0]))"
+            self.driver.execute_async_script(frames)
 
     def compare(self) -> None:
         """Press Compare, and wait for the last word of every column."""
