@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .errors import DftLoraError, RequestError, RunError
     from .evaluation.sampling import evaluate
     from .loss import TokenScores, objective, objective_names, token_logps
-    from .run_folder import RunFolder
+    from .runs.folder import RunFolder
     from .tasks import get_task, task_names
     from .tasks.judge import judge
     from .training.loop import train
@@ -23,7 +23,7 @@ _HOMES = {
     "Recipe": ".config",
     "RequestError": ".errors",
     "RunError": ".errors",
-    "RunFolder": ".run_folder",
+    "RunFolder": ".runs.folder",
     "TokenScores": ".loss",
     "evaluate": ".evaluation.sampling",
     "get_task": ".tasks",

@@ -121,7 +121,7 @@ def evaluate(run_dirs, tasks, samples, temperature, limit, checkpoints, overwrit
     from .evaluation.report import write_report
     from .evaluation.sampling import Shard, checkpoint_runs
     from .evaluation.sampling import evaluate as run
-    from .run_folder import RunFolder
+    from .runs.folder import RunFolder
 
     given = {"samples": samples, "temperature": temperature}
     changes = (*changes, *(f"{name}={value}" for name, value in given.items() if value is not None))
@@ -147,7 +147,7 @@ def compare(run_dirs, out, llm_comparator, as_json) -> None:
     Example: dft-lora compare runs/demo/sft runs/demo/dft --out runs/comparison
     """
     from .evaluation.report import write_report
-    from .run_folder import RunFolder
+    from .runs.folder import RunFolder
 
     if llm_comparator and not out:
         raise RequestError("--llm-comparator: name a folder with --out")
@@ -287,7 +287,7 @@ def merge(run_dir: str, out: str, dtype: str, as_json: bool) -> None:
     Example: dft-lora merge runs/tiny_dft merged/tiny_dft
     """
     from .export import merge as run
-    from .run_folder import RunFolder
+    from .runs.folder import RunFolder
 
     drift = run(RunFolder.open(run_dir), Path(out), dtype)
     if as_json:
@@ -308,7 +308,7 @@ def push(run_dir: str, repository: str, merged: str | None, public: bool) -> Non
     Example: dft-lora push runs/tiny_dft me/tiny-dft
     """
     from .export import push as run
-    from .run_folder import RunFolder
+    from .runs.folder import RunFolder
 
     click.echo(run(RunFolder.open(run_dir), repository, Path(merged) if merged else None, private=not public))
 
@@ -326,7 +326,7 @@ def export(run_dir, target, merged, out, quantize, llama_cpp) -> None:
     Example: dft-lora export runs/tiny_dft --to vllm
     """
     from .export import to_gguf, to_ollama, vllm_command
-    from .run_folder import RunFolder
+    from .runs.folder import RunFolder
 
     run = RunFolder.open(run_dir)
     if target == "vllm":

@@ -15,7 +15,7 @@ from .config import Recipe, load_recipe
 from .errors import RequestError
 from .evaluation.report import write_report
 from .evaluation.sampling import base_run, evaluate
-from .run_folder import RunFolder, read_json, write_json
+from .runs.folder import RunFolder, read_json, write_json
 from .training.loop import train
 
 RUNS = ("base", "sft", "dft")

@@ -8,7 +8,7 @@ from .config import Recipe
 from .data.doctor import table
 from .loss.rows import kernel_missing
 from .model.hardware import RULES, choose
-from .provenance import commit, versions
+from .runs.provenance import commit, versions
 
 OPTIONAL = {
     "unsloth": "pip install 'dft-lora[unsloth]' in an environment of its own",

@@ -20,7 +20,7 @@ import yaml
 
 from .config import ModelConfig
 from .errors import MissingPart, RequestError, RunError
-from .run_folder import RunFolder, read_json, write_text
+from .runs.folder import RunFolder, read_json, write_text
 
 PROBES = 8
 

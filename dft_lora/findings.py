@@ -32,9 +32,9 @@ from .evaluation.diagnosis import diagnose
 from .evaluation.sampling import base_run, checkpoint_runs, evaluate, tokens_file
 from .evaluation.sharpening import cooled
 from .evaluation.tokens import TokenTable
-from .provenance import certificate
 from .rejection import own_samples
-from .run_folder import RunFolder, read_json, write_json
+from .runs.folder import RunFolder, read_json, write_json
+from .runs.provenance import certificate
 from .sweep import train_once
 from .training.identity import base_fingerprint
 

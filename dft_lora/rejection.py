@@ -15,8 +15,8 @@ from .data.templates import Renderer
 from .errors import RunError
 from .model.generate import Request, generate
 from .model.load import load_base, load_tokenizer
-from .provenance import certificate
-from .run_folder import read_json, write_json, write_text
+from .runs.folder import read_json, write_json, write_text
+from .runs.provenance import certificate
 from .tasks.judge import judge_many
 
 

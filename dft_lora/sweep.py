@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError
 
 from .config import Part, Recipe, load_recipe
 from .errors import Interrupted, RecipeError
-from .run_folder import RunFolder, write_json, write_text
+from .runs.folder import RunFolder, write_json, write_text
 from .tasks import get_task
 
 
@@ -144,7 +144,7 @@ def summary(sweep: Sweep, recipes: Mapping[str, Recipe], answered: Mapping[str, 
     """All runs with their figures, each objective's best, and the bests against each other."""
     from .evaluation import statistics as st
     from .evaluation.report import paired
-    from .provenance import certificate
+    from .runs.provenance import certificate
 
     protocols = {name: a.protocol for name, a in answered.items()}
     scores = {name: st.avg_at_n(a.correct_PN) for name, a in answered.items()}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dft_lora.config import digest, load_recipe
 from dft_lora.evaluation.sampling import base_run
-from dft_lora.run_folder import RunFolder, write_json
+from dft_lora.runs.folder import RunFolder, write_json
 from dft_lora.training.loop import train
 
 QUICK = ("train.max_steps=2", "train.batch_size=8", "train.micro_batch_size=8", "train.learning_rate=3e-3")

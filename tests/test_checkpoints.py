@@ -18,7 +18,7 @@ import torch
 
 from dft_lora.config import digest
 from dft_lora.errors import RunError
-from dft_lora.sealed import damage, discard, write_sealed
+from dft_lora.runs.atomic import damage, discard, write_sealed
 from dft_lora.training.checkpoints import (
     PARTS,
     Checkpoints,
@@ -191,7 +191,7 @@ def save_and_die(checkpoints: Checkpoints, state: State, at_line: int, counted=N
 
     def count(frame, event, _argument):
         nonlocal seen
-        if frame.f_code.co_filename.endswith(("sealed.py", "checkpoints.py")) and event == "line":
+        if frame.f_code.co_filename.endswith(("atomic.py", "checkpoints.py")) and event == "line":
             seen += 1
             if seen == at_line:
                 os.kill(os.getpid(), signal.SIGKILL)

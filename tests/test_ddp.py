@@ -15,7 +15,7 @@ import torch
 from fault_runs import finish, run, start, write_data, write_recipe
 from safetensors.torch import load_file
 
-from dft_lora.run_folder import RunFolder
+from dft_lora.runs.folder import RunFolder
 from dft_lora.training.checkpoints import Checkpoints
 
 PLAIN = {"optimizer": "adamw", "max_steps": 4, "batch_size": 6, "save_steps": None}

@@ -19,7 +19,7 @@ from dft_lora.evaluation.sharpening import cooled
 from dft_lora.evaluation.tokens import TokenTable, entropy, score, temperature_for
 from dft_lora.model.head import check_head
 from dft_lora.model.load import load_adapters, load_base, load_tokenizer
-from dft_lora.run_folder import RunFolder
+from dft_lora.runs.folder import RunFolder
 from dft_lora.tasks import get_task
 
 ARGUMENTS = ("--task", "arithmetic", "--samples", "3", "--limit", "24")

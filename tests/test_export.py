@@ -14,7 +14,7 @@ from dft_lora.config import load_recipe
 from dft_lora.errors import MissingPart, RequestError, RunError
 from dft_lora.export import card, difference, logits_of, merge, probe_rows, push, to_gguf, vllm_command
 from dft_lora.model.load import load_adapters, load_base, load_tokenizer
-from dft_lora.run_folder import RunFolder
+from dft_lora.runs.folder import RunFolder
 from dft_lora.training.loop import train
 
 

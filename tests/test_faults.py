@@ -23,7 +23,7 @@ from dft_lora.data.templates import Example
 from dft_lora.errors import DataError, ModelError, RequestError, RunError
 from dft_lora.model.hardware import RULES, choose
 from dft_lora.model.load import load_adapters, load_base, load_tokenizer, resolve
-from dft_lora.run_folder import RunFolder
+from dft_lora.runs.folder import RunFolder
 from dft_lora.tasks import get_task
 from dft_lora.training import loop
 from dft_lora.training.faults import LIMIT_IN_A_ROW, Layout, SaveClock, is_out_of_memory

@@ -12,7 +12,7 @@ from fault_runs import adapter, finish, lines, run, start, wait_for, write_data,
 
 from dft_lora.config import load_recipe
 from dft_lora.errors import RequestError
-from dft_lora.run_folder import RunFolder
+from dft_lora.runs.folder import RunFolder
 from dft_lora.training.loop import train
 
 STEPS = 9

@@ -19,7 +19,7 @@ from ui_cases import (
 )
 
 from dft_lora.errors import RunError
-from dft_lora.run_folder import RunFolder
+from dft_lora.runs.folder import RunFolder
 from dft_lora.ui.server import page_recipes
 from dft_lora.ui.session import Question
 from dft_lora.ui.text import plain

@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from dft_lora.errors import Interrupted, RequestError
-from dft_lora.run_folder import RunFolder
+from dft_lora.runs.folder import RunFolder
 from dft_lora.training import loop
 from dft_lora.ui.server import default_runs, make_runs, page_recipes
 from dft_lora.ui.waiting import progress, waiting

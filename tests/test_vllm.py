@@ -20,7 +20,7 @@ from dft_lora.errors import RequestError
 from dft_lora.evaluation.sampling import Plain, evaluate, read_attempts
 from dft_lora.model.load import load_base, load_tokenizer, unpack
 from dft_lora.model.vllm import RANKS, Vllm, lora_rank, use_own_gpu
-from dft_lora.run_folder import RunFolder
+from dft_lora.runs.folder import RunFolder
 
 here = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed in this environment")
 

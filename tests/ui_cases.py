@@ -22,7 +22,7 @@ from dft_lora.evaluation.sampling import base_run
 from dft_lora.model.adapters import adapter_layers
 from dft_lora.model.generate import Request, generate
 from dft_lora.model.load import add_lora, load_base
-from dft_lora.run_folder import RunFolder
+from dft_lora.runs.folder import RunFolder
 from dft_lora.ui.server import launch
 from dft_lora.ui.session import Question, Session
 from dft_lora.ui.votes import Ballot

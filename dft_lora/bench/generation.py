@@ -27,7 +27,7 @@ from ..config import ModelConfig
 from ..data.templates import Renderer
 from ..model.generate import Completion, Request, generate
 from ..model.load import load_adapters, load_base, load_tokenizer
-from ..provenance import certificate
+from ..runs.provenance import certificate
 
 RESULT = Path(__file__).parent / "results" / "generation.json"
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..loss import naive_token_logps, token_logps
-from ..provenance import certificate, versions
+from ..runs.provenance import certificate, versions
 from .inputs import SOURCES, Inputs
 from .peers import DFT, FLOOR, VARIANTS, Variant
 

@@ -20,7 +20,7 @@ from ..data.packing import Arrange, Packed, Thrifty
 from ..data.templates import Example
 from ..model.attention import even_length
 from ..model.hardware import choose
-from ..provenance import certificate
+from ..runs.provenance import certificate
 from ..training.figures import Sums
 from ..training.loop import Trainer
 from ..training.plan import make_plan

@@ -29,7 +29,7 @@ from ..data.templates import Example
 from ..loss import TokenScores
 from ..model.hardware import choose
 from ..model.memory import MIB, LiveTensors, memory_of
-from ..provenance import certificate, versions
+from ..runs.provenance import certificate, versions
 from ..training.loop import Trainer
 from ..training.plan import Plan, make_plan
 from ..training.ranks import Ranks

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RequestError
-from ..run_folder import RunFolder, read_json
+from ..runs.folder import RunFolder, read_json
 from ..tasks.audit import Audit, audit
 from ..tasks.base import Attempt
 from . import statistics as st

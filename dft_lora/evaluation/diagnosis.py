@@ -23,7 +23,7 @@ from ..data.sources import load_problems
 from ..data.templates import Example, Renderer
 from ..errors import DataError
 from ..model.load import load_base, load_tokenizer
-from ..provenance import certificate
+from ..runs.provenance import certificate
 from .tokens import TokenTable, score
 
 FAVOURS_DFT, FAVOURS_SFT = 0.65, 0.30

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..provenance import certificate
-from ..run_folder import RunFolder, write_json, write_text
+from ..runs.folder import RunFolder, write_json, write_text
+from ..runs.provenance import certificate
 from . import statistics as st
 from .answered import Answered, evaluated_tasks
 from .sampling import FORGETTING, Protocol

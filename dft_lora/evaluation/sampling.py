@@ -26,8 +26,8 @@ from ..data.templates import Renderer
 from ..errors import RequestError
 from ..model.generate import Completion, Request, generate, rows_that_fit
 from ..model.load import load_adapters, load_base, load_tokenizer
-from ..provenance import certificate
-from ..run_folder import RunFolder, read_json, read_lines, write_json, write_text
+from ..runs.folder import RunFolder, read_json, read_lines, write_json, write_text
+from ..runs.provenance import certificate
 from ..tasks import get_task
 from ..tasks.base import Attempt, Problem, Verdict
 from ..tasks.judge import judge_many

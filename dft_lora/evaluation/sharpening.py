@@ -14,7 +14,7 @@ import torch
 from ..data.templates import Renderer
 from ..model.head import check_head
 from ..model.load import load_adapters, load_base, load_tokenizer
-from ..run_folder import RunFolder
+from ..runs.folder import RunFolder
 from ..tasks import get_task
 from .tokens import entropy, states, temperature_for
 

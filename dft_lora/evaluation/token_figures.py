@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..run_folder import RunFolder
+from ..runs.folder import RunFolder
 from .tokens import TokenTable
 
 BINS = 20  # of a probability

@@ -15,7 +15,7 @@ import torch
 
 from ..config import AdapterConfig, ModelConfig
 from ..errors import ModelError
-from ..sealed import MANIFEST, damage
+from ..runs.atomic import MANIFEST, damage
 from .hardware import Hardware, choose
 from .head import bare
 from .tiny import TINY_DIR

@@ -17,7 +17,7 @@ from typing import Any
 from ..config import Recipe
 from ..data.templates import Renderer
 from ..errors import MissingPart, RequestError
-from ..run_folder import read_json
+from ..runs.folder import read_json
 from .generate import Completion, Request, random_stream
 from .hardware import choose
 from .load import count_parameters, load_model_config, resolve, unpack

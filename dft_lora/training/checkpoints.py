@@ -8,7 +8,7 @@
         manifest.json            size and sha256 of each file
 
 Tensors in safetensors, everything else in JSON: nothing is ever unpickled. A folder is written whole
-or not at all (`sealed.py`); the newest one that is as it was written is taken.
+or not at all (`runs/atomic.py`); the newest one that is as it was written is taken.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from ..errors import RunError
-from ..run_folder import writing
-from ..sealed import damage, discard, write_sealed
+from ..runs.atomic import damage, discard, write_sealed
+from ..runs.folder import writing
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PARTS = (

@@ -34,8 +34,8 @@ from ..model.hardware import peak_memory_mb
 from ..model.memory import give_back_large_blocks
 from ..model.sharding import held_mb
 from ..plots import curves
-from ..provenance import certificate
-from ..run_folder import RunFolder
+from ..runs.folder import RunFolder
+from ..runs.provenance import certificate
 from .checkpoints import Checkpoints, State, random_state, set_random_state, write_adapter
 from .faults import (
     RETREATS,

@@ -17,7 +17,7 @@ from typing import Any
 import gradio as gr
 
 from ..errors import DftLoraError, RequestError
-from ..run_folder import RunFolder
+from ..runs.folder import RunFolder
 from ..tasks import get_task, task_names
 from ..tasks.base import Problem
 from ..tasks.judge import judge

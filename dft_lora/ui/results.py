@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..run_folder import RunFolder, read_json, read_lines
+from ..runs.folder import RunFolder, read_json, read_lines
 from .text import plain
 from .views import Legend, interval_bar, table
 

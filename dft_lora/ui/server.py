@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..config import Recipe
 from ..errors import RequestError
-from ..run_folder import RunFolder
+from ..runs.folder import RunFolder
 from .waiting import waiting
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from ..model.adapters import adapter_layers, mixed
 from ..model.generate import Request, stream
 from ..model.head import check_head, hidden_states
 from ..model.load import load_adapters, load_base
-from ..run_folder import RunFolder
+from ..runs.folder import RunFolder
 from ..tasks.base import Verdict
 from ..tasks.judge import judge
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import RequestError
-from ..run_folder import read_lines
+from ..runs.folder import read_lines
 from .counts import wilson
 
 Choice = Literal["left", "right", "tie"]

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..config import Recipe
 from ..errors import RequestError
-from ..run_folder import RunFolder
+from ..runs.folder import RunFolder
 
 PAGE = Path(__file__).with_name("waiting.html")
 PORTS = range(7860, 7960)  # as Gradio chooses: the first one that is free

@@ -12,7 +12,7 @@ from pathlib import Path
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
-from dft_lora.run_folder import RunFolder
+from dft_lora.runs.folder import RunFolder
 from dft_lora.ui.server import launch
 from dft_lora.ui.session import Session
 from dft_lora.ui.votes import Ballot

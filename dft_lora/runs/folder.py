@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .config import Recipe, parse_recipe
-from .errors import DataError, RequestError, RunError
+from ..config import Recipe, parse_recipe
+from ..errors import DataError, RequestError, RunError
 
 
 class RunFolder:

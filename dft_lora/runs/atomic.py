@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .config import digest
+from ..config import digest
 
 MANIFEST = "manifest.json"
 
