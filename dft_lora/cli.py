@@ -65,7 +65,7 @@ def demo(out: str, seed: int, quick: bool, as_json: bool) -> None:
 
     Example: dft-lora demo --out runs/demo
     """
-    from .demo import run_demo
+    from .experiments.demo import run_demo
 
     show_report(run_demo(Path(out), seed=seed, quick=quick), as_json)
 
@@ -88,7 +88,7 @@ def train(
     if sweep is not None:
         if changes or extend:
             raise RequestError("--sweep: put changes into its file, under 'set'")
-        from .sweep import Sweep, markdown, run_sweep
+        from .experiments.sweep import Sweep, markdown, run_sweep
 
         click.echo(markdown(run_sweep(Sweep.load(sweep))), nl=False)
         return

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dft_lora.demo import run_demo
 from dft_lora.errors import RequestError
+from dft_lora.experiments.demo import run_demo
 
 
 @pytest.fixture(scope="module")

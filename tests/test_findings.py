@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from evidence_runs import answered
 
-from dft_lora.findings import RESULTS, _all, contrast
+from dft_lora.experiments.findings import RESULTS, _all, contrast
 
 RNG = np.random.default_rng(0)
 

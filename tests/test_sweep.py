@@ -8,9 +8,9 @@ from click.testing import CliRunner
 from dft_lora.cli import main
 from dft_lora.config import load_recipe
 from dft_lora.errors import RequestError
-from dft_lora.rejection import own_samples
+from dft_lora.experiments.own_samples import own_samples
+from dft_lora.experiments.sweep import Sweep, run_sweep
 from dft_lora.runs.folder import RunFolder, read_lines
-from dft_lora.sweep import Sweep, run_sweep
 from dft_lora.tasks.judge import judge
 
 FILE = """

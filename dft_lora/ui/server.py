@@ -93,7 +93,7 @@ def credentials() -> tuple[str, str]:
 
 def default_runs(home: Path = Path("runs")) -> list[RunFolder]:
     """The demo's runs below `home`, or those that an earlier start of the page made; [] without either."""
-    from ..demo import RUNS, runs
+    from ..experiments.demo import RUNS, runs
 
     made = (at for at in (home / "demo", home / "page") if RunFolder(at / RUNS[-1]).has_adapter)
     return next(map(runs, made), [])
@@ -101,7 +101,7 @@ def default_runs(home: Path = Path("runs")) -> list[RunFolder]:
 
 def page_recipes(home: Path = Path("runs")) -> list[Recipe]:
     """The demo's two recipes, for a page that has no runs yet: a minute or two on two CPU cores."""
-    from ..demo import RUNS, demo_recipe
+    from ..experiments.demo import RUNS, demo_recipe
 
     return [demo_recipe(name, home / "page") for name in RUNS[1:]]
 
@@ -111,9 +111,9 @@ def make_runs(recipes: Sequence[Recipe]) -> list[RunFolder]:
 
     Raises Interrupted after SIGTERM or Ctrl-C, with a checkpoint kept.
     """
-    from ..demo import RUNS, keep_mark
     from ..evaluation.sampling import base_run
-    from ..sweep import train_once
+    from ..experiments.demo import RUNS, keep_mark
+    from ..experiments.sweep import train_once
 
     home = recipes[0].output_dir.parent
     keep_mark(home)

@@ -1,4 +1,4 @@
-"""The paper's claims, tried on the embedded base: `python -m dft_lora.findings`.
+"""The paper's claims, tried on the embedded base: `python -m dft_lora.experiments.findings`.
 
 Each line is judged by a paired interval over problems, of the mean of three seeds, and by the seeds alone:
 
@@ -24,19 +24,19 @@ from typing import Any
 
 import numpy as np
 
-from .config import Recipe, load_recipe
-from .errors import DftLoraError
-from .evaluation import statistics as st
-from .evaluation.answered import Answered
-from .evaluation.diagnosis import diagnose
-from .evaluation.sampling import base_run, checkpoint_runs, evaluate, tokens_file
-from .evaluation.sharpening import cooled
-from .evaluation.tokens import TokenTable
-from .rejection import own_samples
-from .runs.folder import RunFolder, read_json, write_json
-from .runs.provenance import certificate
+from ..config import Recipe, load_recipe
+from ..errors import DftLoraError
+from ..evaluation import statistics as st
+from ..evaluation.answered import Answered
+from ..evaluation.diagnosis import diagnose
+from ..evaluation.sampling import base_run, checkpoint_runs, evaluate, tokens_file
+from ..evaluation.sharpening import cooled
+from ..evaluation.tokens import TokenTable
+from ..runs.folder import RunFolder, read_json, write_json
+from ..runs.provenance import certificate
+from ..training.identity import base_fingerprint
+from .own_samples import own_samples
 from .sweep import train_once
-from .training.identity import base_fingerprint
 
 SEEDS = (0, 1, 2)
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -54,7 +54,7 @@ CODEBOOK = {"data.source": "codebook", "train.max_steps": 480, "train.save_steps
 VALIDATION, LIMIT = "arithmetic-validation", 200
 TASKS = ("arithmetic", "arithmetic-long")
 OWN_PROBLEMS, OWN_SAMPLES = 480, 4
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "findings.json"
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "findings.json"
 
 
 def recipe(out: Path, group: str, objective: str, rate: float, seed: int, **more: Any) -> Recipe:
@@ -339,7 +339,9 @@ def accuracy(runs: Runs) -> dict[str, dict[str, float]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dft_lora.findings", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m dft_lora.experiments.findings", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/findings"), help="where the runs lie")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file that is written")
     chosen = parser.parse_args(arguments)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .config import Recipe, digest
-from .data.sources import load_problems
-from .data.templates import Renderer
-from .errors import RunError
-from .model.generate import Request, generate
-from .model.load import load_base, load_tokenizer
-from .runs.folder import read_json, write_json, write_text
-from .runs.provenance import certificate
-from .tasks.judge import judge_many
+from ..config import Recipe, digest
+from ..data.sources import load_problems
+from ..data.templates import Renderer
+from ..errors import RunError
+from ..model.generate import Request, generate
+from ..model.load import load_base, load_tokenizer
+from ..runs.folder import read_json, write_json, write_text
+from ..runs.provenance import certificate
+from ..tasks.judge import judge_many
 
 
 def own_samples(recipe: Recipe, out: Path, *, samples: int = 4, max_new_tokens: int = 512) -> Path:

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import Recipe, load_recipe
-from .errors import RequestError
-from .evaluation.report import write_report
-from .evaluation.sampling import base_run, evaluate
-from .runs.folder import RunFolder, read_json, write_json
-from .training.loop import train
+from ..config import Recipe, load_recipe
+from ..errors import RequestError
+from ..evaluation.report import write_report
+from ..evaluation.sampling import base_run, evaluate
+from ..runs.folder import RunFolder, read_json, write_json
+from ..training.loop import train
 
 RUNS = ("base", "sft", "dft")
 MARK = "demo.json"  # lists what a demo wrote, so that the next one replaces that and nothing else

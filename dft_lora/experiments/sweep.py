@@ -25,10 +25,10 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from .config import Part, Recipe, load_recipe
-from .errors import Interrupted, RecipeError
-from .runs.folder import RunFolder, write_json, write_text
-from .tasks import get_task
+from ..config import Part, Recipe, load_recipe
+from ..errors import Interrupted, RecipeError
+from ..runs.folder import RunFolder, write_json, write_text
+from ..tasks import get_task
 
 
 class Sweep(Part):
@@ -82,8 +82,8 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
 
     Raises a RequestError before anything is trained when the task, a field or a finished run does not fit.
     """
-    from .evaluation.answered import Answered
-    from .evaluation.sampling import evaluate
+    from ..evaluation.answered import Answered
+    from ..evaluation.sampling import evaluate
 
     get_task(sweep.task)
     recipes = sweep.recipes()
@@ -108,9 +108,9 @@ def train_once(recipe: Recipe) -> RunFolder:
 
     Raises RequestError when the folder holds a run of another recipe or other data.
     """
-    from .training.identity import identity, refuse_differences
-    from .training.loop import train
-    from .training.ranks import Ranks
+    from ..training.identity import identity, refuse_differences
+    from ..training.loop import train
+    from ..training.ranks import Ranks
 
     folder = RunFolder(recipe.output_dir)
     if not folder.has_adapter:
@@ -130,7 +130,7 @@ _plans: dict[tuple[Any, ...], Any] = {}
 
 def _plan(recipe: Recipe) -> Any:
     """`make_plan`, its data rendered once for all the runs that share them (a second or two each)."""
-    from .training.plan import make_plan
+    from ..training.plan import make_plan
 
     if recipe.train.max_steps is None:
         return make_plan(recipe)
@@ -142,9 +142,9 @@ def _plan(recipe: Recipe) -> Any:
 
 def summary(sweep: Sweep, recipes: Mapping[str, Recipe], answered: Mapping[str, Any]) -> dict[str, Any]:
     """All runs with their figures, each objective's best, and the bests against each other."""
-    from .evaluation import statistics as st
-    from .evaluation.report import paired
-    from .runs.provenance import certificate
+    from ..evaluation import statistics as st
+    from ..evaluation.report import paired
+    from ..runs.provenance import certificate
 
     protocols = {name: a.protocol for name, a in answered.items()}
     scores = {name: st.avg_at_n(a.correct_PN) for name, a in answered.items()}
@@ -180,7 +180,7 @@ def summary(sweep: Sweep, recipes: Mapping[str, Recipe], answered: Mapping[str, 
 
 def markdown(report: Mapping[str, Any]) -> str:
     """sweep.md: every run, then each objective's best against the others'."""
-    from .evaluation.text import aligned, percent, points
+    from ..evaluation.text import aligned, percent, points
 
     fields = list(next(iter(report["runs"].values()))["fields"])
     rows = [

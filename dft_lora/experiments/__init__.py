@@ -1,0 +1,1 @@
+"""Whole experiments, from training to report; each resumes where it was stopped."""
