@@ -27,7 +27,7 @@ from dft_lora.runs.folder import RunFolder
 from dft_lora.tasks import get_task
 from dft_lora.training import loop
 from dft_lora.training.faults import LIMIT_IN_A_ROW, Layout, SaveClock, is_out_of_memory
-from dft_lora.training.figures import Sums
+from dft_lora.training.metrics import Sums
 from dft_lora.training.plan import make_plan
 from dft_lora.training.ranks import Ranks
 

@@ -21,8 +21,8 @@ from ..data.templates import Example
 from ..model.attention import even_length
 from ..model.hardware import choose
 from ..runs.provenance import certificate
-from ..training.figures import Sums
 from ..training.loop import Trainer
+from ..training.metrics import Sums
 from ..training.plan import make_plan
 from ..training.ranks import Ranks
 from .train import Measurement, Shape, write_inputs

@@ -16,10 +16,10 @@ from ..errors import RequestError
 from ..runs.folder import RunFolder, write_json, write_text
 from ..runs.provenance import certificate
 from . import statistics as st
-from .answered import Answered, evaluated_tasks
 from .sampling import FORGETTING, Protocol
+from .task_results import Answered, evaluated_tasks
 from .text import markdown
-from .token_figures import token_figures
+from .token_metrics import token_figures
 
 
 def build(

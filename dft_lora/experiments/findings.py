@@ -27,14 +27,14 @@ import numpy as np
 from ..config import Recipe, load_recipe
 from ..errors import DftLoraError
 from ..evaluation import statistics as st
-from ..evaluation.answered import Answered
 from ..evaluation.diagnosis import diagnose
 from ..evaluation.sampling import base_run, checkpoint_runs, evaluate, tokens_file
 from ..evaluation.sharpening import cooled
+from ..evaluation.task_results import Answered
 from ..evaluation.tokens import TokenTable
 from ..runs.folder import RunFolder, read_json, write_json
 from ..runs.provenance import certificate
-from ..training.identity import base_fingerprint
+from ..training.resume_guard import base_fingerprint
 from .own_samples import own_samples
 from .sweep import train_once
 

@@ -82,8 +82,8 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
 
     Raises a RequestError before anything is trained when the task, a field or a finished run does not fit.
     """
-    from ..evaluation.answered import Answered
     from ..evaluation.sampling import evaluate
+    from ..evaluation.task_results import Answered
 
     get_task(sweep.task)
     recipes = sweep.recipes()
@@ -108,9 +108,9 @@ def train_once(recipe: Recipe) -> RunFolder:
 
     Raises RequestError when the folder holds a run of another recipe or other data.
     """
-    from ..training.identity import identity, refuse_differences
     from ..training.loop import train
     from ..training.ranks import Ranks
+    from ..training.resume_guard import identity, refuse_differences
 
     folder = RunFolder(recipe.output_dir)
     if not folder.has_adapter:

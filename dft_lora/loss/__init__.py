@@ -2,7 +2,7 @@
 
 from .naive import naive_token_logps
 from .objectives import Objective, gradient_weights, objective, objective_names
-from .rows import kernel_missing
+from .row_statistics import kernel_missing
 from .token_logps import REFERENCE_NEEDS, TokenScores, chunk_rows, token_logps
 
 __all__ = [

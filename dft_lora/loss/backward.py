@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .forward import Pass, chunk_probabilities_
 from .head import Head, accumulator
-from .scoring import Pass, chunk_probabilities_
 
 
 class RowJacobian(torch.autograd.Function):

@@ -1,7 +1,7 @@
-"""The row pass of `rows.py` as one Triton kernel: two reads and one write of each logit, nothing else.
+"""The row pass of `row_statistics.py` as one Triton kernel: two reads and one write of each logit, nothing else.
 
 Pass 1 is an online max, sum and entropy; pass 2 writes exp(u - max) in place. Importing this module needs
-Triton; `rows.py` does so on CUDA only. Under TRITON_INTERPRET=1 it runs on CPU tensors: so it is tested.
+Triton; `row_statistics.py` does so on CUDA only. Under TRITON_INTERPRET=1 it runs on CPU tensors: so it is tested.
 
 Shapes: C rows of a chunk, V vocabulary. u = z - shift.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .head import Head
-from .rows import HALF_GAIN, RowSums
+from .row_statistics import HALF_GAIN, RowSums
 
 BLOCK = 4096
 
@@ -69,7 +69,7 @@ def _rows(
 def row_sums_(
     u_CV: Tensor, shift_C: Tensor, y_C: Tensor, head: Head, *, write: bool, needs: frozenset[str]
 ) -> RowSums:
-    """The kernel's version of the pass in `rows.py`; all but the top-k."""
+    """The kernel's version of the pass in `row_statistics.py`; all but the top-k."""
     C, V = u_CV.shape
     max_C, sum_C, dot_C, square_C = u_CV.new_empty(4, C, dtype=torch.float32)
     bias_V = None if head.bias_V is None else head.scale * head.bias_V.float()

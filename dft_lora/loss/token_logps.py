@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from .backward import RowJacobian
+from .forward import Skip, score_rows
 from .head import Head, Lora
-from .scoring import Skip, score_rows
 
 REFERENCE_NEEDS = frozenset({"reference_logp", "reference_kl"})
 STATISTICS = frozenset({"sum_p_squared", "top_k_entropy"})

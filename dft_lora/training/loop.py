@@ -1,7 +1,7 @@
 """The training loop: one file, top to bottom, on accelerate.
 
 `train` is the story; what can go wrong in it is told in `faults.py` (signals, bad numbers, memory),
-`checkpoints.py` and `identity.py` (what may be resumed), by name.
+`checkpoints.py` and `resume_guard.py` (what may be resumed), by name.
 
 One step: `batch_size` examples -> micro-batches of similar length -> h_BLD by a hook -> logp_M
 from the chunked loss -> objective, a sum over tokens -> divided once by the supervised tokens of
@@ -46,12 +46,12 @@ from .faults import (
     out_of_memory_text,
     ran_out_of_memory,
 )
-from .figures import Sums, Totals, finite
-from .identity import identity, refuse_differences
+from .metrics import Sums, Totals, finite
 from .optimizer import make_optimizer, schedule
 from .plan import Plan, make_plan
 from .preflight import auto_micro_batch
 from .ranks import Ranks
+from .resume_guard import identity, refuse_differences
 from .trackers import begin, finish, track
 
 AUTO_MICRO_BATCH = 4

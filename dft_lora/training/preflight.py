@@ -34,7 +34,7 @@ from ..model.backends import prepare
 from ..model.head import bare
 from ..model.memory import MIB, DeviceMemory, LiveTensors, Memory
 from .checkpoints import random_state, set_random_state
-from .figures import Sums
+from .metrics import Sums
 
 if TYPE_CHECKING:
     from .loop import Trainer

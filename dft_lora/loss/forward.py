@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .head import Head, Target, accumulator
-from .rows import TOP_K, OtherEntries, other_entries_
+from .row_statistics import TOP_K, OtherEntries, other_entries_
 
 
 @dataclass(frozen=True)
