@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from .config import Recipe
 from .data.doctor import table
-from .loss.row_statistics import kernel_missing
+from .loss.forward import kernel_missing
 from .model.hardware import RULES, choose
 from .runs.provenance import commit, versions
 

@@ -27,7 +27,7 @@ def run(script: str, **environment: str) -> str:
 
 INTERPRETED = """
 import torch
-from dft_lora.loss import row_kernel, rows
+from dft_lora.loss import row_kernel, row_statistics
 from dft_lora.loss.head import Head
 
 g = torch.Generator().manual_seed(0)
@@ -45,7 +45,7 @@ for V in (2, 32, 33, 90):
                     a_CV, b_CV = u_CV.clone(), u_CV.clone()
                     arguments = (shift_C, y_C, head)
                     needs = frozenset({"sum_p_squared"})
-                    a = rows._torch_row_sums_(a_CV, *arguments, write=write, needs=needs)
+                    a = row_statistics.torch_row_sums_(a_CV, *arguments, write=write, needs=needs)
                     b = row_kernel.row_sums_(b_CV, *arguments, write=write, needs=needs)
                     for name in ("max_C", "sum_C", "dot_C", "square_C"):
                         torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-5, atol=2e-6)

@@ -1,8 +1,8 @@
 """The loss engine: differentiable log-probabilities in two GEMMs, and objectives on them; torch alone."""
 
+from .forward import kernel_missing
 from .naive import naive_token_logps
 from .objectives import Objective, gradient_weights, objective, objective_names
-from .row_statistics import kernel_missing
 from .token_logps import REFERENCE_NEEDS, TokenScores, chunk_rows, token_logps
 
 __all__ = [

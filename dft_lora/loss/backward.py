@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .forward import Pass, chunk_probabilities_
+from .forward import RowScores, chunk_probabilities_
 from .head import Head, accumulator
 
 
@@ -22,7 +22,7 @@ class RowJacobian(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h_MD, weight_VD, bias_V, a_RD, b_VR, head: Head, y_M, rows: int, done: Pass):
+    def forward(ctx, h_MD, weight_VD, bias_V, a_RD, b_VR, head: Head, y_M, rows: int, done: RowScores):
         ctx.head, ctx.rows = head, rows
         h_MD = h_MD if head.trainable else None
         ctx.save_for_backward(done.jacobian_MD, y_M, done.raw_M, h_MD, *trained(head))

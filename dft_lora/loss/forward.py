@@ -14,12 +14,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .head import Head, Target, accumulator
-from .row_statistics import TOP_K, OtherEntries, other_entries_
+from .row_statistics import HALF_GAIN, TOP_K, torch_row_sums_
+
+
+class OtherEntries(NamedTuple):
+    """What is known of the entries j != target of each row, relative to the row's shift."""
+
+    max_C: Tensor  # max u_j
+    lse_C: Tensor  # log sum exp u_j
+    entropy_C: Tensor  # of q_j = P(j | j != target)
+    gain_C: Tensor  # the workspace now holds gain * q_j * softcap'(j), and 0 at the target
+    square_C: Tensor | None  # sum of q_j^2
+    top_CK: Tensor | None  # the K largest u_j
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,7 @@ class Skip:
 
 
 @dataclass(frozen=True)
-class Pass:
+class RowScores:
     """What one pass over the supervised rows returns; float32 (float64 for a float64 model) unless said."""
 
     logp_M: Tensor
@@ -56,7 +70,7 @@ def score_rows(
     jacobian: bool,
     needs: frozenset[str],
     skip: Skip | None,
-) -> Pass:
+) -> RowScores:
     """One pass over the rows in chunks of `rows`: one GEMM, two with the Jacobian."""
     dtype, M = accumulator(h_MD.dtype), len(h_MD)
     logp_M, lse_M, raw_M, entropy_M = (h_MD.new_empty(M, dtype=dtype) for _ in range(4))
@@ -95,7 +109,7 @@ def score_rows(
             skipped += len(dropped)
             skipped_squares += (l1_C[dropped] ** 2).sum()
     bound = head.largest_row_norm() * float(skipped_squares.sqrt()) if skipped else 0.0
-    return Pass(logp_M, lse_M, raw_M, entropy_M, top1_M, square_M, top_M, jacobian_MD, skipped, bound)
+    return RowScores(logp_M, lse_M, raw_M, entropy_M, top1_M, square_M, top_M, jacobian_MD, skipped, bound)
 
 
 def chunk_probabilities_(
@@ -111,6 +125,34 @@ def chunk_probabilities_(
     head.shifted_logits_(u_CV, h_CD, shift_C)
     others = other_entries_(u_CV, shift_C, y_C, head, write=write, needs=needs)
     return target, others, target.logit_C - shift_C
+
+
+def other_entries_(
+    u_CV: Tensor, shift_C: Tensor, y_C: Tensor, head: Head, *, write: bool, needs: frozenset[str]
+) -> OtherEntries:
+    """Statistics of each row of `u_CV`, which then holds the probabilities if `write`."""
+    if u_CV.is_cuda and u_CV.dtype != torch.float64 and "top_k_entropy" not in needs and not kernel_missing():
+        from .row_kernel import row_sums_
+    else:
+        row_sums_ = torch_row_sums_
+    max_C, sum_C, dot_C, square_C, top_CK = row_sums_(u_CV, shift_C, y_C, head, write=write, needs=needs)
+    log_C = sum_C.log()
+    return OtherEntries(
+        max_C=max_C,
+        lse_C=max_C + log_C,
+        entropy_C=log_C - dot_C / sum_C,
+        gain_C=torch.full_like(sum_C, HALF_GAIN) if u_CV.dtype == torch.float16 else sum_C,
+        square_C=None if square_C is None else square_C / sum_C**2,
+        top_CK=top_CK,
+    )
+
+
+@cache
+def kernel_missing() -> str:
+    """Why the row pass runs in torch operations, not in the Triton kernel; empty where the kernel runs."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return "" if find_spec("triton") else "triton is not installed"
 
 
 def _jacobian(head: Head, e_CV: Tensor, row_CD: Tensor, q_C: Tensor, gain_C: Tensor) -> Tensor:

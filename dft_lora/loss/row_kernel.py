@@ -1,7 +1,7 @@
-"""The row pass of `row_statistics.py` as one Triton kernel: two reads and one write of each logit, nothing else.
+"""The pass of `row_statistics.py` as one Triton kernel: two reads and one write of each logit, nothing else.
 
 Pass 1 is an online max, sum and entropy; pass 2 writes exp(u - max) in place. Importing this module needs
-Triton; `row_statistics.py` does so on CUDA only. Under TRITON_INTERPRET=1 it runs on CPU tensors: so it is tested.
+Triton; `forward.py` does so on CUDA only. Under TRITON_INTERPRET=1 it runs on CPU tensors: so it is tested.
 
 Shapes: C rows of a chunk, V vocabulary. u = z - shift.
 """

@@ -1,4 +1,6 @@
-"""One pass over the logits of a chunk: statistics of the entries other than the target, exp in place.
+"""One pass over the logits of a chunk: sums over the entries other than the target, exp in place.
+
+`row_kernel.py` does the same in one Triton kernel; `forward.py` picks one of the two.
 
 Everything is computed for j != target. The target's entry is known exactly from a row dot product and is
 joined afterwards, so 1 - p is never formed as a difference (float32 gradient error 1.6e-6 instead of 2.5e-5).
@@ -8,8 +10,6 @@ Shapes: C rows of a chunk, V vocabulary, K entries of a top-k. u = z - shift.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -22,14 +22,6 @@ HALF_GAIN = 256.0  # float16 holds 256 * q: above its subnormals, below its over
 TOP_K = 20
 
 
-@cache
-def kernel_missing() -> str:
-    """Why the row pass runs in torch operations, not in the Triton kernel; empty where the kernel runs."""
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    return "" if find_spec("triton") else "triton is not installed"
-
-
 class RowSums(NamedTuple):
     """Of the entries j != target of each row, with e_j = exp(u_j - max): what both passes return."""
 
@@ -40,40 +32,10 @@ class RowSums(NamedTuple):
     top_CK: Tensor | None  # the K largest u_j
 
 
-class OtherEntries(NamedTuple):
-    """What is known of the entries j != target of each row, relative to the row's shift."""
-
-    max_C: Tensor  # max u_j
-    lse_C: Tensor  # log sum exp u_j
-    entropy_C: Tensor  # of q_j = P(j | j != target)
-    gain_C: Tensor  # the workspace now holds gain * q_j * softcap'(j), and 0 at the target
-    square_C: Tensor | None  # sum of q_j^2
-    top_CK: Tensor | None  # the K largest u_j
-
-
-def other_entries_(
-    u_CV: Tensor, shift_C: Tensor, y_C: Tensor, head: Head, *, write: bool, needs: frozenset[str]
-) -> OtherEntries:
-    """Statistics of each row of `u_CV`, which then holds the probabilities if `write`."""
-    row_sums_ = _torch_row_sums_
-    if u_CV.is_cuda and u_CV.dtype != torch.float64 and "top_k_entropy" not in needs and not kernel_missing():
-        from .row_kernel import row_sums_
-    max_C, sum_C, dot_C, square_C, top_CK = row_sums_(u_CV, shift_C, y_C, head, write=write, needs=needs)
-    log_C = sum_C.log()
-    return OtherEntries(
-        max_C=max_C,
-        lse_C=max_C + log_C,
-        entropy_C=log_C - dot_C / sum_C,
-        gain_C=torch.full_like(sum_C, HALF_GAIN) if u_CV.dtype == torch.float16 else sum_C,
-        square_C=None if square_C is None else square_C / sum_C**2,
-        top_CK=top_CK,
-    )
-
-
-def _torch_row_sums_(
+def torch_row_sums_(
     u_CV: Tensor, shift_C: Tensor, y_C: Tensor, head: Head, *, write: bool, needs: frozenset[str]
 ) -> RowSums:
-    """The pass in torch operations, which `row_kernel.row_sums_` does in one kernel.
+    """The pass in torch operations.
 
     Goes block by block, so that a block's float32 copies stay in the cache of a CPU core: at V = 151,936 this
     halves the time of the pass. A block of one row is reduced flat, which torch vectorises better.
