@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -64,8 +64,25 @@ class Attempt:
     verdict: Verdict
 
 
-class Task(ABC):
-    """A named set of problems. A new one costs tens of lines."""
+class Judge:
+    """How answers are judged and rewarded; by default the final answer is compared as mathematics."""
+
+    def judge_many(self, pairs: Sequence[tuple[str, Problem]]) -> list[Verdict]:
+        """The verdicts on (a model's text, its problem) pairs.
+
+        Raises DataError for a problem without a reference answer.
+        """
+        from .judge import judge_many
+
+        return judge_many((text, problem.answer or "") for text, problem in pairs)
+
+    def reward(self, verdict: Verdict) -> float:
+        """What a verdict is worth to a policy: 1 for a correct answer, else 0."""
+        return float(verdict.correct)
+
+
+class Task(Judge, ABC):
+    """A named set of problems that judges its own answers."""
 
     name: str
     description: str
