@@ -17,6 +17,7 @@ import click
 from . import __version__
 from .config import load_recipe, shipped_recipes
 from .errors import DftLoraError, Interrupted, RequestError, did_you_mean
+from .experiments import NAMES as EXPERIMENTS
 
 
 class Commands(click.Group):
@@ -153,6 +154,26 @@ def compare(run_dirs, out, llm_comparator, as_json) -> None:
         raise RequestError("--llm-comparator: name a folder with --out")
     folders = [RunFolder.open(path) for path in run_dirs]
     show_report(write_report(folders, Path(out) if out else None, comparator=llm_comparator), as_json)
+
+
+@main.command()
+@click.argument("name", type=click.Choice(EXPERIMENTS))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Where the runs and the result go; default: runs/NAME."
+)
+@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of training, separated by commas.")
+def experiment(name: str, out: Path | None, seeds: str) -> None:
+    """Run a whole experiment, from training to verdicts. Run it again to continue where it was stopped.
+
+    Example: dft-lora experiment findings
+    """
+    numbers = seeds.split(",")
+    if not all(number.strip().isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
+        raise RequestError(f"--seeds {seeds!r}: write different whole numbers, such as 0,1,2")
+    from .experiments import run_experiment
+
+    for line in run_experiment(name, out or Path("runs", name), [int(number) for number in numbers]):
+        click.echo(line)
 
 
 @main.command()

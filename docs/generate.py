@@ -137,7 +137,8 @@ def findings() -> str:
         for i, row in enumerate(rows):
             head = (str(number), line["claim"], f"**{line['verdict']}**") if i == 0 else ("", "", "")
             lines.append(f"| {' | '.join((*head, *row))} |")
-    said = result["lines"][8]["diagnosis"]
+    named = {line["name"]: line for line in result["lines"]}
+    said = named["new-facts"]["diagnosis"]
     kinds = result["accuracy"]
     columns = list(next(iter(kinds.values())))
     table = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
@@ -147,7 +148,7 @@ def findings() -> str:
     ]
     rates = ", ".join(f"{name} {rate:g}" for name, rate in settings["rates"].items())
     tried = ", ".join(f"{rate:g}" for rate in settings["rates_tried"])
-    temperatures = ", ".join(f"{t:.2f}" for t in result["lines"][9]["temperatures"])
+    temperatures = ", ".join(f"{t:.2f}" for t in named["sharpening"]["temperatures"])
     birth, own = result["provenance"], settings["own_samples"]
     advice = "; ".join(
         f"{name}, mean probability {found['mean_probability']:.2f}, favours {found['favours']}"

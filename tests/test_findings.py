@@ -1,12 +1,15 @@
-"""The findings: verdicts follow from intervals and seeds, the recorded ones from their own numbers."""
+"""The findings: verdicts follow from intervals and seeds."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from evidence_runs import answered
 
-from dft_lora.experiments.findings import RESULTS, _all, contrast
+from dft_lora.experiments.findings import _all, contrast
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "findings.json"
 
 RNG = np.random.default_rng(0)
 
@@ -63,16 +66,6 @@ def test_a_line_needs_all_its_parts():
 @pytest.fixture(scope="module")
 def recorded():
     return json.loads(RESULTS.read_text(encoding="utf-8"))
-
-
-def test_recorded_verdicts_follow_from_recorded_numbers(recorded):
-    assert len(recorded["lines"]) == 10
-    for part in (part for line in recorded["lines"] for part in line["parts"]):
-        low, high = part["ci95"]
-        above = low > 0 and min(part["seeds"]) > 0
-        assert part["verdict"] == ("confirmed" if above else "refuted" if high < 0 else "not shown"), part
-        assert low <= part["difference"] <= high
-        assert len(part["seeds"]) == recorded["settings"]["seeds"]
 
 
 def test_the_recorded_base_is_the_one_that_is_shipped(recorded):

@@ -1,4 +1,4 @@
-"""The paper's claims, tried on the embedded base: `python -m dft_lora.experiments.findings`.
+"""The paper's claims, tried on the embedded base: `dft-lora experiment findings`.
 
 Each line is judged by a paired interval over problems, of the mean of three seeds, and by the seeds alone:
 
@@ -9,15 +9,13 @@ Each line is judged by a paired interval over problems, of the mean of three see
 Every objective runs at its own best learning rate, chosen on arithmetic-validation with seed 0 and reported
 on the test sets. The base was frozen before; neither it nor the data are tuned until a line comes true.
 
-What is made lies below --out and is used again, so a command that was stopped goes on. The result is one JSON
-file with its birth certificate; docs/findings.md is generated from it.
+Run folders lie below --out and are used again, so a command that was stopped continues. The result is
+OUT/findings.json with its provenance; docs/findings.md is generated from the recorded copy in docs/results.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from typing import Any
 import numpy as np
 
 from ..config import Recipe, load_recipe
-from ..errors import DftLoraError
 from ..evaluation import statistics as st
 from ..evaluation.diagnosis import diagnose
 from ..evaluation.sampling import base_run, checkpoint_runs, evaluate, tokens_file
@@ -38,7 +35,6 @@ from ..training.resume_guard import base_fingerprint
 from .own_samples import own_samples
 from .sweep import train_once
 
-SEEDS = (0, 1, 2)
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 EXAMPLES, BATCH, OTHER_BATCHES = 960, 16, (8, 32)
 MAIN, RIVALS = ("sft", "dft"), ("iw-sft", "dft-sentence", "dft-geometric")
@@ -54,7 +50,6 @@ CODEBOOK = {"data.source": "codebook", "train.max_steps": 480, "train.save_steps
 VALIDATION, LIMIT = "arithmetic-validation", 200
 TASKS = ("arithmetic", "arithmetic-long")
 OWN_PROBLEMS, OWN_SAMPLES = 480, 4
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "findings.json"
 
 
 def recipe(out: Path, group: str, objective: str, rate: float, seed: int, **more: Any) -> Recipe:
@@ -74,8 +69,9 @@ def recipe(out: Path, group: str, objective: str, rate: float, seed: int, **more
 
 @dataclass(frozen=True)
 class Runs:
-    """The finished, evaluated runs: `[objective]` gives one run a seed, at the objective's best rate."""
+    """The finished, evaluated runs: `[objective]` gives one run per seed, at the objective's best rate."""
 
+    seeds: Sequence[int]
     base: RunFolder
     grid: Mapping[tuple[str, float], list[RunFolder]]
     """SFT and DFT at every learning rate."""
@@ -91,14 +87,14 @@ class Runs:
     codebook_rate: Mapping[str, float]
 
 
-def make(out: Path) -> Runs:
+def make(out: Path, seeds: Sequence[int]) -> Runs:
     """Train and evaluate all that is not there yet."""
 
-    def runs(group: str, objective: str, rate: float, seeds: Sequence[int] = SEEDS, **more: Any):
-        return [train_once(recipe(out, group, objective, rate, seed, **more)) for seed in seeds]
+    def runs(group: str, objective: str, rate: float, only: Sequence[int] = seeds, **more: Any):
+        return [train_once(recipe(out, group, objective, rate, seed, **more)) for seed in only]
 
     grid = {(o, r): runs("arithmetic", o, r) for o in MAIN for r in RATES}
-    tried = {(o, r): runs("arithmetic", o, r, SEEDS[:1]) for o in RIVALS for r in RATES}
+    tried = {(o, r): runs("arithmetic", o, r, seeds[:1]) for o in RIVALS for r in RATES}
     first = {key: folders[0] for key, folders in (grid | tried).items()}
     rate = _choose(first, VALIDATION)
     best = {o: grid[o, rate[o]] for o in MAIN} | {o: runs("arithmetic", o, rate[o]) for o in RIVALS}
@@ -113,7 +109,7 @@ def make(out: Path) -> Runs:
         for size in OTHER_BATCHES
     }
     written = own_samples(
-        recipe(out, "own", "dft", rate["dft"], 0, **{"data.sample": OWN_PROBLEMS}),
+        recipe(out, "own", "dft", rate["dft"], seeds[0], **{"data.sample": OWN_PROBLEMS}),
         out / "own-samples.jsonl",
         samples=OWN_SAMPLES,
         max_new_tokens=96,
@@ -129,7 +125,7 @@ def make(out: Path) -> Runs:
     evaluate([step.path for step in steps], [VALIDATION])
     twins = [
         cooled(sft, dft, out / "cooled" / f"seed-{seed}" / "sft", TASKS[0])
-        for seed, sft, dft in zip(SEEDS, best["sft"], best["dft"], strict=True)
+        for seed, sft, dft in zip(seeds, best["sft"], best["dft"], strict=True)
     ]
     for twin in twins:
         evaluate([twin.path], TASKS, limit=LIMIT)
@@ -139,7 +135,7 @@ def make(out: Path) -> Runs:
         evaluate([folder.path for folder in folders], ["codebook"])
     facts_rate = _choose({key: folders[0] for key, folders in facts.items()}, "codebook")
     codebook = {o: facts[o, facts_rate[o]] for o in MAIN}
-    return Runs(base, grid, best, rate, batches, own, twins, codebook, facts_rate)
+    return Runs(seeds, base, grid, best, rate, batches, own, twins, codebook, facts_rate)
 
 
 def _choose(first: Mapping[tuple[str, float], RunFolder], task: str) -> dict[str, float]:
@@ -205,10 +201,12 @@ def _judged(what: str, a_SP: np.ndarray, b_SP: np.ndarray) -> dict[str, Any]:
 
 def lines(runs: Runs) -> list[dict[str, Any]]:
     """The findings, in the paper's order; each with the contrasts it rests on."""
-    sft, dft, base = runs.best["sft"], runs.best["dft"], [runs.base] * len(SEEDS)
+    sft, dft, base = runs.best["sft"], runs.best["dft"], [runs.base] * len(runs.seeds)
 
-    def line(claim: str, *parts: dict[str, Any], verdict: str | None = None, **more: Any) -> dict[str, Any]:
-        return {"claim": claim, "parts": list(parts), "verdict": verdict or _all(parts), **more}
+    def line(
+        name: str, claim: str, *parts: dict[str, Any], verdict: str | None = None, **more: Any
+    ) -> dict[str, Any]:
+        return {"name": name, "claim": claim, "parts": list(parts), "verdict": verdict or _all(parts), **more}
 
     def only_long(folder: RunFolder) -> np.ndarray:
         return scores(folder, TASKS[1:])
@@ -232,21 +230,24 @@ def lines(runs: Runs) -> list[dict[str, Any]]:
         found["favours"] == right for found, right in zip(advice.values(), ("dft", "sft"), strict=True)
     )
     return [
-        line("DFT above SFT on average", contrast("DFT - SFT", sft, dft)),
-        line("DFT above iw-SFT", contrast("DFT - iw-SFT", runs.best["iw-sft"], dft)),
-        line("on the long set SFT falls or stays while DFT gains", falls, gains, verdict=hard),
-        line("probabilities become bimodal under DFT", *bimodal(base, dft, sft)),
+        line("above-sft", "DFT above SFT on average", contrast("DFT - SFT", sft, dft)),
+        line("above-iw-sft", "DFT above iw-SFT", contrast("DFT - iw-SFT", runs.best["iw-sft"], dft)),
+        line("hard-set", "on the long set SFT falls or stays while DFT gains", falls, gains, verdict=hard),
+        line("bimodal", "probabilities become bimodal under DFT", *bimodal(base, dft, sft)),
         peaks(sft, dft),
-        line("DFT above SFT at every learning rate and batch size", *robust),
+        line("robust", "DFT above SFT at every learning rate and batch size", *robust),
         line(
+            "token-weights",
             "token weights above sentence and geometric-mean weights",
             *(contrast(f"DFT - {o}", runs.best[o], dft) for o in RIVALS[1:]),
         ),
         line(
+            "own-samples",
             "DFT on own verified samples above DFT on the given solutions",
             contrast("own - given", dft, runs.own),
         ),
         line(
+            "new-facts",
             "on new facts DFT loses to SFT, and diagnose says so before",
             recalled,
             known,
@@ -257,6 +258,7 @@ def lines(runs: Runs) -> list[dict[str, Any]]:
             },
         ),
         line(
+            "sharpening",
             "the gain at temperature 1 is more than sharpening",
             contrast("DFT - SFT, greedy", sft, dft, greedy),
             contrast("DFT - SFT, pass@4", sft, dft, any_of_four),
@@ -316,6 +318,7 @@ def peaks(sft: Sequence[RunFolder], dft: Sequence[RunFolder]) -> dict[str, Any]:
     earlier = [d - s for s, d in zip(best["sft"], best["dft"], strict=True)]
     verdict = "confirmed" if max(earlier) < 0 else "refuted" if min(earlier) > 0 else "not shown"
     return {
+        "name": "peak",
         "claim": "DFT peaks in fewer steps",
         "parts": [],
         "verdict": verdict,
@@ -338,25 +341,15 @@ def accuracy(runs: Runs) -> dict[str, dict[str, float]]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m dft_lora.experiments.findings", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/findings"), help="where the runs lie")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file that is written")
-    chosen = parser.parse_args(arguments)
-    try:
-        runs = make(chosen.out)
-    except DftLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+def run(out: Path, seeds: Sequence[int]) -> Iterator[str]:
+    """Make the runs below `out`, write OUT/findings.json; yields the verdicts, one line each."""
+    runs = make(out, seeds)
     found = lines(runs)
-    counts = read_json(chosen.out / "own-samples.json")["counts"]
     result = {
         "lines": found,
         "accuracy": accuracy(runs),
         "settings": {
-            "seeds": len(SEEDS),
+            "seeds": len(seeds),
             "examples": EXAMPLES,
             "batch": BATCH,
             "codebook_steps": CODEBOOK["train.max_steps"],
@@ -365,19 +358,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "rates_tried": list(RATES),
             "rates": dict(runs.rate),
             "codebook_rates": dict(runs.codebook_rate),
-            "own_samples": counts,
+            "own_samples": read_json(out / "own-samples.json")["counts"],
         },
         "provenance": certificate(base=base_fingerprint(runs.base.recipe().model)),
     }
-    write_json(chosen.results, result)
+    write_json(out / "findings.json", result)
     for number, entry in enumerate(found, start=1):
-        print(f"{number:2}  {entry['verdict']:10}  {entry['claim']}")
-    return 0
+        yield f"{number:2}  {entry['verdict']:10}  {entry['claim']}"
 
 
 def _flat(groups: Mapping[Any, list[RunFolder]]) -> list[RunFolder]:
     return [folder for folders in groups.values() for folder in folders]
-
-
-if __name__ == "__main__":
-    sys.exit(main())
