@@ -55,6 +55,8 @@ class DataConfig(Part):
     prompt: str = "problem"
     completion: str = "solution"
     answer: str | None = None
+    """The column of reference answers, by which own samples are judged; null: `answer`, where rows have it.
+    A row that has one is trained on unchanged, even where its completion ends in `#### 42`."""
     template: str = "auto"
     sample: int | None = Field(None, ge=1)
     """Rows drawn at random (with train.seed) instead of all."""

@@ -29,6 +29,73 @@ def test_gsm8k_columns_become_a_boxed_solution(data_dir):
     )
 
 
+AS_IS = {
+    "Markdown headings": "#### Rent\nIt is 1,200.\n#### Food\nIt is 300.",
+    "a heading at the end": "Work:\n12+7=19\n#### Result",
+    "headings and a marked number": "#### Work\n1,000+200\n#### 1,200",
+    "a trailing mark": "The answer is 5\n####",
+    "a mark within a line": "the answer follows #### 42",
+    "a marked number that is not last": "#### 42\nand so on",
+    "a decimal comma": "so\n#### 1,5",
+}
+
+
+@pytest.mark.parametrize("kind", AS_IS)
+def test_only_a_last_line_of_a_marked_number_is_gsm8k(tmp_path, kind):
+    source = write(tmp_path / "a.jsonl", [{"problem": "?", "solution": AS_IS[kind]}])
+    [problem] = load_problems(DataConfig(source=source)).problems
+    assert (problem.solution, problem.answer) == (AS_IS[kind], None)
+
+
+def test_gsm8k_under_other_column_names_is_boxed_too(tmp_path):
+    row = {"instruction": "?", "output": "2*600=$<<2*600=1200>>1,200 in all\n#### $1,200\n"}
+    source = write(tmp_path / "a.jsonl", [row])
+    [problem] = load_problems(DataConfig(source=source, prompt="instruction", completion="output")).problems
+    assert (problem.solution, problem.answer) == ("2*600=$1,200 in all\n\\boxed{$1200}", "$1200")
+
+
+TEXTS = [
+    "12+7=19\n#### 19",
+    "2*600=<<2*600=1200>>1,200\n#### 1,200",
+    "#### 42",
+    "####",
+    "#### A\n1,000\n#### B\n",
+    "so \\boxed{1,000} and\n#### 1,000\n\n",
+    "  \t leading and trailing \r\n ",
+    "caf\u00e9 \u2028 \U0001f600 e\u0301 \u202e \ufeff",
+    '{"a": "\\n"}',
+]
+
+
+@pytest.mark.parametrize("columns", [{}, {"answer": "answer"}], ids=["found", "named"])
+def test_a_row_with_its_own_answer_is_used_as_it_stands(tmp_path, columns):
+    rows = [{"problem": f"{text}?", "solution": text, "answer": "7"} for text in TEXTS]
+    problems = load_problems(DataConfig(source=write(tmp_path / "a.jsonl", rows), **columns)).problems
+    assert [(p.question, p.solution, p.answer) for p in problems] == [(f"{t}?", t, "7") for t in TEXTS]
+
+
+def test_a_named_answer_column_may_hold_numbers_and_must_hold_something(tmp_path):
+    source = write(tmp_path / "a.jsonl", [GOOD | {"gold": gold} for gold in (5, 2.5, "x")])
+    found = load_problems(DataConfig(source=source, answer="gold")).problems
+    assert [problem.answer for problem in found] == ["5", "2.5", "x"]
+    source = write(tmp_path / "b.jsonl", [GOOD | {"gold": gold} for gold in (1, None, True, " ")])
+    rows = load_problems(DataConfig(source=source, answer="gold", skip_bad_rows=1))
+    assert [bad.number for bad in rows.bad] == [2, 3, 4]
+
+
+def test_a_column_that_is_only_called_answer_need_not_hold_one(tmp_path):
+    rows = [GOOD | {"answer": answer} for answer in (None, ["a"], "", 3)]
+    problems = load_problems(DataConfig(source=write(tmp_path / "a.jsonl", rows))).problems
+    assert [problem.answer for problem in problems] == [None, None, None, "3"]
+
+
+@pytest.mark.parametrize("text, answer", [("a\n#### 1,200", "1200"), ("Paris", "Paris")])
+def test_the_answer_may_be_the_completion_itself(tmp_path, text, answer):
+    data = {"prompt": "question", "completion": "answer", "answer": "answer"}
+    source = write(tmp_path / "a.jsonl", [{"question": "?", "answer": text}])
+    assert load_problems(DataConfig(source=source, **data)).problems[0].answer == answer
+
+
 def test_math_columns_are_the_defaults(data_dir):
     problems = load_problems(DataConfig(source=str(data_dir / "train" / "math_train.jsonl"))).problems
     assert len(problems) == 7500 and problems[0].solution.endswith("\\boxed{0}$.")
@@ -62,6 +129,21 @@ def test_messages_give_one_problem_for_each_assistant_turn(tmp_path):
     problems = load_problems(DataConfig(source=write(tmp_path / "a.jsonl", [{"messages": turns}]))).problems
     assert [p.solution for p in problems] == ["assistant 1", "assistant 2"]
     assert [len(p.messages) for p in problems] == [1, 3]
+
+
+def test_the_answer_of_a_messages_row_belongs_to_its_last_turn(tmp_path):
+    turns = [{"role": role, "content": "#### 4"} for _ in (1, 2) for role in ("user", "assistant")]
+    source = write(tmp_path / "a.jsonl", [{"messages": turns, "gold": "9"}])
+    problems = load_problems(DataConfig(source=source, answer="gold")).problems
+    assert [(p.solution, p.answer) for p in problems] == [("#### 4", None), ("#### 4", "9")]
+
+
+def test_a_prompt_may_be_a_list_of_turns(tmp_path):
+    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+    source = write(tmp_path / "a.jsonl", [GOOD | {"problem": turns}, GOOD | {"problem": turns[:3]}])
+    rows = load_problems(DataConfig(source=source, skip_bad_rows=0.5))
+    assert [(list(p.messages), p.solution) for p in rows.problems] == [(turns, "2")]
+    assert "end with user" in rows.bad[0].reason
 
 
 def test_sample_is_random_seeded_and_a_subset(tmp_path):

@@ -2,14 +2,21 @@
 
 Every row is read before training. A row that cannot be used is refused by its number, or counted
 and skipped while the share stays under `data.skip_bad_rows`.
+
+Texts are used as they stand, with one exception. A completion in GSM8K's form (its last line is
+`#### number`, and no other line begins with `####`) loses its `<<...>>` marks and has its answer boxed; that
+answer becomes the row's. This holds only where the answer stands nowhere else: a row with an answer in a
+column of its own (`data.answer`; where the recipe names none, `answer`) is used as it stands, and so is a
+`messages` row. The files that `experiments/own_samples.py` writes have that column, so they come back unchanged.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +24,12 @@ from ..config import DataConfig
 from ..errors import DataError, did_you_mean
 from ..tasks import get_task, task_names
 from ..tasks.base import Problem
-from ..tasks.extraction import clean_gsm8k
+from ..tasks.extraction import clean_gsm8k, gsm8k_answer
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 LONGEST_FIELD = 1_000_000  # characters; longer strings are accidents (a file in a cell), not problems
 ROLES = ("system", "user", "assistant")
+ANSWER = "answer"  # the column of reference answers, where the recipe names none and the rows have it
 
 
 @dataclass(frozen=True)
@@ -157,24 +165,47 @@ def _problems(number: int, row: Any, data: DataConfig) -> list[Problem]:
     if not isinstance(row, dict):
         raise _Unusable(f"a row is an object of named fields, not a {type(row).__name__}")
     identity = f"row-{number}"
-    answer = _text(row, data.answer) if data.answer else None
+    answer = _own_answer(row, data)
     if "messages" in row and data.prompt not in row:
-        turns = _turns(row["messages"])
-        return [
-            Problem(
-                f"{identity}.{i}" if i != len(turns) - 1 else identity,
-                tuple(turns[:i]),
-                turn["content"],
-                answer,
-            )
+        turns = _turns(row["messages"], last="assistant")
+        *earlier, final = [
+            Problem(f"{identity}.{i}", tuple(turns[:i]), turn["content"])
             for i, turn in enumerate(turns)
             if turn["role"] == "assistant"
         ]
-    question, solution = _text(row, data.prompt), _text(row, data.completion)
-    if "####" in solution:
-        solution, boxed = clean_gsm8k(solution)
-        answer = answer or boxed
-    return [Problem.ask(identity, question, solution=solution, answer=answer)]
+        return [*earlier, replace(final, id=identity, answer=answer)]
+    asked, solution = _prompt(row, data.prompt), _text(row, data.completion)
+    if answer is None and gsm8k_answer(solution):
+        solution, answer = clean_gsm8k(solution)
+    if answer is None and data.answer == data.completion:
+        answer = solution
+    return [Problem(identity, asked, solution, answer)]
+
+
+def _own_answer(row: dict[str, Any], data: DataConfig) -> str | None:
+    """The row's answer, where it stands in a column of its own; None where it does not.
+
+    A column that the recipe names must hold text or a number in every row; one that is only found need not.
+    """
+    column = data.answer or ANSWER
+    if column in (data.prompt, data.completion) or (data.answer is None and column not in row):
+        return None
+    try:
+        value = row.get(column)
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return str(value)
+        return _text(row, column)
+    except _Unusable:
+        if data.answer is None:
+            return None
+        raise
+
+
+def _prompt(row: dict[str, Any], column: str) -> tuple[dict[str, str], ...]:
+    """The turns before the completion: one user turn of the column's text, or the column's list of turns."""
+    if isinstance(row.get(column), list):
+        return tuple(_turns(row[column], last="user", column=column))
+    return ({"role": "user", "content": _text(row, column)},)
 
 
 def _text(row: dict[str, Any], column: str) -> str:
@@ -199,9 +230,19 @@ def _check_text(value: Any, where: str) -> str:
     return value
 
 
-def _turns(messages: Any) -> list[dict[str, str]]:
+def readable(text: str) -> bool:
+    """Whether a row may hold this text."""
+    try:
+        _check_text(text, "text")
+    except _Unusable:
+        return False
+    return True
+
+
+def _turns(messages: Any, last: str, column: str = "messages") -> list[dict[str, str]]:
+    """Checked turns: a system turn at most, then user and assistant in turn, up to one of `last`."""
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        raise _Unusable("'messages' is not a list of {role, content}")
+        raise _Unusable(f"{column!r} is not a list of {{role, content}}")
     turns = []
     for i, turn in enumerate(messages, start=1):
         role = turn.get("role")
@@ -211,6 +252,7 @@ def _turns(messages: Any) -> list[dict[str, str]]:
             raise _Unusable(f"turn {i} is a system turn; only the first may be")
         turns.append({"role": role, "content": _check_text(turn.get("content"), f"turn {i}")})
     spoken = [turn["role"] for turn in turns if turn["role"] != "system"]
-    if spoken != ["user", "assistant"] * (len(spoken) // 2) or not spoken:
-        raise _Unusable("'messages' must alternate user and assistant and end with assistant")
+    alternating = [("user", "assistant")[i % 2] for i in range(len(spoken))]
+    if spoken != alternating or spoken[-1:] != [last]:
+        raise _Unusable(f"{column!r} must alternate user and assistant and end with {last}")
     return turns

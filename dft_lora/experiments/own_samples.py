@@ -2,6 +2,9 @@
 
 The data of RFT (arXiv 2308.01825) and RAFT, and of the row in which DFT is strongest (arXiv 2508.05629, about
 140k verified own samples): what the base says is already probable under it, so DFT's weights are high.
+
+The file is read back as it was written: a row with its answer in a column of its own is used as it stands
+(`data/sources.py`), whatever the base ends its answers with.
 """
 
 from __future__ import annotations
@@ -10,27 +13,36 @@ import json
 from pathlib import Path
 
 from ..config import Recipe, digest
-from ..data.sources import load_problems
+from ..data.sources import ANSWER, load_problems, readable
 from ..data.templates import Renderer
-from ..errors import RunError
+from ..errors import DataError, RunError
 from ..model.generate import Request, generate
 from ..model.load import load_base, load_tokenizer
 from ..runs.folder import read_json, write_json, write_text
 from ..runs.provenance import certificate
-from ..tasks.judge import judge_many
+from ..tasks import judge_of
+from ..tasks.base import Problem
 
 
 def own_samples(recipe: Recipe, out: Path, *, samples: int = 4, max_new_tokens: int = 512) -> Path:
     """Write `out`, a .jsonl of problem, solution and answer: the base's correct answers to its training data.
 
-    `samples` answers a problem at temperature 1; equal texts of a problem are kept once. Beside it lies
-    `out` with the suffix .json: how it was made. A file made in the same way is used again.
-    Raises RunError when not one answer was correct.
+    `samples` answers per problem at temperature 1; equal texts of a problem are kept once. A problem of more
+    than one turn is written as a list of turns. Beside `out` lies a file with the suffix .json: how it was
+    made. A file made in the same way is used again.
+
+    Raises DataError when no row has a reference answer, RunError when not one answer was correct.
     """
     problems = [p for p in load_problems(recipe.data, recipe.train.seed).problems if p.answer is not None]
+    if not problems:
+        raise DataError(
+            f"data.source {recipe.data.source!r}: no row has a reference answer to judge samples by; "
+            "name its column in data.answer"
+        )
     how = {
         "model": recipe.model.model_dump(mode="json"),
-        "problems": digest([[p.id, p.question, p.answer] for p in problems]),
+        "template": recipe.data.template,
+        "problems": digest([[p.id, _asked(p), p.answer] for p in problems]),
         "samples": samples,
         "max_new_tokens": max_new_tokens,
         "seed": recipe.train.seed,
@@ -52,16 +64,22 @@ def own_samples(recipe: Recipe, out: Path, *, samples: int = 4, max_new_tokens: 
     ]
     completions = generate(model, requests, stop_ids=renderer.stop_ids, pad_id=renderer.pad_id)
     texts = [renderer.decode(completion.ids) for completion in completions]
-    verdicts = judge_many((text, problem.answer) for text, (problem, _) in zip(texts, asked, strict=True))
-    kept = {
-        (problem.question, text): problem.answer
+    pairs = [(text, problem) for text, (problem, _) in zip(texts, asked, strict=True)]
+    verdicts = judge_of(recipe.data.source).judge_many(pairs)
+    kept = dict.fromkeys(
+        json.dumps({"problem": _asked(problem), "solution": text, ANSWER: problem.answer}, ensure_ascii=False)
         for (problem, _), text, verdict, completion in zip(asked, texts, verdicts, completions, strict=True)
-        if verdict.correct and completion.finished
-    }
+        if verdict.correct and completion.finished and readable(text)
+    )
     if not kept:
         raise RunError(f"{recipe.model.name}: none of {len(asked)} answers was correct; nothing to train on")
-    rows = [{"problem": q, "solution": text, "answer": answer} for (q, text), answer in kept.items()]
-    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    counts = {"answers": len(asked), "correct": sum(v.correct for v in verdicts), "kept": len(rows)}
+    write_text(out, "".join(f"{line}\n" for line in kept))
+    counts = {"answers": len(asked), "correct": sum(v.correct for v in verdicts), "kept": len(kept)}
     write_json(facts, {"how": how, "counts": counts, "provenance": certificate()})
     return out
+
+
+def _asked(problem: Problem) -> str | list[dict[str, str]]:
+    """What was asked, as a row holds it: the question, or all turns where it is more than one."""
+    turns = [dict(turn) for turn in problem.messages]
+    return problem.question if len(turns) == 1 else turns

@@ -1,8 +1,9 @@
 r"""The final answer in a text.
 
-    extract       a model's text -> its final answer as written, or None
-    has_box       whether a text holds a complete \boxed{...}
-    clean_gsm8k   a GSM8K solution -> (solution with its answer boxed, answer)
+    extract        a model's text -> its final answer as written, or None
+    has_box        whether a text holds a complete \boxed{...}
+    gsm8k_answer   a text -> the number in its last line, where that is GSM8K's `#### number`, or None
+    clean_gsm8k    a GSM8K solution -> (solution with its answer boxed, answer)
 
 The last complete box counts, then `####`, then "answer is"; a short line is an answer by itself; else the
 last number of the text, as in the reference harness (Qwen2.5-Math's, which the DFT paper used). Every step
@@ -18,6 +19,8 @@ _BRACE = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.S)
 _STATED = re.compile(r"\banswer(?:\s+is\b|\s*[:=])[\s:*]*(?=\S)", re.I)
 _MATHS = re.compile(r"\$+([^$]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]")
 _PROSE = re.compile(r"(?<![\\{A-Za-z])[A-Za-z][A-Za-z']+\s+[A-Za-z]{2,}\b")
+_MARK = re.compile(r"^####", re.M)
+_MARKED_NUMBER = re.compile(r"^####[ \t]*(-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?%?)\s*\Z", re.M)
 _NUMBER = re.compile(r"-?\\[dt]?frac\{\d+\}\{\d+\}|(?<![\w.,])-?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
 
 
@@ -63,14 +66,24 @@ def has_box(text: str) -> bool:
     return _last_box(text) is not None
 
 
+def gsm8k_answer(text: str) -> str | None:
+    """The answer of a text in GSM8K's form, without thousands separators; None for any other text.
+
+    The form: the last line is `#### number`, and no other line begins with `####`. So neither a Markdown
+    heading nor a trailing `####` is taken for it.
+    """
+    if len(_MARK.findall(text)) != 1 or not (last := _MARKED_NUMBER.search(text)):
+        return None
+    return last[1].replace(",", "")
+
+
 def clean_gsm8k(text: str) -> tuple[str, str]:
     """(solution without `<<...>>` marks and with its answer boxed, answer) of a GSM8K `answer` field.
 
-    Raises ValueError where the text does not end in `#### x`.
+    Raises ValueError where the text does not end in `#### number`.
     """
-    worked, mark, answer = text.rpartition("####")
-    answer = answer.strip().replace(",", "")
-    if not mark or not answer:
-        raise ValueError("a GSM8K answer ends in '#### x'; this one does not")
-    worked = re.sub(r"<<[^<>]*>>", "", worked).strip()
-    return f"{worked}\n\\boxed{{{answer}}}", answer
+    answer = gsm8k_answer(text)
+    if answer is None:
+        raise ValueError("a GSM8K answer ends in a line '#### number'; this one does not")
+    worked = re.sub(r"<<[^<>]*>>", "", text.rpartition("####")[0]).strip()
+    return f"{worked}\n\\boxed{{{answer}}}".lstrip(), answer
