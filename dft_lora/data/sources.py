@@ -6,8 +6,8 @@ and skipped while the share stays under `data.skip_bad_rows`.
 Texts are used as they stand, with one exception. A completion in GSM8K's form (its last line is
 `#### number`, and no other line begins with `####`) loses its `<<...>>` marks and has its answer boxed; that
 answer becomes the row's. This holds only where the answer stands nowhere else: a row with an answer in a
-column of its own (`data.answer`; where the recipe names none, `answer`) is used as it stands, and so is a
-`messages` row. The files that `experiments/own_samples.py` writes have that column, so they come back unchanged.
+column of its own (`data.answer`; where the recipe names none, `answer`) is used unchanged, and so is a
+`messages` row. The files of `experiments/own_samples.py` have that column, so they come back unchanged.
 """
 
 from __future__ import annotations
