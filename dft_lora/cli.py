@@ -288,10 +288,10 @@ def preflight(recipe: str, changes: tuple[str, ...], gpu_memory: str | None, as_
     """
     chosen = load_recipe(recipe, changes)
     from .training.preflight import preflight as run
-    from .training.preflight import read_size, table
+    from .training.preflight import preflight_table, read_size
 
     found = run(chosen, read_size(gpu_memory) if gpu_memory else None)
-    click.echo(json.dumps(found, indent=1) if as_json else table(found))
+    click.echo(json.dumps(found, indent=1) if as_json else preflight_table(found))
 
 
 run_argument = click.argument("run_dir", type=click.Path())

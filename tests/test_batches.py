@@ -2,7 +2,7 @@
 
 import torch
 
-from dft_lora.data.batches import IGNORE, collate, micro_batches, step_examples
+from dft_lora.data.batches import IGNORE, collate, micro_batches, step_indices, ungrouped
 from dft_lora.data.templates import Example
 
 EOS = PAD = 9  # pad equals eos: masking by id would hide the end token
@@ -21,21 +21,21 @@ def test_labels_are_the_solution_and_its_end_token():
 
 
 def test_an_epoch_is_a_permutation_and_steps_follow_without_a_gap():
-    order = [i for step in range(7) for i in step_examples(10, 4, seed=3, step=step)]
+    order = [i for step in range(7) for i in step_indices(10, 4, seed=3, step=step)]
     assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
     assert order[:10] != order[10:20]
-    assert order[:8] == step_examples(10, 8, seed=3, step=0)
-    assert order[:4] != step_examples(10, 4, seed=4, step=0)
+    assert order[:8] == step_indices(10, 8, seed=3, step=0)
+    assert order[:4] != step_indices(10, 4, seed=4, step=0)
 
 
 def test_a_step_larger_than_the_data_repeats_it():
-    order = step_examples(3, 7, seed=0, step=0)
+    order = step_indices(3, 7, seed=0, step=0)
     assert sorted(order[:3]) == sorted(order[3:6]) == [0, 1, 2] and len(order) == 7
 
 
 def test_micro_batches_hold_each_example_once():
     for size in (1, 2, 3, 8):
-        batches = micro_batches(EXAMPLES, size, PAD)
+        batches = micro_batches(ungrouped(EXAMPLES), size, PAD)
         assert sorted(id for batch in batches for id in batch.ids) == ["a", "b", "c"]
         assert torch.equal(
             torch.tensor(sum(batch.supervised for batch in batches)),

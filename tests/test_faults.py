@@ -1,6 +1,5 @@
 """Faults put into real steps and real runs: bad numbers, no memory, no disk, bad rows, hostile files."""
 
-import dataclasses
 import functools
 import json
 import math
@@ -17,7 +16,7 @@ import torch
 from fault_runs import lines, run, write_data, write_recipe
 
 from dft_lora.config import ModelConfig, load_recipe
-from dft_lora.data.batches import step_examples
+from dft_lora.data.batches import step_indices, ungrouped
 from dft_lora.data.doctor import table
 from dft_lora.data.templates import Example
 from dft_lora.errors import DataError, ModelError, RequestError, RunError
@@ -25,11 +24,14 @@ from dft_lora.model.hardware import RULES, choose
 from dft_lora.model.load import load_adapters, load_base, load_tokenizer, resolve
 from dft_lora.runs.folder import RunFolder
 from dft_lora.tasks import get_task
-from dft_lora.training import loop
+from dft_lora.training import learner as learner_module
+from dft_lora.training.checkpoints import Checkpoints
 from dft_lora.training.faults import LIMIT_IN_A_ROW, Layout, SaveClock, is_out_of_memory
 from dft_lora.training.metrics import Sums
 from dft_lora.training.plan import make_plan
 from dft_lora.training.ranks import Ranks
+from dft_lora.training.steps import FixedGroups
+from dft_lora.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +44,20 @@ def make_trainer(data, tmp_path):
     """A trainer of four micro-batches a step; changes are recipe fields."""
     torch.set_num_threads(1)
 
-    def make(*changes: str) -> loop.Trainer:
+    def make(*changes: str) -> Trainer:
         recipe = write_recipe(tmp_path / "r.yaml", data, tmp_path / "run", train={"batch_size": 8})
         recipe = load_recipe(recipe, ("adapter.dropout=0", *changes))
-        return loop.Trainer(make_plan(recipe), Ranks(recipe))
+        return Trainer(make_plan(recipe), Ranks(recipe))
 
     return make
 
 
 def first_layer(trainer) -> torch.nn.Module:
-    return trainer.adapter_model.get_base_model().get_decoder().layers[0]
+    return trainer.learner.adapter_model.get_base_model().get_decoder().layers[0]
 
 
 def weights(trainer) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in trainer.trainable])
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.learner.trainable])
 
 
 def optimizer_state(trainer) -> list:
@@ -69,7 +71,7 @@ def optimizer_state(trainer) -> list:
         else:
             found.append(value.numpy().tobytes() if isinstance(value, torch.Tensor) else value)
 
-    walk(trainer.optimizer.state_dict()["state"])
+    walk(trainer.learner.optimizer.state_dict()["state"])
     return found
 
 
@@ -106,7 +108,7 @@ def test_one_bad_micro_batch_of_four_changes_nothing(make_trainer, where, value,
         assert torch.equal(weights(trainer), before) and optimizer_state(trainer) == state
         json.dumps(line, allow_nan=False)
         trainer.skips.in_a_row = 0
-    assert trainer.skips.total == 4 and trainer.standing()["skipped_steps"] == 4
+    assert trainer.skips.total == 4 and trainer.progress()["skipped_steps"] == 4
     line = trainer.step(1)
     assert line["skipped"] is False and not torch.equal(weights(trainer), before)
 
@@ -123,8 +125,8 @@ def test_five_bad_steps_in_a_row_stop_with_a_diagnosis(make_trainer):
     with pytest.raises(RunError) as stopped:
         for step in range(5, 10):
             trainer.step(step)
-    chosen = [trainer.plan.examples[i] for i in step_examples(len(trainer.plan.examples), 8, 0, 9)]
-    guilty = trainer.arrange(chosen, 2, trainer.plan.renderer.pad_id)[1].ids
+    chosen = [trainer.plan.examples[i] for i in step_indices(len(trainer.plan.examples), 8, 0, 9)]
+    guilty = trainer.learner.arrange(ungrouped(chosen), 2, trainer.plan.renderer.pad_id)[1].ids
     text = str(stopped.value)
     assert ", ".join(guilty) in text and "float32" in text and "up to step 10" in text and "\n" not in text
 
@@ -150,9 +152,9 @@ def starve(trainer, monkeypatch, where: str, error: Exception) -> None:
             raise error
         return token_logps(*arguments, chunk_bytes=chunk_bytes, **more)
 
-    token_logps = loop.token_logps
+    token_logps = learner_module.token_logps
     if where == "loss":
-        monkeypatch.setattr(loop, "token_logps", narrow_loss)
+        monkeypatch.setattr(learner_module, "token_logps", narrow_loss)
     else:
         first_layer(trainer).register_forward_hook(hook)
 
@@ -178,15 +180,15 @@ def test_a_step_that_runs_out_of_memory_is_done_in_smaller_pieces(make_trainer, 
     assert (weights(trainer) - weights(calm)).norm() <= 1e-3 * weights(
         calm
     ).norm()  # 8-bit states round apart
-    assert {retreat["step"] for retreat in trainer.retreats} == {1} and len(trainer.retreats) <= 3
-    row_bytes = len(trainer.head.weight_VD) * 4
+    learner = trainer.learner
+    assert {retreat["step"] for retreat in learner.retreats} == {1} and len(learner.retreats) <= 3
+    row_bytes = len(learner.head.weight_VD) * 4
     if where == "loss":
-        assert (
-            trainer.layout.micro_batch_size == 4 and row_bytes <= trainer.layout.chunk_bytes < 512 * row_bytes
-        )
+        assert learner.layout.micro_batch_size == 4
+        assert row_bytes <= learner.layout.chunk_bytes < 512 * row_bytes
     else:
-        assert trainer.layout.micro_batch_size == 2
-    assert trainer.standing()["micro_batch_size"] == trainer.layout.micro_batch_size
+        assert learner.layout.micro_batch_size == 2
+    assert trainer.progress()["micro_batch_size"] == learner.layout.micro_batch_size
 
 
 def test_after_three_retreats_it_says_what_may_fit(make_trainer, monkeypatch):
@@ -194,7 +196,7 @@ def test_after_three_retreats_it_says_what_may_fit(make_trainer, monkeypatch):
     first_layer(trainer).register_forward_hook(lambda *_: (_ for _ in ()).throw(ERRORS[0]))
     with pytest.raises(RunError) as stopped:
         trainer.step(0)
-    assert len(trainer.retreats) == 3
+    assert len(trainer.learner.retreats) == 3
     for part in ("2 example(s)", "gradient_checkpointing: true", "micro_batch_size: 1", "data.max_length"):
         assert part in str(stopped.value)
 
@@ -284,15 +286,16 @@ def test_all_masked_and_one_token_rows_add_nothing_and_break_nothing(make_traine
     odd = [Example("masked", (7, 8, 9), 3), Example("one", (eos,), 0), Example("one", (eos,), 1)]
 
     def gradients(chosen):
-        trainer.optimizer.zero_grad()
-        totals, _ = trainer.accumulate(chosen, sum(example.supervised for example in normal))
-        return totals, torch.cat([parameter.grad.flatten() for parameter in trainer.trainable])
+        trainer.learner.optimizer.zero_grad()
+        supervised = sum(example.supervised for example in normal)
+        totals, _ = trainer.learner.accumulate(ungrouped(chosen), supervised, step=1)
+        return totals, torch.cat([parameter.grad.flatten() for parameter in trainer.learner.trainable])
 
     (alone, expected), (mixed, found) = gradients(normal), gradients([*odd, *normal])
     assert sum(example.supervised for example in odd) == 0
     assert mixed.loss == pytest.approx(alone.loss, rel=1e-6) and mixed.scored == alone.scored
     assert (found - expected).norm() <= 1e-6 * expected.norm()
-    trainer.plan = dataclasses.replace(trainer.plan, examples=odd)
+    trainer.source = FixedGroups(ungrouped(odd), per_step=8, seed=0)
     line = trainer.step(0)
     assert line["loss"] == 0 and line["supervised_tokens"] == 0
     assert torch.isfinite(weights(trainer)).all()
@@ -448,16 +451,14 @@ def test_the_dtype_is_decided_by_capability(monkeypatch):
 
 def bare_step(trainer, step: int) -> None:
     """The step without any of this: no look at the numbers, no way back, no figures kept safe."""
-    plan, settings = trainer.plan, trainer.recipe.train
-    chosen = [
-        plan.examples[i] for i in step_examples(len(plan.examples), settings.batch_size, settings.seed, step)
-    ]
-    supervised, sums = sum(example.supervised for example in chosen), Sums(torch.device("cpu"))
-    for batch in trainer.arrange(chosen, trainer.layout.micro_batch_size, plan.renderer.pad_id):
-        trainer.accelerator.backward(trainer.score(batch, sums) / supervised)
-    trainer.accelerator.clip_grad_norm_(trainer.trainable, settings.max_grad_norm)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
+    learner, settings = trainer.learner, trainer.recipe.train
+    groups, sums = trainer.source.groups(step), Sums(torch.device("cpu"))
+    divisor = learner.divisor(groups)
+    for batch in learner.arrange(groups, learner.layout.micro_batch_size, learner.pad_id):
+        learner.accelerator.backward(learner.score(batch, sums) / divisor)
+    learner.accelerator.clip_grad_norm_(learner.trainable, settings.max_grad_norm)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
     sums.values.tolist()
 
 
@@ -479,7 +480,7 @@ def test_all_of_this_costs_at_most_3_percent_of_a_step(make_trainer, tmp_path):
             times[work].append(time.process_time() - started)
     bare, guarded = (statistics.median(seconds[10:]) for seconds in times.values())
     started = time.process_time()
-    trainer.save(loop.Checkpoints(folder.checkpoints, 2))
+    trainer.save(Checkpoints(folder.checkpoints, 2))
     save = time.process_time() - started
     print(f"step {bare * 1e3:.1f} ms bare, {guarded * 1e3:.1f} ms guarded ({guarded / bare - 1:+.2%}); ")
     print(f"a checkpoint {save * 1e3:.0f} ms, {save / 300:.3%} of five minutes")

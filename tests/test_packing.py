@@ -5,12 +5,12 @@ import torch
 from test_model import tiny_config
 
 from dft_lora.config import AdapterConfig, DataConfig, ModelConfig
-from dft_lora.data.batches import IGNORE, collate, micro_batches
-from dft_lora.data.packing import Packed, Thrifty, collate_packed, fill
+from dft_lora.data.batches import IGNORE, collate, micro_batches, ungrouped
+from dft_lora.data.packing import CheapestPacking, Packed, collate_packed, fill
 from dft_lora.data.templates import Example
 from dft_lora.errors import ModelError
 from dft_lora.loss import objective, token_logps
-from dft_lora.model.attention import choose_arrangement, even_length, keeps_examples_apart
+from dft_lora.model.attention import choose_arrangement, crossover_length, keeps_examples_apart
 from dft_lora.model.head import check_head, hidden_states
 from dft_lora.model.load import add_lora, load_base
 
@@ -68,7 +68,7 @@ def test_packed_logits_and_gradients_are_those_of_rows_alone(family, more, flat)
     model = causal_lm(family, **more)
     assert keeps_examples_apart(model)
     alone, gradients = of_all(model, [collate([e], PAD) for e in EXAMPLES])
-    packed, packed_gradients = of_all(model, Packed(20, flat)(EXAMPLES, 2, PAD))
+    packed, packed_gradients = of_all(model, Packed(20, flat)(ungrouped(EXAMPLES), 2, PAD))
     assert packed.keys() == alone.keys()
     for name, logp in alone.items():
         assert (packed[name] - logp).abs().max() <= 1e-5, name
@@ -82,15 +82,15 @@ def test_packed_gradients_through_nf4_and_lora_equal_padded_ones(qwen_dir):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
-    _, padded = of_all(model, micro_batches(EXAMPLES, 3, PAD))
-    _, packed = of_all(model, Packed(20)(EXAMPLES, 2, PAD))
+    _, padded = of_all(model, micro_batches(ungrouped(EXAMPLES), 3, PAD))
+    _, packed = of_all(model, Packed(20)(ungrouped(EXAMPLES), 2, PAD))
     for name, gradient in padded.items():
         assert gradient.norm() > 0 and (packed[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 def test_without_positions_a_row_would_leak():
     """The law above is not empty: what it forbids happens when the boundaries are taken away."""
-    model, (batch,) = causal_lm("llama"), Packed(60, flat=True)(EXAMPLES, 9, PAD)
+    model, (batch,) = causal_lm("llama"), Packed(60, flat=True)(ungrouped(EXAMPLES), 9, PAD)
     with torch.no_grad():
         apart = hidden_states(model, input_ids=batch.input_ids_BL, position_ids=batch.positions_BL)
         mixed = hidden_states(model, input_ids=batch.input_ids_BL)
@@ -100,7 +100,7 @@ def test_without_positions_a_row_would_leak():
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 9])
 def test_nothing_is_predicted_across_a_boundary_and_counts_stay(size, flat):
-    batches = Packed(20, flat)(EXAMPLES, size, PAD)
+    batches = Packed(20, flat)(ungrouped(EXAMPLES), size, PAD)
     assert sum(batch.supervised for batch in batches) == sum(e.supervised for e in EXAMPLES)
     assert sum(batch.tokens for batch in batches) == sum(len(e.ids) for e in EXAMPLES)
     assert sorted(name for batch in batches for name in batch.ids) == sorted(e.id for e in EXAMPLES)
@@ -120,12 +120,13 @@ def test_nothing_is_predicted_across_a_boundary_and_counts_stay(size, flat):
 def test_rows_hold_their_capacity_and_an_example_that_cannot_fit_is_refused():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 300, (256,), generator=generator).tolist()
-    rows = fill([Example(str(i), (1,) * n, 1) for i, n in enumerate(lengths)], 2048)
+    blocks = fill(ungrouped(Example(str(i), (1,) * n, 1) for i, n in enumerate(lengths)), 2048)
+    rows = [row for (row,) in blocks]
     loads = [sum(len(e.ids) for e in row) for row in rows]
     assert max(loads) <= 2048 and len(rows) <= -(-sum(lengths) // 2048) + 1
     assert max(loads) - min(loads) <= max(lengths)
     with pytest.raises(ValueError, match="capacity"):
-        fill([Example("a", (1,) * 10, 1)], 9)
+        fill([(Example("a", (1,) * 10, 1),)], 9)
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -144,7 +145,7 @@ def test_padding_waste_on_gsm8k_is_under_three_percent(data_dir, size):
     examples = [renderer.render(problem) for problem in load_problems(data).problems]
     tokens = positions = 0
     for step in range(0, 1024, 256):
-        for batch in Packed(2048)(examples[step : step + 256], size, renderer.pad_id):
+        for batch in Packed(2048)(ungrouped(examples[step : step + 256]), size, renderer.pad_id):
             tokens, positions = tokens + batch.tokens, positions + batch.positions
     assert 1 - tokens / positions < 0.03
 
@@ -153,7 +154,7 @@ def test_auto_packs_where_it_costs_less_and_a_mixing_model_is_refused():
     llama, mamba = causal_lm("llama"), _mamba()
     assert choose_arrangement(DataConfig(packing=True, max_length=64), llama) == Packed(64)
     assert choose_arrangement(DataConfig(packing=False), llama) is micro_batches
-    assert choose_arrangement(DataConfig(packing="auto"), llama) == Thrifty(even_length(llama))
+    assert choose_arrangement(DataConfig(packing="auto"), llama) == CheapestPacking(crossover_length(llama))
     assert not keeps_examples_apart(mamba)
     assert choose_arrangement(DataConfig(packing="auto"), mamba) is micro_batches
     with pytest.raises(ModelError, match=r"data\.packing"):
@@ -166,7 +167,7 @@ def test_the_even_length_is_where_attention_costs_as_much_as_the_matrices():
 
     model = causal_lm("llama")
     model.set_attn_implementation("eager")  # scores and sums of whole rows, as a block mask pays them
-    even = round(even_length(model))
+    even = round(crossover_length(model))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model(input_ids=torch.ones(1, even, dtype=torch.long))
     flops = counter.get_flop_counts()["Global"]
@@ -176,21 +177,27 @@ def test_the_even_length_is_where_attention_costs_as_much_as_the_matrices():
 
 @pytest.mark.parametrize("even", [1.0, 30.0, 1e9])
 @pytest.mark.parametrize("size", [1, 3, 9])
-def test_thrifty_rows_never_cost_or_hold_more_than_padded_ones(even, size):
+def test_cheapest_packing_rows_never_cost_or_hold_more_than_padded_ones(even, size):
     def cost(batch):
         longest = batch.input_ids_BL.shape[1]
         return batch.positions * (1 + longest / even)
 
-    thrifty, padded = Thrifty(even)(EXAMPLES, size, PAD), micro_batches(EXAMPLES, size, PAD)
+    thrifty, padded = (
+        CheapestPacking(even)(ungrouped(EXAMPLES), size, PAD),
+        micro_batches(ungrouped(EXAMPLES), size, PAD),
+    )
     for mine, theirs in zip(thrifty, padded, strict=True):
         assert sorted(mine.ids) == sorted(theirs.ids) and mine.supervised == theirs.supervised
         assert cost(mine) <= cost(theirs) and mine.positions <= theirs.positions
     assert any(batch.positions_BL is not None for batch in thrifty) == (size > 1)
 
 
-def test_thrifty_rows_stay_padded_where_attention_would_cost_more():
+def test_cheapest_packing_rows_stay_padded_where_attention_would_cost_more():
     pair = [example("a", 30, 1), example("b", 20, 1)]
-    (cheap,), (dear,) = Thrifty(1e9)(pair, 2, PAD), Thrifty(1.0)(pair, 2, PAD)
+    (cheap,), (dear,) = (
+        CheapestPacking(1e9)(ungrouped(pair), 2, PAD),
+        CheapestPacking(1.0)(ungrouped(pair), 2, PAD),
+    )
     assert cheap.input_ids_BL.shape == (1, 56) and dear.input_ids_BL.shape == (2, 32)
 
 
@@ -207,3 +214,24 @@ def test_collating_one_row_equals_collating_examples_alone():
         packed, alone = collate_packed([[e]], PAD), collate([e], PAD)
         assert torch.equal(packed.input_ids_BL, alone.input_ids_BL)
         assert torch.equal(packed.labels_BL[:, 1:], alone.labels_BL[:, 1:])
+
+
+# --- groups -----------------------------------------------------------------------------------
+
+
+GROUPS = [
+    (example("pair-a", 9, 3), example("pair-b", 4, 3)),
+    *ungrouped([example("alone", 7, 2), example("short", 3, 1)]),
+    tuple(example(f"rollout-{i}", 6 + i, 3) for i in range(5)),
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("arrange", [micro_batches, Packed(20), Packed(20, flat=True), CheapestPacking(64.0)])
+def test_no_group_is_in_two_micro_batches(arrange, size):
+    batches = arrange(GROUPS, size, PAD)
+    assert sorted(id for batch in batches for id in batch.ids) == sorted(
+        example.id for group in GROUPS for example in group
+    )
+    for group in GROUPS:
+        assert sum(any(example.id in batch.ids for example in group) for batch in batches) == 1

@@ -10,22 +10,20 @@ from dft_lora.cli import main
 from dft_lora.config import parse_recipe
 from dft_lora.errors import RequestError
 from dft_lora.model.memory import MIB, LiveTensors
-from dft_lora.training.loop import Trainer
 from dft_lora.training.plan import make_plan
-from dft_lora.training.preflight import (
-    Fit,
-    Line,
-    Pass,
-    _checkpointing,
+from dft_lora.training.preflight import preflight, propose, read_size
+from dft_lora.training.probe import (
+    LinearFit,
+    MemoryFit,
+    ProbePass,
     longest_batch,
     measure,
-    preflight,
-    propose,
-    read_size,
+    probe,
     resident_bytes,
-    run,
+    set_checkpointing,
 )
 from dft_lora.training.ranks import Ranks
+from dft_lora.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +50,14 @@ def trainer(recipe):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_fit_of_short_rows_predicts_long_micro_batches(trainer, checkpointing):
     """Within 10 %, from rows of 128 and 256 tokens to four rows of 500."""
-    fit = measure(trainer, checkpointing)
+    fit = measure(trainer.learner, trainer.plan.examples, checkpointing)
     for rows in (1, 2, 4):
-        batch = longest_batch(trainer, rows)
-        found = run(trainer, batch)
+        batch = longest_batch(trainer.learner, trainer.plan.examples, rows)
+        found = probe(trainer.learner, batch)
         assert found.T == batch.positions > 256 * rows
         assert fit.peak(found.T, found.M) == pytest.approx(found.peak, rel=0.1), rows
-    _checkpointing(trainer, False)
-    trainer.optimizer.zero_grad()
+    set_checkpointing(trainer.learner, False)
+    trainer.learner.optimizer.zero_grad()
 
 
 def test_predicted_is_the_peak_of_a_real_step(recipe, trainer):
@@ -68,7 +66,7 @@ def test_predicted_is_the_peak_of_a_real_step(recipe, trainer):
     with LiveTensors() as memory:
         trainer.step(0)
         peak = memory.peak()
-    resident = resident_bytes(trainer)
+    resident = resident_bytes(trainer.learner)
     assert found["peak"] == pytest.approx(resident["weights"] + resident["adapter"] + peak, rel=0.1)
     assert found["predicted_peak"] == pytest.approx(found["peak"], rel=0.1)
     assert sum(found["bytes"].values()) == pytest.approx(found["peak"], rel=0.1)
@@ -78,11 +76,11 @@ def test_predicted_is_the_peak_of_a_real_step(recipe, trainer):
 
 
 def test_resident_bytes_are_those_of_the_tensors(trainer):
-    found = resident_bytes(trainer)
-    assert found["adapter"] == sum(p.numel() * 4 for p in trainer.trainable) == found["gradients"]
-    head = trainer.head.weight_VD
+    found = resident_bytes(trainer.learner)
+    assert found["adapter"] == sum(p.numel() * 4 for p in trainer.learner.trainable) == found["gradients"]
+    head = trainer.learner.head.weight_VD
     four_bit = sum(
-        m.weight.nbytes for m in trainer.adapter_model.modules() if type(m).__name__ == "Linear4bit"
+        m.weight.nbytes for m in trainer.learner.adapter_model.modules() if type(m).__name__ == "Linear4bit"
     )
     assert found["weights"] == pytest.approx(head.nbytes + four_bit, rel=0.02), (
         "tied, so the head counts once"
@@ -90,34 +88,23 @@ def test_resident_bytes_are_those_of_the_tensors(trainer):
 
 
 def test_probing_leaves_weights_gradients_and_random_state(trainer):
-    before = [parameter.detach().clone() for parameter in trainer.trainable]
+    before = [parameter.detach().clone() for parameter in trainer.learner.trainable]
     random = torch.get_rng_state()
-    measure(trainer, False)
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.trainable, strict=True))
-    assert all(parameter.grad is None for parameter in trainer.trainable)
+    measure(trainer.learner, trainer.plan.examples, False)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.learner.trainable, strict=True))
+    assert all(parameter.grad is None for parameter in trainer.learner.trainable)
     assert torch.equal(random, torch.get_rng_state())
 
 
-class Recipe:
-    """As much of a trainer as `propose` reads."""
-
-    class layout:
-        micro_batch_size = 1
-
-    class recipe:
-        class train:
-            batch_size = 64
-
-
-PLAIN = Fit(Line(0, 1000.0 * 1024), Line(0, 1100.0 * 1024), 0.0, 300_000, 512)
-CHECKPOINTED = Fit(Line(0, 50.0 * 1024), Line(0, 100.0 * 1024), 0.0, 300_000, 512)
+PLAIN = MemoryFit(LinearFit(0, 1000.0 * 1024), LinearFit(0, 1100.0 * 1024), 0.0, 300_000, 512)
+CHECKPOINTED = MemoryFit(LinearFit(0, 50.0 * 1024), LinearFit(0, 100.0 * 1024), 0.0, 300_000, 512)
 FITS = {False: PLAIN, True: CHECKPOINTED}
-ROW = Pass(T=1000, M=600, saved=0, loss_peak=0, backward_peak=0, seconds=1.0)
+ROW = ProbePass(T=1000, M=600, saved=0, loss_peak=0, backward_peak=0, seconds=1.0)
 
 
 def test_proposals_grow_with_memory_and_fit_it():
     def at(gb: float):
-        return propose(FITS, 2**30, gb * 2**30, ROW, Recipe)
+        return propose(FITS, 2**30, gb * 2**30, ROW, rows=1, batch_size=64)
 
     assert at(1.01) is None
     small, middle, large = at(1.17), at(3), at(24)

@@ -11,9 +11,10 @@ from dft_lora.config import load_recipe
 from dft_lora.errors import RecipeError
 from dft_lora.loss import objective_names
 from dft_lora.model.load import load_base
-from dft_lora.training.loop import Trainer, train
+from dft_lora.training.loop import train
 from dft_lora.training.plan import make_plan
 from dft_lora.training.ranks import Ranks
+from dft_lora.training.trainer import Trainer
 
 SMALL = (
     "train.batch_size=8",
@@ -29,18 +30,22 @@ def one_step(*changes):
     recipe = load_recipe("tiny_dft", (*SMALL, *changes))
     trainer = Trainer(make_plan(recipe), Ranks(recipe))
     torch.manual_seed(1)
-    for name, parameter in trainer.adapter_model.named_parameters():
+    for name, parameter in trainer.learner.adapter_model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     kept = {}
 
-    def update(loss, _update=trainer.update):
+    def update(loss, _update=trainer.learner.update):
         kept.update(
-            {n: p.grad.clone() for n, p in trainer.adapter_model.named_parameters() if p.requires_grad}
+            {
+                n: p.grad.clone()
+                for n, p in trainer.learner.adapter_model.named_parameters()
+                if p.requires_grad
+            }
         )
         return _update(loss)
 
-    trainer.update = update
+    trainer.learner.update = update
     return kept, trainer.step(0)
 
 

@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from ..data.batches import Batch, collate, micro_batches, step_examples
-from ..data.packing import Arrange, Packed, Thrifty
+from ..data.batches import Batch, collate, micro_batches, step_indices, ungrouped
+from ..data.packing import Arrange, CheapestPacking, Packed
 from ..data.templates import Example
-from ..model.attention import even_length
+from ..model.attention import crossover_length
 from ..model.hardware import choose
 from ..runs.provenance import certificate
-from ..training.loop import Trainer
 from ..training.metrics import Sums
 from ..training.plan import make_plan
 from ..training.ranks import Ranks
+from ..training.trainer import Trainer
 from .train import Measurement, Shape, write_inputs
 
 
@@ -37,7 +37,7 @@ def arrangements(capacity: int, even: float) -> dict[str, Arrange]:
     return {
         "padded, in order": in_order,
         "padded, rows of similar length": micro_batches,
-        "packed where it costs less (auto)": Thrifty(even),
+        "packed where it costs less (auto)": CheapestPacking(even),
         "packed, block mask": Packed(capacity),
         "packed, one row (variable-length attention)": Packed(capacity, flat=True),
     }
@@ -53,17 +53,17 @@ def measure(capacity: int, batch_size: int, size: int, examples: int, threads: i
         trainer = Trainer(plan, Ranks(recipe))
     pad, count = plan.renderer.pad_id, len(plan.examples)
     rows: dict[str, dict[str, Any]] = {}
-    ways = arrangements(capacity, even_length(trainer.model))
+    ways = arrangements(capacity, crossover_length(trainer.learner.model))
     for name, arrange in ways.items():
         tokens = positions = 0
         for step in range(count // batch_size):
-            chosen = [plan.examples[i] for i in step_examples(count, batch_size, 0, step)]
-            for batch in arrange(chosen, size, pad):
+            chosen = [plan.examples[i] for i in step_indices(count, batch_size, 0, step)]
+            for batch in arrange(ungrouped(chosen), size, pad):
                 tokens, positions = tokens + batch.tokens, positions + batch.positions
         rows[name] = {"waste": 1 - tokens / positions}
-    chosen = [plan.examples[i] for i in step_examples(count, examples, 0, 0)]
+    chosen = [plan.examples[i] for i in step_indices(count, examples, 0, 0)]
     for name, arrange in ways.items():
-        batches = arrange(chosen, size, pad)
+        batches = arrange(ungrouped(chosen), size, pad)
         _pass(trainer, min(batches, key=lambda batch: batch.positions))  # pays for what is set up once
         clock = time.process_time if trainer.ranks.device.type == "cpu" else time.perf_counter
         started = clock()
@@ -89,7 +89,7 @@ def measure(capacity: int, batch_size: int, size: int, examples: int, threads: i
 
 
 def _pass(trainer: Trainer, batch: Batch) -> None:
-    loss = trainer.score(batch, Sums(trainer.ranks.device))
+    loss = trainer.learner.score(batch, Sums(trainer.ranks.device))
     loss.backward()
     if trainer.ranks.device.type == "cuda":
         torch.cuda.synchronize()

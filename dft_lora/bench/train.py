@@ -24,15 +24,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ..config import Recipe, load_recipe, parse_recipe
-from ..data.batches import Batch, step_examples
+from ..data.batches import Batch, step_indices
 from ..data.templates import Example
 from ..loss import TokenScores
 from ..model.hardware import choose
 from ..model.memory import MIB, LiveTensors, memory_of
 from ..runs.provenance import certificate, versions
-from ..training.loop import Trainer
 from ..training.plan import Plan, make_plan
 from ..training.ranks import Ranks
+from ..training.trainer import Trainer
 
 PEERS = ("trl", "datasets")
 HUB = ({"source": "openai/gsm8k", "subset": "main"}, "Qwen/Qwen2.5-0.5B")
@@ -188,7 +188,7 @@ def examples_of(plan: Plan, steps: int) -> Iterator[Example]:
     """The examples of the first steps, in our order."""
     size, seed = plan.recipe.train.batch_size, plan.recipe.train.seed
     for step in range(steps):
-        yield from (plan.examples[i] for i in step_examples(len(plan.examples), size, seed, step))
+        yield from (plan.examples[i] for i in step_indices(len(plan.examples), size, seed, step))
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,15 @@ Legend: B rows of a micro-batch, L its longest row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .templates import Example
+
+Group = tuple[Example, ...]
+"""Examples that share a micro-batch: one alone, a preference pair, the rollouts of one prompt."""
 
 IGNORE = -100
 MULTIPLE = (
@@ -92,11 +95,11 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=generator).tolist()
 
 
-def step_examples(count: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Indices of one optimizer step's examples; a pure function of its arguments.
+def step_indices(count: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Which of `count` examples, or groups, make one optimizer step; a pure function of its arguments.
 
     Epochs follow each other without a gap: a step at the seam takes the end of one permutation
-    and the start of the next, so every step holds exactly `batch_size` examples.
+    and the start of the next, so every step holds exactly `batch_size` of them.
     """
     first, last = step * batch_size, (step + 1) * batch_size
     orders = {
@@ -105,12 +108,29 @@ def step_examples(count: int, batch_size: int, seed: int, step: int) -> list[int
     return [orders[i // count][i % count] for i in range(first, last)]
 
 
-def by_length(examples: Sequence[Example], size: int) -> list[list[Example]]:
-    """Groups of at most `size` examples of similar length."""
-    ordered = sorted(examples, key=lambda example: len(example.ids))
-    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+def by_length(groups: Sequence[Group], size: int) -> list[list[Group]]:
+    """Groups of similar length in micro-batches of at most `size` examples; a larger group has its own."""
+    found: list[list[Group]] = []
+    room = 0
+    for group in sorted(groups, key=lambda group: max(len(example.ids) for example in group)):
+        if len(group) > room:
+            found.append([])
+            room = size
+        found[-1].append(group)
+        room -= len(group)
+    return found
 
 
-def micro_batches(examples: Sequence[Example], size: int, pad_id: int) -> list[Batch]:
-    """One step's examples as micro-batches of rows of similar length (less padding, same sum)."""
-    return [collate(group, pad_id) for group in by_length(examples, size)]
+def ungrouped(examples: Iterable[Example]) -> list[Group]:
+    """Each example as a group of its own."""
+    return [(example,) for example in examples]
+
+
+def examples_of(groups: Iterable[Group]) -> list[Example]:
+    """The examples of groups, in order."""
+    return [example for group in groups for example in group]
+
+
+def micro_batches(groups: Sequence[Group], size: int, pad_id: int) -> list[Batch]:
+    """One step's groups as micro-batches of rows of similar length (less padding, same sum)."""
+    return [collate(examples_of(part), pad_id) for part in by_length(groups, size)]

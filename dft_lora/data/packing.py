@@ -25,11 +25,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .batches import IGNORE, Batch, by_length, collate, rounded
+from .batches import IGNORE, Batch, Group, by_length, collate, examples_of, rounded, ungrouped
 from .templates import Example
 
-Arrange = Callable[[Sequence[Example], int, int], list[Batch]]
-"""(a step's examples, rows of a micro-batch, pad id) -> micro-batches."""
+Arrange = Callable[[Sequence[Group], int, int], list[Batch]]
+"""(a step's groups, rows of a micro-batch, pad id) -> micro-batches; no group is in two of them."""
 
 
 @dataclass(frozen=True)
@@ -43,59 +43,73 @@ class Packed:
     capacity: int
     flat: bool = False
 
-    def __call__(self, examples: Sequence[Example], size: int, pad_id: int) -> list[Batch]:
-        rows = fill(examples, self.capacity)
-        groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+    def __call__(self, groups: Sequence[Group], size: int, pad_id: int) -> list[Batch]:
+        parts: list[list[list[Example]]] = []
+        for rows in fill(groups, self.capacity):
+            if not parts or len(parts[-1]) + len(rows) > size:
+                parts.append([])
+            parts[-1] += rows
         if self.flat:
-            groups = [[[example for row in group for example in row]] for group in groups]
-        return [collate_packed(group, pad_id, padded=not self.flat) for group in groups]
+            parts = [[[example for row in rows for example in row]] for rows in parts]
+        return [collate_packed(rows, pad_id, padded=not self.flat) for rows in parts]
 
 
 @dataclass(frozen=True)
-class Thrifty:
+class CheapestPacking:
     """Micro-batches of similar examples, each in the number of rows that costs least with a block mask.
 
-    Fewer rows waste less padding, but attention pays for whole rows: one of L tokens costs L + L^2 / `even`,
-    where `even` is the length at which attention costs as much as all matrices together. No micro-batch
-    costs, or holds, more than one of padded rows.
+    Fewer rows waste less padding, but attention pays for whole rows: a row of L tokens costs L + L^2 / C. C,
+    the `crossover_length`, is the length at which attention costs as much as all matrices together. No
+    micro-batch costs, or holds, more than one of padded rows.
     """
 
-    even: float
+    crossover_length: float
 
-    def __call__(self, examples: Sequence[Example], size: int, pad_id: int) -> list[Batch]:
-        return [self._collate(group, pad_id) for group in by_length(examples, size)]
+    def __call__(self, groups: Sequence[Group], size: int, pad_id: int) -> list[Batch]:
+        return [self._collate(examples_of(part), pad_id) for part in by_length(groups, size)]
 
-    def _collate(self, group: Sequence[Example], pad_id: int) -> Batch:
-        ways = [spread(group, n) for n in range(len(group), 0, -1)]
+    def _collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
+        ways = [spread(ungrouped(examples), n) for n in range(len(examples), 0, -1)]
         rows = min(ways, key=self._cost)
-        return collate(group, pad_id) if len(rows) == len(group) else collate_packed(rows, pad_id)
+        return collate(examples, pad_id) if len(rows) == len(examples) else collate_packed(rows, pad_id)
 
     def _cost(self, rows: list[list[Example]]) -> float:
         longest = rounded(max(map(_tokens, rows)))
-        return len(rows) * longest * (1 + longest / self.even)
+        return len(rows) * longest * (1 + longest / self.crossover_length)
 
 
-def fill(examples: Sequence[Example], capacity: int) -> list[list[Example]]:
-    """Examples in rows of nearly equal length, at most `capacity` tokens each, in few rows."""
-    for n in range(math.ceil(_tokens(examples) / capacity), len(examples) + 1):
-        rows = spread(examples, n)
+def fill(groups: Sequence[Group], capacity: int) -> list[list[list[Example]]]:
+    """Groups in few rows of nearly equal length, at most `capacity` tokens each: [rows that stay together].
+
+    A group lies in one row, and only one of more tokens than a row holds takes several, which stay together.
+    """
+    small = [group for group in groups if _tokens(group) <= capacity]
+    whole = [[row] for row in _fewest(small, capacity)] if small else []
+    large = [group for group in groups if _tokens(group) > capacity]
+    return [*whole, *(_fewest(ungrouped(group), capacity) for group in large)]
+
+
+def _fewest(groups: Sequence[Group], capacity: int) -> list[list[Example]]:
+    """The fewest rows of at most `capacity` tokens into which `spread` brings the groups."""
+    for n in range(math.ceil(sum(map(_tokens, groups)) / capacity), len(groups) + 1):
+        rows = spread(groups, n)
         if max(map(_tokens, rows)) <= capacity:
             return rows
-    longest = max(len(example.ids) for example in examples)
+    longest = max(map(_tokens, groups))
     raise ValueError(f"capacity: an example of {longest} tokens exceeds {capacity}")
 
 
-def spread(examples: Sequence[Example], n: int) -> list[list[Example]]:
-    """Examples in n rows of nearly equal length: the longest first, each into the emptiest (Graham 1969).
+def spread(groups: Sequence[Group], n: int) -> list[list[Example]]:
+    """Groups in n rows of nearly equal length: the longest first, each into the emptiest (Graham 1969).
 
     Rows of equal length waste no padding beside each other, and none of them sets a peak of memory alone.
     """
     rows: list[list[Example]] = [[] for _ in range(n)]
     loads = [(0, row) for row in range(n)]
-    for example in sorted(examples, key=lambda example: len(example.ids), reverse=True):
+    for group in sorted(groups, key=_tokens, reverse=True):
         load, row = loads[0]
-        rows[row].append(example)
-        heapq.heapreplace(loads, (load + len(example.ids), row))
+        rows[row] += group
+        heapq.heapreplace(loads, (load + _tokens(group), row))
     return rows
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from math import isfinite, log
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class Objective:
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
+    divided_by: ClassVar[Literal["tokens", "sequences", "groups"]] = "tokens"
+    """What of the whole step the sum is divided by, once: supervised tokens, examples, or groups of them."""
     token_weight: ClassVar[Callable[..., Tensor] | None] = None
     uses_batch_statistics: ClassVar[bool] = False
     """The loss of a batch is not the sum of its parts' losses: gradient accumulation changes it slightly."""
@@ -310,7 +312,7 @@ class Focal(Objective):
 
 @dataclass(frozen=True)
 class Custom(Objective):
-    """Any function of the scores; its attribute `needs`, where it has one, names the fields it reads."""
+    """Any function of the scores; attributes `needs` and `divided_by` of the function are the objective's."""
 
     function: Callable[[TokenScores], Tensor]
 
@@ -321,6 +323,10 @@ class Custom(Objective):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset(getattr(self.function, "needs", ()))
+
+    @property
+    def divided_by(self) -> str:  # type: ignore[override]
+        return getattr(self.function, "divided_by", "tokens")
 
     def __call__(self, scores: TokenScores) -> Tensor:
         loss = self.function(scores)

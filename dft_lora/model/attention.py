@@ -9,7 +9,7 @@ import torch
 
 from ..config import DataConfig
 from ..data.batches import micro_batches
-from ..data.packing import Arrange, Packed, Thrifty
+from ..data.packing import Arrange, CheapestPacking, Packed
 from ..errors import ModelError
 from .head import bare, hidden_states
 
@@ -48,7 +48,7 @@ def keeps_examples_apart(model: Any) -> bool:
     return torch.equal(of_second([5, 6, 7]), of_second([9, 8, 5]))
 
 
-def even_length(model: Any) -> float:
+def crossover_length(model: Any) -> float:
     """Tokens of a row at which attention over the whole row costs as much as all matrices before the head.
 
     2 P multiplications and additions a token against 4 L D a layer.
@@ -82,4 +82,8 @@ def choose_arrangement(data: DataConfig, model: Any, alike: bool = False) -> Arr
                 "set data.packing: false"
             )
         return micro_batches
-    return Packed(data.max_length, varlen) if varlen or data.packing is True else Thrifty(even_length(model))
+    return (
+        Packed(data.max_length, varlen)
+        if varlen or data.packing is True
+        else CheapestPacking(crossover_length(model))
+    )

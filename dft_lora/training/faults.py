@@ -99,16 +99,16 @@ class Layout:
     chunk_bytes: int | None = None
     """Workspace of the loss; None: the loss engine's own choice."""
 
-    def smaller(self, rows: int, row_bytes: int, first: bool) -> Layout | None:
+    def smaller(self, rows: int, row_bytes: int, first: bool, least: int = 1) -> Layout | None:
         """The next smaller layout, None when there is none.
 
         At `first` half the loss chunk, which holds `rows` rows of `row_bytes` (below the engine's floor too);
-        then half the micro-batch, which doubles accumulation; with micro-batches of one example, half the
-        chunk again, down to one row.
+        then half the micro-batch, which doubles accumulation; with micro-batches of `least` examples, half
+        the chunk again, down to one row.
         """
         chunk = self.chunk_bytes or rows * row_bytes
-        if not first and self.micro_batch_size > 1:
-            return Layout(math.ceil(self.micro_batch_size / 2), chunk)
+        if not first and self.micro_batch_size > least:
+            return Layout(max(least, math.ceil(self.micro_batch_size / 2)), chunk)
         halved = Layout(self.micro_batch_size, max(row_bytes, chunk // 2))
         return None if halved == self else halved
 

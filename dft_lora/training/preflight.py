@@ -1,108 +1,41 @@
 """Memory and time of a run, known before it: `dft-lora preflight RECIPE [--gpu-memory 16GB]`.
 
 The real model is built and does real work: forward and backward passes of a few small micro-batches with and
-without checkpointing, the run's longest micro-batch, one update of the optimizer. A pass is at its worst
-when the loss has its workspace on top of all that the forward pass saved, or in the backward pass:
-
-    peak(T, M) = resident + max(saved(T) + workspace(M) + scores * M, backward(T))
-
-for T positions, M of them supervised; `saved` and `backward` are straight lines through the small passes, for
-no attention in use keeps an [L, L] matrix a head. On CUDA the allocator counts the bytes. On a CPU the live
-tensors are counted, which is what a GPU's allocator would see of the same dtypes: so a run can be fitted to a
-GPU that is not here.
-
-Legend: T positions of a micro-batch, M supervised ones, V vocabulary.
+without checkpointing (`probe.py`), the run's longest micro-batch, one update of the optimizer.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
 from ..config import Recipe
-from ..data.batches import Batch, step_examples
-from ..data.templates import Example
+from ..data.batches import ungrouped
 from ..errors import RequestError
-from ..loss import chunk_rows
 from ..model.backends import prepare
-from ..model.head import bare
-from ..model.memory import MIB, DeviceMemory, LiveTensors, Memory
-from .checkpoints import random_state, set_random_state
-from .metrics import Sums
+from ..model.memory import MIB
+from .learner import Learner
+from .plan import Plan, make_plan
+from .probe import (
+    MOST_ROWS,
+    MemoryFit,
+    ProbePass,
+    longest_batch,
+    measure,
+    memory_of_machine,
+    probe,
+    resident_bytes,
+    set_checkpointing,
+    usable,
+)
+from .ranks import Ranks
+from .steps import FixedGroups
 
-if TYPE_CHECKING:
-    from .loop import Trainer
-
-CONTEXT = 600 * MIB
-"""What CUDA, cuBLAS and the driver hold beside tensors."""
-USABLE = 0.94
-"""Share of the rest that tensors may fill; the allocator loses some to fragments."""
 ENOUGH_ROWS = 4
 """Rows of a micro-batch from which more of them hardly make a GPU faster; checkpointing costs a third."""
-MOST_ROWS = 32
-PROBE = 256
-"""Tokens of the longer probe; the shorter has half of them."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """y = at_zero + slope * T."""
-
-    at_zero: float
-    slope: float
-
-    @classmethod
-    def through(cls, a: tuple[float, float], b: tuple[float, float]) -> Line:
-        slope = (b[1] - a[1]) / (b[0] - a[0])
-        return cls(a[1] - slope * a[0], slope)
-
-    def __call__(self, T: float) -> float:
-        return self.at_zero + self.slope * T
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One forward and backward pass: bytes above what is resident."""
-
-    T: int
-    M: int
-    saved: int
-    loss_peak: int
-    backward_peak: int
-    seconds: float
-
-    @property
-    def peak(self) -> int:
-        return max(self.loss_peak, self.backward_peak)
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Bytes above what is resident, as a function of a micro-batch's size."""
-
-    saved: Line
-    backward: Line
-    scores: float
-    """Bytes a supervised token that the loss keeps beside its workspace: J and vectors of length M."""
-    row_bytes: int
-    """One row of the loss workspace: V * bytes a logit."""
-    rows: int
-    """Rows of the workspace, unless fewer are supervised."""
-
-    def workspace(self, M: float) -> float:
-        return min(self.rows, M) * self.row_bytes
-
-    def peak(self, T: float, M: float) -> float:
-        return max(self.saved(T) + self.workspace(M) + self.scores * M, self.backward(T))
-
-    def with_chunk(self, chunk_bytes: int | None) -> Fit:
-        return self if chunk_bytes is None else replace(self, rows=max(1, chunk_bytes // self.row_bytes))
 
 
 def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
@@ -110,36 +43,33 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
 
     Returns plain values, bytes and seconds. Raises a RequestError like `train`; no file is written.
     """
-    from .loop import Trainer
-    from .plan import make_plan
-    from .ranks import Ranks
 
     prepare(recipe)
     if budget is not None and recipe.model.dtype == "auto" and not torch.cuda.is_available():
         recipe = recipe.override(["model.dtype=bfloat16"])  # what a GPU that is not here would take
     plan = make_plan(recipe)
-    trainer = Trainer(plan, Ranks(recipe))
-    device = trainer.ranks.device
-    fits = {on: measure(trainer, on) for on in (False, True)}
-    _checkpointing(trainer, trainer.checkpointing)
-    worst = longest_batch(trainer, trainer.layout.micro_batch_size)
-    real = run(trainer, worst)
+    learner = Learner(recipe, plan.objective, plan.renderer.pad_id, Ranks(recipe))
+    device = learner.ranks.device
+    fits = {on: measure(learner, plan.examples, on) for on in (False, True)}
+    set_checkpointing(learner, learner.checkpointing)
+    worst = longest_batch(learner, plan.examples, learner.layout.micro_batch_size)
+    real = probe(learner, worst)
     started = time.perf_counter()
-    trainer.update(0.0)
+    learner.update(0.0)
     update_seconds = time.perf_counter() - started
-    timed = run(trainer, worst, gauged=False)
-    trainer.optimizer.zero_grad()
-    resident = resident_bytes(trainer)
-    fit = fits[trainer.checkpointing]
-    available = budget or _memory_of_machine(device)
-    positions = _positions_a_step(trainer)
+    timed = probe(learner, worst, gauged=False)
+    learner.optimizer.zero_grad()
+    resident = resident_bytes(learner)
+    fit = fits[learner.checkpointing]
+    available = budget or memory_of_machine(device)
+    positions = _positions_per_step(learner, plan)
     a_step = timed.seconds / worst.positions * positions + update_seconds
     return {
-        "device": trainer.hardware.name,
+        "device": learner.hardware.name,
         "counted": "CUDA allocator" if device.type == "cuda" else "live tensors",
-        "dtype": str(trainer.hardware.dtype).removeprefix("torch."),
-        "micro_batch_size": trainer.layout.micro_batch_size,
-        "gradient_checkpointing": trainer.checkpointing,
+        "dtype": str(learner.hardware.dtype).removeprefix("torch."),
+        "micro_batch_size": learner.layout.micro_batch_size,
+        "gradient_checkpointing": learner.checkpointing,
         "longest_micro_batch": list(worst.input_ids_BL.shape),
         "bytes": resident
         | {"activations": real.saved, "loss_workspace": int(fit.workspace(real.M))}
@@ -151,28 +81,29 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
         "seconds_a_step": a_step,
         "steps": plan.steps,
         "seconds_in_all": a_step * plan.steps,
-        "proposal": propose(fits, sum(resident.values()), usable(available, device, budget), real, trainer),
+        "proposal": propose(
+            fits,
+            sum(resident.values()),
+            usable(available, device, budget),
+            real,
+            learner.layout.micro_batch_size,
+            recipe.train.batch_size,
+        ),
         "fit": {"checkpointing" if on else "plain": asdict(fits[on]) for on in fits},
     }
 
 
-def usable(memory: int, device: torch.device, budget: int | None) -> float:
-    """Bytes that tensors may take of a device's memory."""
-    on_gpu = device.type == "cuda" or budget is not None
-    return (memory - CONTEXT) * USABLE if on_gpu else memory * USABLE
-
-
 def propose(
-    fits: dict[bool, Fit], resident: int, limit: float, worst: Pass, trainer: Trainer
+    fits: dict[bool, MemoryFit], resident: int, limit: float, worst: ProbePass, rows: int, batch_size: int
 ) -> dict[str, Any] | None:
     """The fastest setting that keeps the longest micro-batch within `limit` bytes; None when nothing does.
 
-    First without checkpointing, if that leaves room for four rows; else with it, as many rows as fit; a
-    smaller loss chunk only where one row would not fit otherwise.
+    `worst` is that micro-batch, of `rows` examples; a step has `batch_size` of them. First without
+    checkpointing, if that leaves room for four rows; else with it, as many rows as fit; a smaller loss chunk
+    only where one row would not fit otherwise.
     """
-    rows = trainer.layout.micro_batch_size
     T, M = worst.T / rows, worst.M / rows
-    most = min(MOST_ROWS, trainer.recipe.train.batch_size)
+    most = min(MOST_ROWS, batch_size)
     enough = min(ENOUGH_ROWS, most)
     whole = fits[True].rows * fits[True].row_bytes
     for checkpointing, least, chunk in (
@@ -194,158 +125,16 @@ def propose(
     return None
 
 
-def auto_micro_batch(trainer: Trainer) -> int:
-    """Rows that fit this GPU, for `micro_batch_size: auto` on CUDA."""
-    fit = measure(trainer, trainer.checkpointing)
-    worst = longest_batch(trainer, 1)
-    resident = sum(resident_bytes(trainer).values())
-    limit = usable(_memory_of_machine(trainer.ranks.device), trainer.ranks.device, None)
-    most = min(MOST_ROWS, trainer.recipe.train.batch_size)
-    T, M = worst.positions, worst.supervised
-    return max([m for m in range(1, most + 1) if resident + fit.peak(m * T, m * M) <= limit], default=1)
-
-
-def measure(trainer: Trainer, checkpointing: bool) -> Fit:
-    """Two passes of one short row each, after one that makes the gradients."""
-    random = random_state(trainer.ranks.device)
-    _checkpointing(trainer, checkpointing)
-    longest = max(trainer.plan.examples, key=lambda example: len(example.ids))
-    length = min(PROBE, len(longest.ids))
-    batches = [_batch(trainer, [_cut(longest, size)]) for size in (length // 2, length)]
-    run(trainer, batches[0], gauged=False)
-    short, long = (run(trainer, batch) for batch in batches)
-    trainer.optimizer.zero_grad()
-    set_random_state(random, trainer.ranks.device)
-    weight_VD = trainer.head.weight_VD
-    V, chunk = len(weight_VD), trainer.layout.chunk_bytes
-    fit = Fit(
-        saved=Line.through((short.T, short.saved), (long.T, long.saved)),
-        backward=Line.through((short.T, short.backward_peak), (long.T, long.backward_peak)),
-        scores=0.0,
-        row_bytes=V * weight_VD.element_size(),
-        rows=chunk_rows(weight_VD, V, 2**30, chunk),
-    )
-    return replace(fit, scores=max(0.0, long.loss_peak - long.saved - fit.workspace(long.M)) / max(1, long.M))
-
-
-def run(trainer: Trainer, batch: Batch, gauged: bool = True) -> Pass:
-    """One forward and backward pass of the trainer's own code, with its peaks."""
-    device = trainer.ranks.device
-    saved = 0
-    with _gauge(device) if gauged else nullcontext(_Nothing()) as memory:
-        memory.reset()
-        before = memory.now()
-
-        def forward_is_done(*_):
-            nonlocal saved
-            saved = memory.now() - before
-
-        hook = bare(trainer.model).get_decoder().register_forward_hook(forward_is_done)
-        started = time.perf_counter()
-        try:
-            loss = trainer.score(batch, Sums(device))
-            loss_peak = memory.peak() - before
-            memory.reset()
-            trainer.accelerator.backward(loss / max(1, batch.supervised))
-            backward_peak = memory.peak() - before
-        finally:
-            hook.remove()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - started
-    return Pass(batch.positions, batch.supervised, saved, loss_peak, backward_peak, seconds)
-
-
-class _Nothing:
-    """A gauge for passes that are only timed."""
-
-    def now(self) -> int:
-        return 0
-
-    peak = reset = now
-
-
-@contextmanager
-def _gauge(device: torch.device) -> Iterator[Memory]:
-    if device.type == "cuda":
-        yield DeviceMemory(device)
-        return
-    with LiveTensors() as memory:
-        yield memory
-
-
-def resident_bytes(trainer: Trainer) -> dict[str, int]:
-    """What stays from step to step. Before the first update the optimizer's part is its size to come."""
-    trainable = set(trainer.trainable)
-    adapter = sum(parameter.nbytes for parameter in trainable)
-    states = [v for s in trainer.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-    bits8 = trainer.recipe.train.optimizer != "adamw"
-    return {
-        "weights": _weight_bytes(trainer.adapter_model) - adapter,
-        "adapter": adapter,
-        "gradients": adapter,
-        "optimizer": sum(state.nbytes for state in states) or (adapter // 2 if bits8 else 2 * adapter),
-    }
-
-
-def _weight_bytes(model: Any) -> int:
-    """Storages of parameters, buffers and 4-bit statistics, each once (tied weights are one)."""
-    storages = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        for part in (tensor, *_tensors_of(getattr(tensor, "quant_state", None))):
-            storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
-    return sum(storages.values())
-
-
-def _tensors_of(state: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a bitsandbytes quantisation state and of the state nested in it."""
-    for value in vars(state).values() if state is not None else ():
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif hasattr(value, "absmax"):
-            yield from _tensors_of(value)
-
-
-def longest_batch(trainer: Trainer, rows: int) -> Batch:
-    """The micro-batch of most positions that the run can meet: its longest examples, together."""
-    longest = sorted(trainer.plan.examples, key=lambda example: len(example.ids), reverse=True)
-    size = trainer.recipe.train.batch_size
-    batches = trainer.arrange(longest[:size], rows, trainer.plan.renderer.pad_id)
-    return max(batches, key=lambda batch: batch.positions)
-
-
-def _positions_a_step(trainer: Trainer, steps: int = 4) -> float:
+def _positions_per_step(learner: Learner, plan: Plan, steps: int = 4) -> float:
     """Tokens and padding of a mean step, from the first few."""
-    settings, examples = trainer.recipe.train, trainer.plan.examples
+    settings = plan.recipe.train
+    source = FixedGroups(ungrouped(plan.examples), settings.batch_size, settings.seed)
     total = 0
     for step in range(steps):
-        chosen = [examples[i] for i in step_examples(len(examples), settings.batch_size, settings.seed, step)]
-        mine = chosen[:: trainer.ranks.world]
-        batches = trainer.arrange(mine, trainer.layout.micro_batch_size, trainer.plan.renderer.pad_id)
+        mine = source.groups(step)[:: learner.ranks.world]
+        batches = learner.arrange(mine, learner.layout.micro_batch_size, learner.pad_id)
         total += sum(batch.positions for batch in batches)
     return total / steps
-
-
-def _batch(trainer: Trainer, examples: Sequence[Example]) -> Batch:
-    return trainer.arrange(examples, len(examples), trainer.plan.renderer.pad_id)[0]
-
-
-def _cut(example: Example, length: int) -> Example:
-    return Example(example.id, example.ids[:length], min(example.prompt_length, length // 2))
-
-
-def _checkpointing(trainer: Trainer, on: bool) -> None:
-    core = bare(trainer.model)
-    if on:
-        core.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        core.gradient_checkpointing_disable()
-
-
-def _memory_of_machine(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def read_size(text: str) -> int:
@@ -362,7 +151,7 @@ def read_size(text: str) -> int:
         raise RequestError(f"--gpu-memory {text!r}: write it as 16GB") from None
 
 
-def table(found: dict[str, Any]) -> str:
+def preflight_table(found: dict[str, Any]) -> str:
     """The result for a person."""
     lines = [f"{name.replace('_', ' '):24} {size / MIB:10,.0f} MB" for name, size in found["bytes"].items()]
     lines += [

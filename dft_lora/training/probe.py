@@ -1,0 +1,244 @@
+"""What one pass costs in memory and time, measured on the learner itself, and how it grows with its size.
+
+A pass is at its worst when the loss has its workspace on top of all that the forward pass saved, or in the
+backward pass:
+
+    peak(T, M) = resident + max(saved(T) + workspace(M) + scores * M, backward(T))
+
+for T positions, M of them supervised; `saved` and `backward` are straight lines through two small passes, for
+no attention in use keeps an [L, L] matrix per head. On CUDA the allocator counts the bytes. On a CPU the live
+tensors are counted, which is what a GPU's allocator would see of the same dtypes: so a run can be fitted to a
+GPU that is not here.
+
+Legend: T positions of a micro-batch, M supervised ones, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..data.batches import Batch, ungrouped
+from ..data.templates import Example
+from ..loss import chunk_rows
+from ..model.head import bare
+from ..model.memory import MIB, DeviceMemory, LiveTensors, Memory
+from .checkpoints import random_state, set_random_state
+from .learner import Learner
+from .metrics import Sums
+
+CONTEXT = 600 * MIB
+"""What CUDA, cuBLAS and the driver hold beside tensors."""
+USABLE = 0.94
+"""Share of the rest that tensors may fill; the allocator loses some to fragments."""
+MOST_ROWS = 32
+PROBE = 256
+"""Tokens of the longer probe; the shorter has half of them."""
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """y = at_zero + slope * T."""
+
+    at_zero: float
+    slope: float
+
+    @classmethod
+    def through(cls, a: tuple[float, float], b: tuple[float, float]) -> LinearFit:
+        slope = (b[1] - a[1]) / (b[0] - a[0])
+        return cls(a[1] - slope * a[0], slope)
+
+    def __call__(self, T: float) -> float:
+        return self.at_zero + self.slope * T
+
+
+@dataclass(frozen=True)
+class ProbePass:
+    """One forward and backward pass: bytes above what is resident."""
+
+    T: int
+    M: int
+    saved: int
+    loss_peak: int
+    backward_peak: int
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        return max(self.loss_peak, self.backward_peak)
+
+
+@dataclass(frozen=True)
+class MemoryFit:
+    """Bytes above what is resident, as a function of a micro-batch's size."""
+
+    saved: LinearFit
+    backward: LinearFit
+    scores: float
+    """Bytes a supervised token that the loss keeps beside its workspace: J and vectors of length M."""
+    row_bytes: int
+    """One row of the loss workspace: V * bytes a logit."""
+    rows: int
+    """Rows of the workspace, unless fewer are supervised."""
+
+    def workspace(self, M: float) -> float:
+        return min(self.rows, M) * self.row_bytes
+
+    def peak(self, T: float, M: float) -> float:
+        return max(self.saved(T) + self.workspace(M) + self.scores * M, self.backward(T))
+
+    def with_chunk(self, chunk_bytes: int | None) -> MemoryFit:
+        return self if chunk_bytes is None else replace(self, rows=max(1, chunk_bytes // self.row_bytes))
+
+
+def auto_micro_batch(learner: Learner, examples: Sequence[Example]) -> int:
+    """Rows that fit this GPU, for `micro_batch_size: auto` on CUDA."""
+    fit = measure(learner, examples, learner.checkpointing)
+    worst = longest_batch(learner, examples, 1)
+    resident = sum(resident_bytes(learner).values())
+    limit = usable(memory_of_machine(learner.ranks.device), learner.ranks.device, None)
+    most = min(MOST_ROWS, learner.recipe.train.batch_size)
+    T, M = worst.positions, worst.supervised
+    return max([m for m in range(1, most + 1) if resident + fit.peak(m * T, m * M) <= limit], default=1)
+
+
+def measure(learner: Learner, examples: Sequence[Example], checkpointing: bool) -> MemoryFit:
+    """Two passes of one short row each, after one that makes the gradients."""
+    random = random_state(learner.ranks.device)
+    set_checkpointing(learner, checkpointing)
+    longest = max(examples, key=lambda example: len(example.ids))
+    length = min(PROBE, len(longest.ids))
+    batches = [
+        learner.arrange(ungrouped([_cut(longest, size)]), 1, learner.pad_id)[0]
+        for size in (length // 2, length)
+    ]
+    probe(learner, batches[0], gauged=False)
+    short, long = (probe(learner, batch) for batch in batches)
+    learner.optimizer.zero_grad()
+    set_random_state(random, learner.ranks.device)
+    weight_VD = learner.head.weight_VD
+    V, chunk = len(weight_VD), learner.layout.chunk_bytes
+    fit = MemoryFit(
+        saved=LinearFit.through((short.T, short.saved), (long.T, long.saved)),
+        backward=LinearFit.through((short.T, short.backward_peak), (long.T, long.backward_peak)),
+        scores=0.0,
+        row_bytes=V * weight_VD.element_size(),
+        rows=chunk_rows(weight_VD, V, 2**30, chunk),
+    )
+    return replace(fit, scores=max(0.0, long.loss_peak - long.saved - fit.workspace(long.M)) / max(1, long.M))
+
+
+def probe(learner: Learner, batch: Batch, gauged: bool = True) -> ProbePass:
+    """One forward and backward pass of the learner's own code, with its peaks."""
+    device = learner.ranks.device
+    saved = 0
+    with _gauge(device) if gauged else nullcontext(_Nothing()) as memory:
+        memory.reset()
+        before = memory.now()
+
+        def forward_is_done(*_):
+            nonlocal saved
+            saved = memory.now() - before
+
+        hook = bare(learner.model).get_decoder().register_forward_hook(forward_is_done)
+        started = time.perf_counter()
+        try:
+            loss = learner.score(batch, Sums(device))
+            loss_peak = memory.peak() - before
+            memory.reset()
+            learner.accelerator.backward(loss / max(1, batch.supervised))
+            backward_peak = memory.peak() - before
+        finally:
+            hook.remove()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - started
+    return ProbePass(batch.positions, batch.supervised, saved, loss_peak, backward_peak, seconds)
+
+
+class _Nothing:
+    """A gauge for passes that are only timed."""
+
+    def now(self) -> int:
+        return 0
+
+    peak = reset = now
+
+
+@contextmanager
+def _gauge(device: torch.device) -> Iterator[Memory]:
+    if device.type == "cuda":
+        yield DeviceMemory(device)
+        return
+    with LiveTensors() as memory:
+        yield memory
+
+
+def resident_bytes(learner: Learner) -> dict[str, int]:
+    """What stays from step to step. Before the first update the optimizer's part is its size to come."""
+    trainable = set(learner.trainable)
+    adapter = sum(parameter.nbytes for parameter in trainable)
+    states = [v for s in learner.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    bits8 = learner.recipe.train.optimizer != "adamw"
+    return {
+        "weights": _weight_bytes(learner.adapter_model) - adapter,
+        "adapter": adapter,
+        "gradients": adapter,
+        "optimizer": sum(state.nbytes for state in states) or (adapter // 2 if bits8 else 2 * adapter),
+    }
+
+
+def _weight_bytes(model: Any) -> int:
+    """Storages of parameters, buffers and 4-bit statistics, each once (tied weights are one)."""
+    storages = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        for part in (tensor, *_tensors_of(getattr(tensor, "quant_state", None))):
+            storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def _tensors_of(state: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a bitsandbytes quantisation state and of the state nested in it."""
+    for value in vars(state).values() if state is not None else ():
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif hasattr(value, "absmax"):
+            yield from _tensors_of(value)
+
+
+def longest_batch(learner: Learner, examples: Sequence[Example], rows: int) -> Batch:
+    """The micro-batch of most positions that the run can meet: its longest examples, together."""
+    longest = sorted(examples, key=lambda example: len(example.ids), reverse=True)
+    size = learner.recipe.train.batch_size
+    batches = learner.arrange(ungrouped(longest[:size]), rows, learner.pad_id)
+    return max(batches, key=lambda batch: batch.positions)
+
+
+def usable(memory: int, device: torch.device, budget: int | None) -> float:
+    """Bytes that tensors may take of a device's memory."""
+    on_gpu = device.type == "cuda" or budget is not None
+    return (memory - CONTEXT) * USABLE if on_gpu else memory * USABLE
+
+
+def _cut(example: Example, length: int) -> Example:
+    return Example(example.id, example.ids[:length], min(example.prompt_length, length // 2))
+
+
+def set_checkpointing(learner: Learner, on: bool) -> None:
+    core = bare(learner.model)
+    if on:
+        core.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        core.gradient_checkpointing_disable()
+
+
+def memory_of_machine(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

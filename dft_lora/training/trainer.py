@@ -1,0 +1,164 @@
+"""Where a run stands: its plan, the learner, and what a checkpoint must hold to resume bit-exactly."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ..data.batches import examples_of, ungrouped
+from ..errors import RunError
+from ..model.hardware import peak_memory_mb
+from ..model.sharding import held_mb
+from ..runs.provenance import certificate
+from .checkpoints import Checkpoints, State, random_state, set_random_state
+from .faults import Layout, Skips
+from .learner import Learner
+from .metrics import finite
+from .optimizer import schedule
+from .plan import Plan
+from .ranks import Ranks
+from .steps import FixedGroups, StepSource
+
+
+class Trainer:
+    """A plan, a source of steps and a learner, after `done` steps."""
+
+    def __init__(self, plan: Plan, ranks: Ranks, source: StepSource | None = None):
+        self.plan, self.recipe, self.ranks = plan, plan.recipe, ranks
+        settings = plan.recipe.train
+        self.source = source or FixedGroups(ungrouped(plan.examples), settings.batch_size, settings.seed)
+        self.learner = Learner(plan.recipe, plan.objective, plan.renderer.pad_id, ranks)
+        self.skips = Skips()
+        self.done, self.seconds = 0, 0.0
+
+    def step(self, step: int) -> dict[str, Any]:
+        """Run optimizer step `step` (from 0); returns its line of `metrics.jsonl`."""
+        started = time.perf_counter()
+        settings, plan = self.recipe.train, self.plan
+        groups = self.source.groups(step)
+        chosen, divisor = examples_of(groups), self.learner.divisor(groups)
+        supervised = sum(example.supervised for example in chosen)
+        learning_rate = settings.learning_rate * schedule(
+            step, plan.steps, settings.warmup, settings.schedule
+        )
+        for group in self.learner.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        sums, suspects = self.learner.accumulate(groups, divisor, step + 1)
+        grad_norm, changed, sound = self.learner.update(sums.loss)
+        self.done, seconds = step + 1, time.perf_counter() - started
+        self.seconds += seconds
+        ids = suspects or [example.id for example in chosen]
+        self.skips.note(sound, self.done, dtype_name(self.learner.hardware.dtype), ids)
+        scored = max(1, sums.scored)
+        skip = {"skipped_rows": int(sums.skipped_rows), "skip_bound": sums.skip_bound / divisor}
+        return {
+            "step": self.done,
+            "loss": finite(sums.loss / divisor),
+            "nll": finite(sums.nll / scored),
+            "mean_probability": finite(sums.probability / scored),
+            "entropy": finite(sums.entropy / scored),
+            "top1": finite(sums.top1 / scored),
+            "learning_rate": learning_rate,
+            "grad_norm": finite(grad_norm),
+            "skipped": not changed,
+            "tokens": int(sums.tokens),
+            "padding": 1 - sums.tokens / sums.positions,
+            "supervised_tokens": supervised,
+            "seconds": seconds,
+            "tokens_per_second": sums.tokens / seconds,
+            "peak_memory_mb": peak_memory_mb(self.ranks.device),
+            **(skip if settings.skip_rows else {}),
+        }
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Keep where the run stands. All ranks call it; the first one writes."""
+        random = self.ranks.stack(random_state(self.ranks.device))
+        if self.ranks.is_main:
+            progress = {
+                "layout": asdict(self.learner.layout),
+                "retreats": self.learner.retreats,
+                "skips": asdict(self.skips),
+                "loss_scale": self.ranks.scaler and self.ranks.scaler.state_dict(),
+                "seconds": self.seconds,
+            }
+            state = State(
+                self.done,
+                self.learner.adapter_weights(),
+                self.learner.optimizer.state_dict(),
+                random,
+                progress,
+            )
+            checkpoints.save(state, self.learner.adapter_config)
+        self.ranks.wait()
+
+    def restore(self, state: State) -> None:
+        """Stand where `state` was taken. Raises RunError when it is of another adapter."""
+        from peft import set_peft_model_state_dict
+
+        learner = self.learner
+        shapes = [
+            {name: w.shape for name, w in ws.items()} for ws in (state.adapter, learner.adapter_weights())
+        ]
+        if shapes[0] != shapes[1]:
+            raise RunError(
+                f"the checkpoint of step {state.step} holds other adapter weights than this run has"
+            )
+        set_peft_model_state_dict(learner.adapter_model, state.adapter)
+        learner.optimizer.load_state_dict(state.optimizer)
+        set_random_state(state.random[self.ranks.rank], self.ranks.device)
+        progress = state.progress
+        learner.layout, learner.retreats = Layout(**progress["layout"]), progress["retreats"]
+        self.skips = Skips(**progress["skips"])
+        if progress["loss_scale"]:
+            self.ranks.scaler.load_state_dict(progress["loss_scale"])
+        self.done, self.seconds = state.step, progress["seconds"]
+
+    def metadata(self) -> dict[str, Any]:
+        """What `run.json` records before the first step."""
+        plan = self.plan
+        return {
+            "recipe": self.recipe.as_dict(),
+            "template": plan.renderer.template.name,
+            "template_hash": plan.renderer.fingerprint,
+            "data_hash": plan.data_hash,
+            "data": plan.counts,
+            "findings": [asdict(finding) | {"rows": finding.rows[:100]} for finding in plan.findings],
+            "steps": plan.steps,
+            "gradient_checkpointing": self.learner.checkpointing,
+            "arrangement": getattr(self.learner.arrange, "__name__", repr(self.learner.arrange)),
+            "trainable_parameters": sum(parameter.numel() for parameter in self.learner.trainable),
+            "frozen_mb": held_mb(self.learner.adapter_model),
+        }
+
+    def progress(self) -> dict[str, Any]:
+        """What `run.json` records at every checkpoint: the settings that worked, and what did not."""
+        return {
+            "micro_batch_size": self.learner.layout.micro_batch_size,
+            "loss_chunk_bytes": self.learner.layout.chunk_bytes,
+            "retreats": self.learner.retreats,
+            "skipped_steps": self.skips.total,
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        return certificate(
+            device=self.learner.hardware.name,
+            dtype=dtype_name(self.learner.hardware.dtype),
+            processes=self.ranks.world,
+            seed=self.recipe.train.seed,
+        )
+
+    def progress_bar(self) -> Any:
+        from tqdm import tqdm
+
+        name, done = self.recipe.output_dir.name, self.done
+        return tqdm(
+            total=self.plan.steps, initial=done, desc=name, unit="step", disable=not self.ranks.is_main
+        )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
