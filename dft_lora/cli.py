@@ -162,7 +162,10 @@ def compare(run_dirs, out, llm_comparator, as_json) -> None:
     "--out", type=click.Path(path_type=Path), help="Where the runs and the result go; default: runs/NAME."
 )
 @click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of training, separated by commas.")
-def experiment(name: str, out: Path | None, seeds: str) -> None:
+@click.option(
+    "--only", multiple=True, metavar="PART", help="Renew only this part of OUT's result; repeat for more."
+)
+def experiment(name: str, out: Path | None, seeds: str, only: tuple[str, ...]) -> None:
     """Run a whole experiment, from training to verdicts. Run it again to continue where it was stopped.
 
     Example: dft-lora experiment findings
@@ -172,7 +175,7 @@ def experiment(name: str, out: Path | None, seeds: str) -> None:
         raise RequestError(f"--seeds {seeds!r}: write different whole numbers, such as 0,1,2")
     from .experiments import run_experiment
 
-    for line in run_experiment(name, out or Path("runs", name), [int(number) for number in numbers]):
+    for line in run_experiment(name, out or Path("runs", name), [int(n) for n in numbers], only):
         click.echo(line)
 
 

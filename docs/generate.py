@@ -149,7 +149,7 @@ def findings() -> str:
     rates = ", ".join(f"{name} {rate:g}" for name, rate in settings["rates"].items())
     tried = ", ".join(f"{rate:g}" for rate in settings["rates_tried"])
     temperatures = ", ".join(f"{t:.2f}" for t in named["sharpening"]["temperatures"])
-    birth, own = result["provenance"], settings["own_samples"]
+    birth, own = result["provenance"], named["own-samples"]["samples"]
     advice = "; ".join(
         f"{name}, mean probability {found['mean_probability']:.2f}, favours {found['favours']}"
         for name, found in said.items()

@@ -7,9 +7,9 @@ from importlib import import_module
 from pathlib import Path
 
 NAMES = ("findings",)
-"""Modules of this package with `run(out, seeds)`, which yields the lines that a person reads at the end."""
+"""Modules of this package with `run(out, seeds, only)`, which yields the lines that a person reads."""
 
 
-def run_experiment(name: str, out: Path, seeds: Sequence[int]) -> Iterator[str]:
-    """Run one of NAMES below `out`; what is already there is used again."""
-    return import_module(f".{name}", __name__).run(out, seeds)
+def run_experiment(name: str, out: Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[str]:
+    """Run one of NAMES below `out`, or `only` the named parts of it; what is already there is used again."""
+    return import_module(f".{name}", __name__).run(out, seeds, only)
