@@ -1,0 +1,119 @@
+"""Draw the README's charts from recorded results: `python docs/charts.py`.
+
+accuracy.png    the demo: base, SFT and DFT after each training set (docs/results/demo-*.json)
+loss.png        the loss engine against its peers (dft_lora/bench/results/loss-cpu-prescribed-bfloat16.json)
+step.png        a training step against TRL's (dft_lora/bench/results/train-peers-bfloat16.json)
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+DOCS = Path(__file__).resolve().parent
+CHARTS, RESULTS, BENCH = DOCS / "charts", DOCS / "results", DOCS.parent / "dft_lora" / "bench" / "results"
+SETS = {"train": "8 % wrong steps", "train-clean": "no wrong steps"}
+COLOURS = {"base": "#6b7280", "sft": "#2563eb", "dft": "#d97706"}
+OURS, PEER = "#d97706", "#9ca3af"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def save(figure: Any, name: str) -> None:
+    CHARTS.mkdir(exist_ok=True)
+    figure.savefig(
+        CHARTS / name, dpi=150, bbox_inches="tight", facecolor="white", metadata={"Software": None}
+    )
+    plt.close(figure)
+
+
+def accuracy() -> None:
+    """Sampled accuracy as bars (mean of seeds; the line spans them), greedy as diamonds."""
+    reports = [read(path) for path in sorted(RESULTS.glob("demo-*.json"))]
+    tasks = list(reports[0]["runs"]["base"]["tasks"])
+    figure, axes = plt.subplots(1, len(tasks), figsize=(9, 3.2), sharey=True, layout="constrained")
+    for axis, task in zip(axes, tasks, strict=True):
+        places, labels = [], []
+        for s, (split, name) in enumerate(SETS.items()):
+            recorded = [r for r in reports if r["runs"]["dft"]["data"]["split"] == split]
+            for i, run in enumerate(COLOURS):
+                results = [r["runs"][run]["tasks"][task] for r in recorded]
+                sampled = [100 * result["avg"] for result in results]
+                x = s * 4 + i
+                axis.bar(x, np.mean(sampled), color=COLOURS[run], width=0.8, label=run if not s else None)
+                axis.plot([x, x], [min(sampled), max(sampled)], color="black", lw=1.2)
+                greedy = np.mean([100 * result["greedy"] for result in results])
+                axis.plot(x, greedy, "D", color="white", markeredgecolor="black", markersize=6)
+            places.append(s * 4 + 1)
+            labels.append(f"trained on\n{name}")
+        axis.set_xticks(places, labels)
+        axis.set_title(task, fontsize=11)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.2)
+    axes[0].set_ylabel("percent correct")
+    axes[0].legend(frameon=False, ncols=3, fontsize=9, loc="upper center")
+    axes[0].set_ylim(0, 95)
+    axes[1].plot([], [], "D", color="white", markeredgecolor="black", label="greedy")
+    axes[1].bar([0], [0], color="#d1d5db", label="sampled at T = 1; the line spans the seeds")
+    axes[1].legend(frameon=False, fontsize=9, loc="upper right")
+    save(figure, "accuracy.png")
+
+
+def loss() -> None:
+    """Time over two bare GEMMs, with peak memory beside each bar."""
+    result = read(BENCH / "loss-cpu-prescribed-bfloat16.json")
+    rows = [(name, row) for name, row in result["variants"].items() if not row["missing"]]
+    rows.sort(key=lambda row: row[1]["ratio"])
+    figure, axis = plt.subplots(figsize=(9, 0.36 * len(rows) + 0.9), layout="constrained")
+    for y, (name, row) in enumerate(reversed(rows)):
+        colour = OURS if name.startswith("ours") else "#374151" if "bare" in name else PEER
+        axis.barh(y, row["ratio"], color=colour)
+        axis.text(
+            row["ratio"] * 1.05, y, f"{row['ratio']:.2f}x, {row['peak_mb']:,.0f} MiB", va="center", fontsize=8
+        )
+    axis.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)], fontsize=8)
+    axis.set_xscale("log")
+    axis.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
+    axis.minorticks_off()
+    axis.set_xlim(0.8, 200)
+    axis.set_xlabel("time of forward and backward pass over two bare GEMMs (log scale), peak memory")
+    axis.spines[["top", "right"]].set_visible(False)
+    save(figure, "loss.png")
+
+
+def step() -> None:
+    """Seconds and memory of one training step."""
+    result = read(BENCH / "train-peers-bfloat16.json")
+    rows = [(name, row) for name, row in result["variants"].items() if row["runs"]]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 0.5 * len(rows) + 0.9), sharey=True, layout="constrained")
+    for axis, key, title in zip(
+        axes, ("seconds", "above_loaded_mb"), ("seconds per step", "MB above the loaded model"), strict=True
+    ):
+        for y, (name, row) in enumerate(reversed(rows)):
+            axis.barh(y, row[key], color=OURS if name == "ours" else PEER)
+            axis.text(
+                row[key],
+                y,
+                f" {row[key]:,.2f}" if row[key] < 100 else f" {row[key]:,.0f}",
+                va="center",
+                fontsize=8,
+            )
+        axis.set_title(title, fontsize=10)
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(rows)), [name for name, _ in reversed(rows)], fontsize=8)
+    save(figure, "step.png")
+
+
+if __name__ == "__main__":
+    for draw in (accuracy, loss, step):
+        draw()
