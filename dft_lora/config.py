@@ -56,7 +56,7 @@ class DataConfig(Part):
     completion: str = "solution"
     answer: str | None = None
     """The column of reference answers; null: `answer`, where the rows have it. The model's own samples are
-    judged by it. A row that has one is trained on as it stands, even where its completion ends in `#### 42`."""
+    judged by it. A row that has one is used as it stands, even if its completion ends in `#### 42`."""
     template: str = "auto"
     sample: int | None = Field(None, ge=1)
     """Rows drawn at random (with train.seed) instead of all."""
