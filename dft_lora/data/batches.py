@@ -1,12 +1,12 @@
 """From rendered examples to padded batches, in an order that a seed fixes.
 
-Legend: B rows of a micro-batch, L its longest row.
+Legend: B rows of a micro-batch, L its longest row, E its examples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -31,6 +31,8 @@ class Batch:
     ids: tuple[str, ...]
     positions_BL: torch.Tensor | None = None
     """Position of each token in its example, where a row holds several (`packing.py`)."""
+    signals: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """The examples' signals by name, one value for each of `ids` [E]."""
 
     @property
     def supervised(self) -> int:
@@ -53,6 +55,11 @@ class Batch:
             return torch.arange(len(self.input_ids_BL))[:, None].expand_as(self.input_ids_BL)
         begins_BL = (self.positions_BL == 0) & (self.attention_mask_BL == 1)
         return begins_BL.flatten().cumsum(0).view_as(begins_BL) - 1
+
+    def signals_N(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The signals at every position that has a prediction, [B * (L - 1)] in the order of the rows."""
+        examples_N = self.examples_BL[:, 1:].flatten()
+        return {name: values_E[examples_N].to(device) for name, values_E in self.signals.items()}
 
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Keyword arguments for the model's forward.
@@ -78,7 +85,15 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         input_ids_BL[row, :length] = ids
         mask_BL[row, :length] = 1
         labels_BL[row, example.prompt_length : length] = ids[example.prompt_length :]
-    return Batch(input_ids_BL, mask_BL, labels_BL, tuple(example.id for example in examples))
+    names = tuple(example.id for example in examples)
+    return Batch(input_ids_BL, mask_BL, labels_BL, names, signals=signals_of(examples))
+
+
+def signals_of(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """The signals of examples that all carry the same ones, name -> [E]."""
+    return {
+        name: torch.tensor([example.signals[name] for example in examples]) for name in examples[0].signals
+    }
 
 
 def rounded(length: int) -> int:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .batches import IGNORE, Batch, by_length, collate, rounded
+from .batches import IGNORE, Batch, by_length, collate, rounded, signals_of
 from .templates import Example
 
 Arrange = Callable[[Sequence[Example], int, int], list[Batch]]
@@ -122,5 +122,6 @@ def collate_packed(rows: Sequence[Sequence[Example]], pad_id: int, padded: bool 
             start = end
         mask_BL[b, :start] = 1
         positions_BL[b, start:] = torch.arange(longest - start)  # padding is one more example, of its own
-    names = tuple(example.id for row in rows for example in row)
-    return Batch(input_ids_BL, mask_BL, labels_BL, names, positions_BL)
+    examples = [example for row in rows for example in row]
+    names = tuple(example.id for example in examples)
+    return Batch(input_ids_BL, mask_BL, labels_BL, names, positions_BL, signals_of(examples))

@@ -15,7 +15,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -46,7 +46,7 @@ from .faults import (
     out_of_memory_text,
     ran_out_of_memory,
 )
-from .figures import Sums, Totals, finite
+from .figures import ExampleNll, Sums, Totals, finite
 from .identity import identity, refuse_differences
 from .optimizer import make_optimizer, schedule
 from .plan import Plan, make_plan
@@ -232,33 +232,68 @@ class Trainer:
         }
 
     def accumulate(self, chosen: Sequence[Example], supervised: int) -> tuple[Totals, list[str]]:
-        """Gradients of the whole step, added up over micro-batches and ranks; totals and suspect examples.
+        """Gradients of the whole step, added up over micro-batches and ranks; totals and suspect examples."""
+        device, mine = self.ranks.device, self.with_signals(chosen)[self.ranks.rank :: self.ranks.world]
 
-        Where one rank runs out of memory all of them do the step again in smaller pieces.
+        def work(batch: Batch, sums: Sums) -> None:
+            with self.apart():
+                loss = self.score(batch, sums)
+                self.accelerator.backward(loss / max(1, supervised))
+
+        sums, values = self.in_pieces(mine, work, lambda: Sums(device))
+        self.ranks.sum_gradients(self.trainable)
+        return Totals(*values), sums.suspects()
+
+    def with_signals(self, chosen: Sequence[Example]) -> Sequence[Example]:
+        """The step's examples with the signals that its objective makes from all of them, over all ranks.
+
+        Costs a forward pass over the step, without gradients and without dropout.
         """
-        mine, random = chosen[self.ranks.rank :: self.ranks.world], random_state(self.ranks.device)
-        while True:
-            batches = self.arrange(mine, self.layout.micro_batch_size, self.plan.renderer.pad_id)
-            sums = Sums(self.ranks.device)
+        make, ranks = self.plan.objective.step_signals, self.ranks
+        if make is None:
+            return chosen
+        ids, mine = [example.id for example in chosen], chosen[ranks.rank :: ranks.world]
+        _, nll = self.in_pieces(
+            mine, self.look, lambda: ExampleNll(ids, ranks.device, ranks.rank, ranks.world)
+        )
+        signals = {name: values_E.tolist() for name, values_E in make(torch.tensor(nll)).items()}
+        return [
+            replace(example, signals={name: values[i] for name, values in signals.items()})
+            for i, example in enumerate(chosen)
+        ]
 
-            def run(batches=batches, sums=sums) -> None:
+    def in_pieces(
+        self,
+        examples: Sequence[Example],
+        work: Callable[[Batch, Any], None],
+        begin: Callable[[], Any],
+    ) -> tuple[Any, list[float]]:
+        """Do `work(batch, found)` on all micro-batches of this rank's examples, where `found` is `begin()`.
+
+        Returns `found`, and its `values` added up over ranks. Where one rank runs out of memory all of them
+        begin again in smaller pieces.
+        """
+        random = random_state(self.ranks.device)
+        while True:
+            batches = self.arrange(examples, self.layout.micro_batch_size, self.plan.renderer.pad_id)
+            found, passed = begin(), []
+
+            def run(batches=batches, found=found, passed=passed) -> None:
                 for batch in batches:
-                    with self.apart():
-                        loss = self.score(batch, sums)
-                        self.accelerator.backward(loss / max(1, supervised))
+                    work(batch, found)
+                    passed.append(batch)
 
             failed = ran_out_of_memory(run)
             if failed and self.recipe.train.shard:  # the others wait for this one's part of a layer
-                raise RunError(self.out_of_memory(batches, passed=len(sums.parts)))
+                raise RunError(self.out_of_memory(batches, len(passed)))
             *values, failures = self.ranks.sum(
-                torch.cat([sums.values, sums.values.new_tensor([failed])])
+                torch.cat([found.values, found.values.new_tensor([failed])])
             ).tolist()
             if not failures:
-                self.ranks.sum_gradients(self.trainable)
-                return Totals(*values), sums.suspects()
+                return found, values
             self.optimizer.zero_grad()
             set_random_state(random, self.ranks.device)
-            self.retreat(batches, passed=len(sums.parts))
+            self.retreat(batches, len(passed))
 
     def retreat(self, batches: Sequence[Batch], passed: int) -> None:
         """Cut the step into smaller pieces. Raises RunError when that was done often enough, or cannot be."""
@@ -297,28 +332,16 @@ class Trainer:
 
     def score(self, batch: Batch, sums: Sums) -> torch.Tensor:
         """The objective's sum over a micro-batch, connected to the graph; adds its figures to `sums`."""
-        objective, device = self.plan.objective, self.ranks.device
-        targets_BL = batch.labels_BL[:, 1:].to(device)
-
-        def scores_of(model: Any, **more: Any) -> TokenScores:
-            h_BLD = self.hidden_states(model, **batch.inputs(device))[:, :-1]
-            return token_logps(
-                h_BLD.flatten(0, 1).to(self.head.weight_VD.dtype),
-                targets=targets_BL.flatten(),
-                **self.head.arguments(),
-                chunk_bytes=self.layout.chunk_bytes,
-                check_values=False,  # `update` looks at the loss, once a step
-                **more,
-            )
-
+        objective = self.plan.objective
         reference = None
         if objective.needs & REFERENCE_NEEDS:  # the base itself: adapter off, no second model
             with torch.no_grad(), self.adapter_model.disable_adapter():
-                reference = scores_of(self.adapter_model, keep_jacobian=True)
-        scores = scores_of(
+                reference = self.token_scores(self.adapter_model, batch, keep_jacobian=True)
+        scores = self.token_scores(
             self.model,
+            batch,
             needs=objective.needs,
-            sequence=batch.examples_BL[:, 1:].to(device).flatten(),
+            signals=batch.signals_N(self.ranks.device),
             reference=reference,
             skip=self.recipe.train.skip_rows,
             token_weight=objective.token_weight if self.recipe.train.skip_rows else None,
@@ -326,6 +349,29 @@ class Trainer:
         loss = objective(scores)
         sums.add(loss, scores, batch)
         return loss
+
+    def look(self, batch: Batch, nll: ExampleNll) -> None:
+        """Add the mean NLL of a micro-batch's examples to `nll`, without gradients and without dropout."""
+        self.adapter_model.eval()
+        try:
+            with torch.no_grad(), self.apart():
+                nll.add(self.token_scores(self.adapter_model, batch), batch)
+        finally:
+            self.adapter_model.train()
+
+    def token_scores(self, model: Any, batch: Batch, **more: Any) -> TokenScores:
+        """The chunked loss engine on a forward pass of a micro-batch."""
+        device = self.ranks.device
+        h_BLD = self.hidden_states(model, **batch.inputs(device))[:, :-1]
+        return token_logps(
+            h_BLD.flatten(0, 1).to(self.head.weight_VD.dtype),
+            targets=batch.labels_BL[:, 1:].to(device).flatten(),
+            **self.head.arguments(),
+            sequence=batch.examples_BL[:, 1:].to(device).flatten(),
+            chunk_bytes=self.layout.chunk_bytes,
+            check_values=False,  # `update` looks at the loss, once a step
+            **more,
+        )
 
     def save(self, checkpoints: Checkpoints) -> None:
         """Keep where the run stands. All ranks call it; the first one writes."""

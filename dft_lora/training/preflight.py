@@ -34,7 +34,7 @@ from ..model.backends import prepare
 from ..model.head import bare
 from ..model.memory import MIB, DeviceMemory, LiveTensors, Memory
 from .checkpoints import random_state, set_random_state
-from .figures import Sums
+from .figures import ExampleNll, Sums
 
 if TYPE_CHECKING:
     from .loop import Trainer
@@ -243,6 +243,8 @@ def run(trainer: Trainer, batch: Batch, gauged: bool = True) -> Pass:
         hook = bare(trainer.model).get_decoder().register_forward_hook(forward_is_done)
         started = time.perf_counter()
         try:
+            if trainer.plan.objective.step_signals is not None:
+                trainer.look(batch, ExampleNll(batch.ids, device))
             loss = trainer.score(batch, Sums(device))
             loss_peak = memory.peak() - before
             memory.reset()
