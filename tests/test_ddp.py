@@ -46,10 +46,10 @@ def start_two(*arguments: str) -> list:
     return [start(*arguments, setup=partial(join, rank, port)) for rank in (0, 1)]
 
 
-def recipe(tmp_path, name: str, **train):
+def recipe(tmp_path, name: str, objective: str = "dft", **train):
     data = write_data(tmp_path / "rows.jsonl")
     adapter = {"r": 8, "dropout": 0.0, "target_modules": "all-linear"}
-    changes = {"train": PLAIN | train, "adapter": adapter}
+    changes = {"train": PLAIN | train, "adapter": adapter, "objective": {"name": objective}}
     return write_recipe(tmp_path / f"{name}.json", data, tmp_path / name, **changes)
 
 
@@ -57,11 +57,13 @@ def weights(path):
     return load_file(path / "adapter" / "adapter_model.safetensors")
 
 
-def test_two_processes_equal_one(tmp_path):
-    """Examples of different lengths: a mean of each process's means would be far off."""
-    code, log = run("train", str(recipe(tmp_path, "one")))
+@pytest.mark.parametrize("objective", ["dft", "cadft"])
+def test_two_processes_equal_one(tmp_path, objective):
+    """Examples of different lengths: a mean of each process's means would be far off, and so would cadft's
+    standard scores over each process's examples."""
+    code, log = run("train", str(recipe(tmp_path, "one", objective)))
     assert code == 0, log
-    ends = [finish(child) for child in start_two("train", str(recipe(tmp_path, "two")))]
+    ends = [finish(child) for child in start_two("train", str(recipe(tmp_path, "two", objective)))]
     assert [code for code, _ in ends] == [0, 0], ends
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, weight in one.items():

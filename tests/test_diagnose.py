@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from dft_lora.cli import main
 from dft_lora.config import load_recipe
+from dft_lora.data.templates import Renderer
 from dft_lora.errors import DataError
 from dft_lora.evaluation.diagnosis import advice, diagnose, effective, figures, text
 from dft_lora.evaluation.tokens import TokenTable
@@ -30,13 +31,36 @@ def test_opposite_data_gets_opposite_advice():
         assert sum(found["histogram"]) == found["tokens"]
         nlls = [row["nll"] for row in found["least_likely_examples"]]
         assert nlls == sorted(nlls, reverse=True) and nlls[-1] >= 0
-        assert found["data"]["examples"] >= found["examples"]
+        assert found["data"]["rows"] >= found["drawn"]["rows"] >= found["examples"]
         assert text(found).splitlines()[0] == found["verdict"]
 
 
 def test_the_same_seed_looks_at_the_same_examples():
     again = [diagnose(load_recipe("tiny_dft"), examples=4) for _ in range(2)]
     assert again[0]["mean_probability"] == again[1]["mean_probability"]
+
+
+def test_rows_are_drawn_before_they_are_tokenized(tmp_path, monkeypatch):
+    """Only the drawn rows are; one that is too long is replaced by another; both are told."""
+    rows = [{"problem": f"{i}+1?", "solution": "so " * (200 if i % 2 else 1)} for i in range(400)]
+    rows[8] = rows[6]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rendered, render = [], Renderer.render
+
+    def spy(self, problem):
+        rendered.append(problem.id)
+        return render(self, problem)
+
+    monkeypatch.setattr(Renderer, "render", spy)
+    found = diagnose(load_recipe("tiny_dft", [f"data.source={tmp_path / 'd.jsonl'}"]), examples=16)
+    assert len(rendered) == len(set(rendered)) == found["drawn"]["rows"] < 200
+    assert found["examples"] == found["drawn"]["examples"] == 16
+    assert found["drawn"]["over_long"] == len(rendered) - 16 > 0
+    assert (found["data"]["rows"], found["data"]["duplicates"]) == (400, 1)
+    said = text(found)
+    assert "all rows: rows 400" in said and f"drawn rows: rows {len(rendered)}" in said
+    assert "same tokens as an earlier row: kept: 1 of all rows" in said
+    assert f"left out: {found['drawn']['over_long']} of drawn rows" in said
 
 
 @pytest.mark.parametrize(("p", "favoured"), [(0.8, "dft"), (0.5, "either"), (0.1, "sft")])

@@ -166,17 +166,22 @@ ERRORS = [
 ]
 
 
+@pytest.mark.parametrize("objective", ["dft", "cadft"])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("where", ["forward", "loss", "backward"])
-def test_a_step_that_runs_out_of_memory_is_done_in_smaller_pieces(make_trainer, monkeypatch, where, error):
-    four_rows = ("train.micro_batch_size=4", "data.packing=false")
+def test_a_step_that_runs_out_of_memory_is_done_in_smaller_pieces(
+    make_trainer, monkeypatch, where, error, objective
+):
+    """cadft looks at its step first: it may run out of memory there, or later."""
+    four_rows = ("train.micro_batch_size=4", "data.packing=false", f"objective.name={objective}")
+    rounding = {"dft": 1e-6, "cadft": 1e-5}[objective]  # a standard score multiplies that of the NLLs
     calm, trainer = make_trainer(*four_rows), make_trainer(*four_rows)
     expected = [calm.step(step) for step in range(2)]
     starve(trainer, monkeypatch, where, error)
     for step in range(2):
         line = trainer.step(step)
         for key in ("loss", "nll", "grad_norm", "tokens", "supervised_tokens", "skipped"):
-            assert line[key] == pytest.approx(expected[step][key], rel=1e-6), key
+            assert line[key] == pytest.approx(expected[step][key], rel=rounding), key
     assert (weights(trainer) - weights(calm)).norm() <= 1e-3 * weights(
         calm
     ).norm()  # 8-bit states round apart

@@ -10,7 +10,6 @@ from dft_lora.errors import RecipeError
 from dft_lora.loss import gradient_weights, naive_token_logps, objective, objective_names, token_logps
 
 OBJECTIVES = {name: objective(name) for name in objective_names()}
-BATCH_NORMALISED = {"cadft", "infosft"}
 
 
 def gradient(scores, leaves, wanted):
@@ -128,11 +127,23 @@ def test_every_other_pair_differs():
             assert (distance(slopes[a], slopes[b]) > 1e-3) != ((a, b) in twins), (a, b)
 
 
+def step_signals(wanted, case) -> dict[str, torch.Tensor]:
+    """As a training loop does: each example's mean NLL, a signal per example, its value at each token [N]."""
+    if wanted.step_signals is None:
+        return {}
+    scores, _ = case.score(naive_token_logps)
+    nll_E = torch.stack([-scores.logp[scores.sequence == s].mean() for s in case.sequence.unique()]).detach()
+    made = wanted.step_signals(nll_E)
+    assert made.keys() == wanted.signals
+    return {name: values_E[case.sequence] for name, values_E in made.items()}
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_accumulation_does_not_matter(name):
-    """Two halves, split between sequences, sum to the whole; batch-normalised ones are exempt by name."""
+    """Two halves, split between sequences, with the signals of the whole, sum to the whole without them."""
     wanted = OBJECTIVES[name]
     case = Case.make(24, 8, 40, "scale", "some").to(torch.float64)
+    signals = step_signals(wanted, case)
     whole = gradient(*case.score(token_logps, needs=wanted.needs), wanted)
     halves = []
     for rows in (slice(0, 8), slice(8, 24)):
@@ -140,9 +151,41 @@ def test_accumulation_does_not_matter(name):
         part = Case(
             (hidden[rows], *head, reference_hidden[rows]), case.targets[rows], case.sequence[rows], case.head
         )
-        halves.append(gradient(*part.score(token_logps, needs=wanted.needs), wanted))
-    assert wanted.uses_batch_statistics == (name in BATCH_NORMALISED)
-    assert (distance(torch.cat(halves), whole) < 1e-12) != (name in BATCH_NORMALISED)
+        theirs = {signal: values_N[rows] for signal, values_N in signals.items()}
+        halves.append(gradient(*part.score(token_logps, needs=wanted.needs, signals=theirs), wanted))
+    assert distance(torch.cat(halves), whole) < 1e-12
+
+
+def test_cadft_is_dft_with_less_of_the_examples_that_are_harder_than_the_step():
+    """Three examples of two tokens, by hand: only the one above the mean loses weight."""
+    p_ET = torch.tensor([[0.9, 0.8], [0.5, 0.6], [0.1, 0.05]], dtype=torch.float64)
+    nll_E = -p_ET.log().mean(1)
+    z_E = (nll_E - nll_E.mean()) / nll_E.std(correction=0)
+    expected_ET = p_ET * torch.where(z_E > 0, (-z_E).exp(), 1.0)[:, None]
+    assert (z_E > 0).tolist() == [False, False, True]
+    wanted = objective("cadft")
+    assert distance(wanted.step_signals(nll_E)["difficulty"], z_E) < 1e-12
+    weight = torch.zeros(2, 1, dtype=torch.float64)
+    scores = token_logps(torch.zeros(6, 1, dtype=torch.float64), weight, torch.zeros(6, dtype=torch.int64))
+    scores = scores.replace(logp=p_ET.log().flatten(), sequence=torch.arange(3).repeat_interleave(2))
+    assert distance(gradient_weights(wanted, scores), expected_ET.flatten()) < 1e-12
+    scores = scores.replace(signals={"difficulty": z_E.repeat_interleave(2)}, sequence=None)
+    assert distance(gradient_weights(wanted, scores), expected_ET.flatten()) < 1e-12
+
+
+def test_cadft_of_equally_hard_examples_is_dft():
+    """The last bit of a mean decides nothing: a step of copies, rounded apart, has no hard examples."""
+    nll_E = torch.full((4,), 1.3) + torch.tensor([0.0, 1.2e-7, -1.2e-7, 2.4e-7])
+    assert objective("cadft").step_signals(nll_E)["difficulty"].abs().max() < 0.01
+    assert objective("cadft").step_signals(nll_E[:1])["difficulty"] == 0
+
+
+def test_infosft_weighs_a_token_by_its_own_probability():
+    """p * max(0, 1 - logit p / logit P), P = 0.93, whatever else is in the batch."""
+    p_M = torch.tensor([0.01, 0.3, 0.5, 0.8, 0.93, 0.99], dtype=torch.float64)
+    expected_M = p_M * (1 - torch.logit(p_M) / math.log(0.93 / 0.07)).clamp_min(0)
+    assert distance(objective("infosft").token_weight(p_M.log()), expected_M) < 1e-12
+    assert expected_M[2] == 0.5 and expected_M[-1] == 0
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -210,7 +253,8 @@ def test_any_function_of_the_scores():
         ({"name": "power", "a": math.nan}, "objective.a: must be a finite number"),
         ({"name": "threshold", "tau": 1.0}, "objective.tau: must lie between 0 and 1"),
         ({"name": "asft", "lam": -0.1}, "objective.lam: must be positive"),
-        ({"name": "infosft", "ceiling": 93}, "objective.ceiling: must lie between 0 and 1"),
+        ({"name": "infosft", "ceiling": 93}, "objective.ceiling: must lie between 0.5 and 1"),
+        ({"name": "infosft", "ceiling": 0.5}, "objective.ceiling: must lie between 0.5 and 1"),
         ({"name": "focal", "gamma": 0}, "objective.gamma: must be positive"),
         ({"name": "iw-sft", "low": 3, "high": 2}, "objective.high: must be larger than low = 3"),
         ({"name": "iw-sft-token", "low": -1}, "objective.low: must not be negative"),

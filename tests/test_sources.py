@@ -154,11 +154,69 @@ def test_sample_is_random_seeded_and_a_subset(tmp_path):
     assert len(draw[0]) == 10 and {p.question for p in draw[0]} <= {str(i) for i in range(100)}
 
 
+def test_messages_rows_are_counted_and_drawn_as_rows(tmp_path):
+    turns = [{"role": role, "content": role} for _ in range(5) for role in ("user", "assistant")]
+    source = write(tmp_path / "a.jsonl", [{"messages": turns}] * 4 + ["broken"] * 2)
+    with pytest.raises(DataError, match="2 of 6 rows"):  # of the 22 problems and rows they would be 9 %
+        load_problems(DataConfig(source=source, skip_bad_rows=0.2))
+    rows = load_problems(DataConfig(source=source, skip_bad_rows=0.4, sample=3))
+    assert (len(rows.problems), len(rows.bad), rows.total) == (15, 2, 5)
+    assert len({problem.id.partition(".")[0] for problem in rows.problems}) == 3
+
+
+IGNORED = {
+    "split of a file": ({"split": "test"}, "data.split 'test': a file has no splits"),
+    "subset of a file": ({"subset": "main"}, "data.subset 'main': a file has no subsets"),
+    "subset of a task": (
+        {"source": "gsm8k", "subset": "main"},
+        "data.subset 'main': the task 'gsm8k' has no subsets",
+    ),
+    "split that a task lacks": ({"source": "arithmetic", "split": "dev"}, "arithmetic has no split 'dev'"),
+}
+
+
+@pytest.mark.parametrize("kind", IGNORED)
+def test_a_field_that_would_be_ignored_is_refused_by_name(tmp_path, kind):
+    fields, said = IGNORED[kind]
+    source = write(tmp_path / "a.jsonl", [GOOD])
+    with pytest.raises(DataError) as error:
+        load_problems(DataConfig(**{"source": source, **fields}))
+    assert said in str(error.value)
+
+
+def parquet_bytes() -> bytes:
+    import io
+
+    import pyarrow
+    import pyarrow.parquet
+
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD] * 500), file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "middle"])
+def test_a_corrupt_parquet_is_one_line_with_the_file_and_the_reason(tmp_path, damage):
+    whole = parquet_bytes()
+    broken = {
+        "empty": b"",
+        "text": b"hello" * 10,
+        "cut": whole[: len(whole) // 2],
+        "middle": whole[:30] + b"\xff" * 60 + whole[90:],
+    }
+    path = tmp_path / "a.parquet"
+    path.write_bytes(broken[damage])
+    with pytest.raises(DataError) as error:
+        load_problems(DataConfig(source=str(path)))
+    assert "a.parquet: " in str(error.value) and "\n" not in str(error.value)
+
+
 BAD = {
     "missing column": ({"problem": "x", "solutoin": "y"}, "no column 'solution' (did you mean 'solutoin'?)"),
     "empty": (GOOD | {"solution": "  "}, "is empty"),
     "number": (GOOD | {"solution": 5}, "is int, not text"),
     "null": (GOOD | {"problem": None}, "is NoneType, not text"),
+    "deeply nested": ("[" * 100_000, "broken JSON"),
     "broken JSON": ('{"problem": "x", ', "broken JSON"),
     "array": ("[1, 2]", "not a list"),
     "lone surrogate": ('{"problem": "\\ud800", "solution": "x"}', "lone surrogate"),

@@ -49,7 +49,7 @@ def one_step(*changes):
     return kept, trainer.step(0)
 
 
-@pytest.mark.parametrize("name", ["sft", "dft", "asft", "iw-sft"])
+@pytest.mark.parametrize("name", ["sft", "dft", "asft", "iw-sft", "cadft", "infosft"])
 def test_micro_batches_of_any_size_give_the_same_step(name):
     change = f"objective.name={name}"
     whole, figures = one_step(change, "train.micro_batch_size=8")
@@ -59,6 +59,28 @@ def test_micro_batches_of_any_size_give_the_same_step(name):
             assert (parts[key] - gradient).norm() <= 1e-5 * gradient.norm(), key
         assert theirs["loss"] == pytest.approx(figures["loss"], rel=1e-6)
         assert theirs["supervised_tokens"] == figures["supervised_tokens"]
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_a_step_with_signals_does_not_depend_on_the_arrangement(packing):
+    """The signals find their tokens in packed and in padded rows; and the step is not DFT's."""
+    changes = ("objective.name=cadft", f"data.packing={packing}")
+    padded, _ = one_step(*changes[:1], "data.packing=false", "train.micro_batch_size=8")
+    dft, _ = one_step("train.micro_batch_size=8")
+    for size in (1, 3, 8):
+        parts, _ = one_step(*changes, f"train.micro_batch_size={size}")
+        for key, gradient in padded.items():
+            assert (parts[key] - gradient).norm() <= 1e-5 * gradient.norm(), key
+            assert (parts[key] - dft[key]).norm() > 1e-2 * gradient.norm(), key
+
+
+def test_a_second_look_at_the_step_draws_no_random_numbers():
+    """Scoring the step first leaves dropout and its random numbers as they are."""
+    (_, dft), (_, cadft) = (
+        one_step(f"objective.name={name}", "adapter.dropout=0.5", "train.micro_batch_size=4")
+        for name in ("dft", "cadft")
+    )
+    assert dft["nll"] == cadft["nll"] and dft["loss"] > cadft["loss"]
 
 
 @pytest.mark.parametrize("name", objective_names())

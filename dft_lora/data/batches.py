@@ -1,12 +1,12 @@
 """From rendered examples to padded batches, in an order that a seed fixes.
 
-Legend: B rows of a micro-batch, L its longest row.
+Legend: B rows of a micro-batch, L its longest row, E its examples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -34,6 +34,8 @@ class Batch:
     ids: tuple[str, ...]
     positions_BL: torch.Tensor | None = None
     """Position of each token in its example, where a row holds several (`packing.py`)."""
+    signals_BL: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """The examples' signals by name, at the tokens that are labels; 0 elsewhere."""
 
     @property
     def supervised(self) -> int:
@@ -57,6 +59,10 @@ class Batch:
         begins_BL = (self.positions_BL == 0) & (self.attention_mask_BL == 1)
         return begins_BL.flatten().cumsum(0).view_as(begins_BL) - 1
 
+    def signals_N(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The signals of every position that has a prediction, [B * (L - 1)] in the order of the rows."""
+        return {name: signal_BL[:, 1:].flatten().to(device) for name, signal_BL in self.signals_BL.items()}
+
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Keyword arguments for the model's forward.
 
@@ -76,12 +82,22 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     input_ids_BL = torch.full((len(examples), longest), pad_id)
     mask_BL = torch.zeros_like(input_ids_BL)
     labels_BL = torch.full_like(input_ids_BL, IGNORE)
+    signals_BL = {name: torch.zeros(labels_BL.shape) for name in examples[0].signals}
     for row, example in enumerate(examples):
         ids, length = torch.tensor(example.ids), len(example.ids)
         input_ids_BL[row, :length] = ids
         mask_BL[row, :length] = 1
         labels_BL[row, example.prompt_length : length] = ids[example.prompt_length :]
-    return Batch(input_ids_BL, mask_BL, labels_BL, tuple(example.id for example in examples))
+        write_signals(signals_BL, row, 0, example)
+    names = tuple(example.id for example in examples)
+    return Batch(input_ids_BL, mask_BL, labels_BL, names, signals_BL=signals_BL)
+
+
+def write_signals(signals_BL: Mapping[str, torch.Tensor], row: int, start: int, example: Example) -> None:
+    """Put the signals of an example that begins at column `start` where its labels are."""
+    labels = slice(start + max(1, example.prompt_length), start + len(example.ids))
+    for name, signal_BL in signals_BL.items():
+        signal_BL[row, labels] = torch.as_tensor(example.signals[name])
 
 
 def rounded(length: int) -> int:

@@ -8,8 +8,9 @@ model to stop in the middle.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import DataError
 from ..tasks import get_task
@@ -33,30 +34,25 @@ def usable(examples: Sequence[Example], limit: int) -> list[Example]:
     return [example for example in examples if len(example.ids) <= limit and example.supervised > 0]
 
 
-def examine(
-    rows: Rows, rendered: Sequence[Example], limit: int, tasks: Iterable[str]
-) -> tuple[dict[str, int], list[Finding]]:
-    """Counts of everything that was looked for, and a finding for each that is not zero.
+Found = tuple[dict[str, int], list[Finding]]
+"""Counts of everything that was looked for, and a finding for each that is not zero."""
+
+
+def examine(rows: Rows, rendered: Sequence[Example], limit: int, tasks: Iterable[str]) -> Found:
+    """`of_rows` and `of_examples` together, for the examples of all rows."""
+    (counts, findings), (more_counts, more_findings) = of_rows(rows, tasks), of_examples(rendered, limit)
+    return counts | more_counts, findings + more_findings
+
+
+def of_rows(rows: Rows, tasks: Iterable[str]) -> Found:
+    """What the texts show, of all rows.
 
     `tasks` are those the run will be evaluated on; a row whose question is one of theirs, up to case and
     white space, is an overlap. Raises RequestError for a task that does not exist.
     """
-    kept = usable(rendered, limit)
     noted = {
         "without_solution": ("no solution: left out", [p.id for p in rows.problems if p.solution is None]),
-        "over_long": (
-            f"longer than data.max_length {limit}: left out",
-            [example.id for example in rendered if len(example.ids) > limit],
-        ),
-        "prompts_that_fill_max_length": (
-            f"the prompt alone fills data.max_length {limit}: left out",
-            [example.id for example in rendered if example.prompt_length >= limit],
-        ),
-        "nothing_to_learn": (
-            "no token to learn: left out",
-            [example.id for example in rendered if example.supervised <= 0],
-        ),
-        "duplicates": ("same tokens as an earlier row: kept", _repeated(kept)),
+        "duplicates": ("same tokens as an earlier row: kept", _repeated(rows.problems)),
     }
     unchecked = []
     for task in tasks:
@@ -71,17 +67,42 @@ def examine(
     by_reason = defaultdict(list)
     for bad in rows.bad:
         by_reason[bad.reason].append(f"row-{bad.number}")
-    findings = [Finding(f"{reason}: skipped", tuple(names)) for reason, names in by_reason.items()]
-    findings += [Finding(what, tuple(names)) for what, names in noted.values() if names]
-    counts = {
-        "rows": rows.total,
-        "bad_rows": len(rows.bad),
-        **{name: len(names) for name, (_, names) in noted.items()},
+    skipped = [Finding(f"{reason}: skipped", tuple(names)) for reason, names in by_reason.items()]
+    counts, findings = _told(noted)
+    return {"rows": rows.total, "bad_rows": len(rows.bad), **counts}, skipped + findings + unchecked
+
+
+def of_examples(rendered: Sequence[Example], limit: int) -> Found:
+    """What the tokens show, of the rows that were rendered."""
+    counts, findings = _told(
+        {
+            "over_long": (
+                f"longer than data.max_length {limit}: left out",
+                [example.id for example in rendered if len(example.ids) > limit],
+            ),
+            "prompts_that_fill_max_length": (
+                f"the prompt alone fills data.max_length {limit}: left out",
+                [example.id for example in rendered if example.prompt_length >= limit],
+            ),
+            "nothing_to_learn": (
+                "no token to learn: left out",
+                [example.id for example in rendered if example.supervised <= 0],
+            ),
+        }
+    )
+    kept = usable(rendered, limit)
+    totals = {
         "examples": len(kept),
         "tokens": sum(len(example.ids) for example in kept),
         "supervised_tokens": sum(example.supervised for example in kept),
     }
-    return counts, findings + unchecked
+    return counts | totals, findings
+
+
+def _told(noted: Mapping[str, tuple[str, list[str]]]) -> Found:
+    """name -> (sentence, row names), as counts and findings."""
+    counts = {name: len(names) for name, (_, names) in noted.items()}
+    return counts, [Finding(what, tuple(names)) for what, names in noted.values() if names]
 
 
 def table(findings: Sequence[Finding]) -> str:
@@ -93,9 +114,18 @@ def table(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def _repeated(examples: Sequence[Example]) -> list[str]:
-    first = {example.ids: example for example in reversed(examples)}
-    return [example.id for example in examples if first[example.ids] is not example]
+def _repeated(problems: Sequence[Problem]) -> list[str]:
+    """Those of the same turns and solution as an earlier one."""
+    seen: set[tuple[Any, ...]] = set()
+    repeated = []
+    for problem in problems:
+        if problem.solution is None:
+            continue
+        text = (*((turn["role"], turn["content"]) for turn in problem.messages), problem.solution)
+        if text in seen:
+            repeated.append(problem.id)
+        seen.add(text)
+    return repeated
 
 
 def _plain(problem: Problem) -> str:

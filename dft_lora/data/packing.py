@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .batches import IGNORE, Batch, Group, by_length, collate, examples_of, rounded, ungrouped
+from .batches import IGNORE, Batch, Group, by_length, collate, examples_of, rounded, ungrouped, write_signals
 from .templates import Example
 
 Arrange = Callable[[Sequence[Group], int, int], list[Batch]]
@@ -125,6 +125,7 @@ def collate_packed(rows: Sequence[Sequence[Example]], pad_id: int, padded: bool 
     mask_BL = torch.zeros_like(input_ids_BL)
     labels_BL = torch.full_like(input_ids_BL, IGNORE)
     positions_BL = torch.zeros_like(input_ids_BL)
+    signals_BL = {name: torch.zeros(labels_BL.shape) for name in rows[0][0].signals}
     for b, row in enumerate(rows):
         start = 0
         for example in row:
@@ -133,8 +134,9 @@ def collate_packed(rows: Sequence[Sequence[Example]], pad_id: int, padded: bool 
             input_ids_BL[b, start:end] = ids
             labels_BL[b, start + unsupervised : end] = ids[unsupervised:]
             positions_BL[b, start:end] = torch.arange(len(ids))
+            write_signals(signals_BL, b, start, example)
             start = end
         mask_BL[b, :start] = 1
         positions_BL[b, start:] = torch.arange(longest - start)  # padding is one more example, of its own
     names = tuple(example.id for row in rows for example in row)
-    return Batch(input_ids_BL, mask_BL, labels_BL, names, positions_BL)
+    return Batch(input_ids_BL, mask_BL, labels_BL, names, positions_BL, signals_BL)

@@ -42,14 +42,14 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a source held: usable problems, in order, and the rows that were passed over."""
+    """What a source held: usable problems, in order, and the rows that were passed over.
+
+    `total` counts rows, drawn and bad ones; a `messages` row holds a problem for each assistant turn.
+    """
 
     problems: list[Problem]
     bad: list[BadRow]
-
-    @property
-    def total(self) -> int:
-        return len(self.problems) + len(self.bad)
+    total: int
 
 
 class _Unusable(Exception):
@@ -57,44 +57,65 @@ class _Unusable(Exception):
 
 
 def load_problems(data: DataConfig, seed: int = 0) -> Rows:
-    """Read a source whole; `data.sample` rows of it, drawn at random with `seed`, are kept.
+    """Read a source whole; at most `data.sample` usable rows of it, drawn at random with `seed`, are kept.
 
-    Raises DataError when the source or a column does not exist, when nothing is left, or when more
-    than `data.skip_bad_rows` of the rows are unusable (naming the first ones).
+    Raises DataError when the source or a column does not exist, when a field means nothing for this kind of
+    source, when nothing is left, or when more than `data.skip_bad_rows` of the rows are unusable (naming the
+    first ones).
     """
+    _refuse_ignored(data)
     if data.source in task_names():
-        rows = Rows(get_task(data.source).problems(data.split), [])
+        good, bad = [[problem] for problem in get_task(data.source).problems(data.split)], []
     else:
-        rows = _read(data)
-    if not rows.total:
+        good, bad = _read(data)
+    total = len(good) + len(bad)
+    if not total:
         raise DataError(f"data.source {data.source!r} holds no rows")
-    if len(rows.bad) > data.skip_bad_rows * rows.total:
-        first = "; ".join(f"row {bad.number}: {bad.reason}" for bad in rows.bad[:3])
-        more = f"; and {len(rows.bad) - 3} more" if len(rows.bad) > 3 else ""
+    if len(bad) > data.skip_bad_rows * total:
+        first = "; ".join(f"row {row.number}: {row.reason}" for row in bad[:3])
+        more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise DataError(
-            f"{data.source}: {len(rows.bad)} of {rows.total} rows cannot be used ({first}{more}); "
+            f"{data.source}: {len(bad)} of {total} rows cannot be used ({first}{more}); "
             "mend them or allow a share with data.skip_bad_rows"
         )
-    problems = rows.problems
-    if data.sample is not None and data.sample < len(problems):
-        chosen = sorted(random.Random(seed).sample(range(len(problems)), data.sample))
-        problems = [problems[i] for i in chosen]
-    if not problems:
+    if not good:
         raise DataError(f"data.source {data.source!r}: no row can be used")
-    return Rows(problems, rows.bad)
+    if data.sample is not None and data.sample < len(good):
+        chosen = sorted(random.Random(seed).sample(range(len(good)), data.sample))
+        good = [good[i] for i in chosen]
+    return Rows([problem for row in good for problem in row], bad, len(good) + len(bad))
 
 
-def _read(data: DataConfig) -> Rows:
-    problems: list[Problem] = []
+def _refuse_ignored(data: DataConfig) -> None:
+    """DataError for a field that a source of this kind has no use for."""
+    if data.source in task_names():
+        if data.subset is not None:
+            raise DataError(
+                f"data.subset {data.subset!r}: the task {data.source!r} has no subsets; leave it out (a Hub "
+                "dataset has them)"
+            )
+    elif data.source.endswith(SUFFIXES):
+        if data.subset is not None:
+            raise DataError(f"data.subset {data.subset!r}: a file has no subsets; leave it out")
+        if data.split != DataConfig.model_fields["split"].default:
+            raise DataError(
+                f"data.split {data.split!r}: a file has no splits; leave it out, and name the file of "
+                "those rows in data.source"
+            )
+
+
+def _read(data: DataConfig) -> tuple[list[list[Problem]], list[BadRow]]:
+    """The problems of each usable row, and the rows that cannot be used."""
+    good: list[list[Problem]] = []
     bad: list[BadRow] = []
     for number, row in _raw_rows(data):
         try:
             if isinstance(row, _Unusable):
                 raise row
-            problems.extend(_problems(number, row, data))
+            good.append(_problems(number, row, data))
         except _Unusable as reason:
             bad.append(BadRow(number, str(reason)))
-    return Rows(problems, bad)
+    return good, bad
 
 
 # --- rows of a source -------------------------------------------------------------------------
@@ -115,11 +136,24 @@ def _raw_rows(data: DataConfig) -> Iterator[tuple[int, Any]]:
         elif path.suffix == ".json":
             yield from _json_array(path)
         else:
-            import pyarrow.parquet
-
-            yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)
+            yield from _parquet_rows(path)
     except OSError as error:
-        raise DataError(f"{source}: {error.strerror or error}") from None
+        raise DataError(f"{source}: {error.strerror or _one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # a broken file, an impossible date
+        raise DataError(f"{path}: not readable as parquet ({_one_line(error)})") from None
+    yield from enumerate(rows, start=1)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -128,14 +162,14 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             if line.strip():
                 try:
                     yield number, json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     yield number, _Unusable(f"broken JSON ({error})")
 
 
 def _json_array(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         rows = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: broken JSON ({error})") from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: a .json source is an array of rows, this is a {type(rows).__name__}")
@@ -149,10 +183,9 @@ def _hub_rows(data: DataConfig) -> Iterator[tuple[int, Any]]:
         rows = load_dataset(data.source, data.subset, split=data.split)
     except Exception as error:  # whatever the Hub client raises, the remedy is the same
         near = did_you_mean(data.source, task_names())
-        reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"data.source {data.source!r} is no task{near}, no {'/'.join(SUFFIXES)} file, and could not be "
-            f"loaded from the Hub ({type(error).__name__}: {reason})"
+            f"loaded from the Hub ({type(error).__name__}: {_one_line(error)})"
         ) from None
     yield from enumerate(rows, start=1)
 

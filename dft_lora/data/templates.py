@@ -9,7 +9,7 @@ eos (a base model's `<|endoftext|>`); generation also stops at the chat template
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -80,6 +80,9 @@ class Example:
     id: str
     ids: tuple[int, ...]
     prompt_length: int
+    signals: Mapping[str, float | Sequence[float]] = field(default_factory=dict, hash=False)
+    """What an objective reads beside the tokens (`Objective.signals`), by name: one number for the example
+    (the sign of a preference, an advantage), or one per supervised token (old log-probabilities)."""
 
     @property
     def supervised(self) -> int:

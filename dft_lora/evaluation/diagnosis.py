@@ -11,19 +11,20 @@ Legend: T supervised tokens.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from ..config import Recipe
-from ..data.doctor import Finding, examine, usable
+from ..data.doctor import of_examples, of_rows, usable
 from ..data.sources import load_problems
 from ..data.templates import Example, Renderer
 from ..errors import DataError
 from ..model.load import load_base, load_tokenizer
 from ..runs.provenance import certificate
+from ..tasks.base import Problem
 from .tokens import TokenTable, score
 
 FAVOURS_DFT, FAVOURS_SFT = 0.65, 0.30
@@ -35,9 +36,19 @@ EXAMPLES = 256  # of about 200 tokens each: the mean probability is then known t
 def diagnose(recipe: Recipe, examples: int = EXAMPLES) -> dict[str, Any]:
     """Score at most `examples` of the recipe's training examples under its base; figures and a verdict.
 
+    Only drawn rows are tokenized: `data` counts what the texts of all rows show, `drawn` what the tokens of
+    the drawn ones show, and each finding says among which rows it was made.
+
     Raises a RequestError before a model is loaded when recipe or data cannot be used.
     """
-    chosen, counts, findings, renderer = _examples(recipe, examples)
+    renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
+    rows = load_problems(recipe.data, recipe.train.seed)
+    counts, findings = of_rows(rows, recipe.evaluate.tasks)
+    solved = [problem for problem in rows.problems if problem.solution is not None]
+    chosen, rendered = _draw(solved, examples, renderer, recipe)
+    if not chosen:
+        raise DataError(f"data.source {recipe.data.source!r}: no example is left to look at")
+    drawn_counts, drawn_findings = of_examples(rendered, recipe.data.max_length)
     model, hardware = load_base(recipe.model)
     table = score(model, chosen, pad_id=renderer.pad_id)
     hardest = np.argsort(table.nll_E)[::-1][:5]
@@ -46,7 +57,12 @@ def diagnose(recipe: Recipe, examples: int = EXAMPLES) -> dict[str, Any]:
         "examples": len(chosen),
         "least_likely_examples": [{"id": chosen[i].id, "nll": float(table.nll_E[i])} for i in hardest],
         "data": counts,
-        "findings": [asdict(finding) | {"rows": finding.rows[:100]} for finding in findings],
+        "drawn": {"rows": len(rendered), **drawn_counts},
+        "findings": [
+            asdict(finding) | {"rows": finding.rows[:100], "count": len(finding.rows), "among": among}
+            for among, made in (("all rows", findings), ("drawn rows", drawn_findings))
+            for finding in made
+        ],
         "provenance": certificate(device=hardware.name, seed=recipe.train.seed),
     }
 
@@ -107,21 +123,33 @@ def text(diagnosis: Mapping[str, Any]) -> str:
         f"effective tokens, of {tokens}: {even['sft']:.0f} under SFT, {even['dft']:.0f} under DFT, "
         f"which keeps {diagnosis['gradient_kept']:.0%} of the gradient",
         f"least likely examples (NLL): {rest}",
-        "data: " + ", ".join(f"{name} {count}" for name, count in diagnosis["data"].items()),
-        *(f"  {finding['what']}: {len(finding['rows'])}" for finding in diagnosis["findings"]),
+        "all rows: " + _counts(diagnosis["data"]),
+        "drawn rows: " + _counts(diagnosis["drawn"]),
+        *(f"  {found['what']}: {found['count']} of {found['among']}" for found in diagnosis["findings"]),
     ]
     return "\n".join(lines)
 
 
-def _examples(recipe: Recipe, wanted: int) -> tuple[list[Example], dict[str, int], list[Finding], Renderer]:
-    """Examples as in training, drawn at random where there are more than `wanted`; the doctor's counts."""
-    renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
-    rows = load_problems(recipe.data, recipe.train.seed)
-    rendered = [renderer.render(problem) for problem in rows.problems if problem.solution is not None]
-    counts, findings = examine(rows, rendered, recipe.data.max_length, recipe.evaluate.tasks)
-    examples = usable(rendered, recipe.data.max_length)
-    if not examples:
-        raise DataError(f"data.source {recipe.data.source!r}: no example is left to look at")
-    if len(examples) > wanted:
-        examples = random.Random(recipe.train.seed).sample(examples, wanted)
-    return examples, counts, findings, renderer
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())
+
+
+def _draw(
+    problems: Sequence[Problem], wanted: int, renderer: Renderer, recipe: Recipe
+) -> tuple[list[Example], list[Example]]:
+    """At most `wanted` usable examples, drawn at random, and everything that was rendered to find them.
+
+    Rows are drawn before they are rendered; for each that cannot be used another one is drawn.
+    """
+    rng, left = random.Random(recipe.train.seed), list(problems)
+    rendered: list[Example] = []
+    chosen: list[Example] = []
+    while left and len(chosen) < wanted:
+        missing = wanted - len(chosen)
+        drawn = left if len(left) <= missing else rng.sample(left, missing)
+        taken = {problem.id for problem in drawn}
+        left = [problem for problem in left if problem.id not in taken]
+        batch = [renderer.render(problem) for problem in drawn]
+        rendered += batch
+        chosen += usable(batch, recipe.data.max_length)
+    return chosen, rendered

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ def naive_token_logps(
     softcap: float | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
     sequence: Tensor | None = None,
+    signals: Mapping[str, Tensor] | None = None,
     reference_hidden: Tensor | None = None,
     ignore_index: int = -100,
 ) -> TokenScores:
@@ -46,6 +49,7 @@ def naive_token_logps(
         sum_p_squared=(p_MV**2).sum(-1),
         top_k_entropy=-(top_MK.exp() * top_MK).sum(-1),
         sequence=None if sequence is None else sequence[index],
+        signals={name: values[index].to(dtype) for name, values in (signals or {}).items()},
     )
     if reference_hidden is None:
         return scores

@@ -4,10 +4,17 @@
     loss = objective("power", a=0.5)(scores)
     loss = objective(lambda s: -(s.logp * s.entropy).sum())(scores)     # any function of the scores
 
-p is the probability of the target token, sg() stops the gradient. `needs` names the optional fields of
-TokenScores an objective reads: pass it to `token_logps`. `token_weight(logp)`, where the weight of a token's
-gradient depends on its own logp alone, is -d loss / d logp, detached: what `token_logps(skip=...)` relies on;
-None elsewhere. `gradient_weights` gives the same for any objective, on scores at hand.
+p is the probability of the target token, sg() stops the gradient. What an objective reads beside logp:
+
+    needs         names of optional fields of TokenScores: pass them to `token_logps(needs=...)`
+    signals       names of values that belong to examples: pass them to `token_logps(signals=...)`
+    step_signals  where a signal depends on the other examples of the optimizer step: makes it from the mean
+                  NLL of each of them. This takes one more forward pass over the step, without gradients. How
+                  the step is split over micro-batches and ranks then changes nothing.
+
+`token_weight(logp)`, where the weight of a token's gradient depends on its own logp alone, is
+-d loss / d logp, detached; `token_logps(skip=...)` relies on it, and it is None elsewhere. `gradient_weights`
+gives the same for any objective, on scores at hand.
 
 The value of a weighted loss is no measure of progress: it falls while cross-entropy rises. Compare by NLL.
 """
@@ -25,6 +32,8 @@ from torch import Tensor
 from ..errors import RecipeError, did_you_mean
 from .token_logps import TokenScores
 
+SAME_NLL = 1e-4  # nats per token: far below what distinguishes examples, far above float32's rounding
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -35,8 +44,9 @@ class Objective:
     divided_by: ClassVar[Literal["tokens", "sequences", "groups"]] = "tokens"
     """What of the whole step the sum is divided by, once: supervised tokens, examples, or groups of them."""
     token_weight: ClassVar[Callable[..., Tensor] | None] = None
-    uses_batch_statistics: ClassVar[bool] = False
-    """The loss of a batch is not the sum of its parts' losses: gradient accumulation changes it slightly."""
+    signals: ClassVar[frozenset[str]] = frozenset()
+    step_signals: ClassVar[Callable[..., dict[str, Tensor]] | None] = None
+    """Mean NLL of each example of an optimizer step [E] -> signals [E], for all of `signals`."""
 
     def __call__(self, scores: TokenScores) -> Tensor:
         raise NotImplementedError
@@ -206,23 +216,29 @@ class Asft(Weighted):
 
 
 class Cadft(Weighted):
-    """- sg(p * exp(-max(0, z))) log p, z the standard score of the sequence's mean NLL in its batch.
+    """- sg(p * exp(-max(0, z))) log p, z the standard score of the example's mean NLL in its optimizer step.
 
-    CADFT, arXiv 2606.11206: samples harder than the batch's average count less.
-
-    Depends on the batch: one sequence alone is plain DFT.
+    CADFT, arXiv 2606.11206: examples that are harder than the step's average count less.
+    Costs one more forward pass over the step, without gradients. Scores without the signal are taken for the
+    whole step. A step of one example is plain DFT.
     """
 
     name = "cadft"
     needs = frozenset({"sequence"})
-    uses_batch_statistics = True
+    signals = frozenset({"difficulty"})
+
+    def step_signals(self, nll_E: Tensor) -> dict[str, Tensor]:
+        """Standard scores; they fall to zero where the examples differ by less than SAME_NLL."""
+        off_E = nll_E - nll_E.mean()
+        return {"difficulty": off_E / off_E.square().mean().sqrt().clamp_min(SAME_NLL)}
 
     def weight(self, scores: TokenScores) -> Tensor:
-        sequences, logp_M = _Sequences(scores), scores.logp.detach()
-        nll_S = -sequences.mean_S(logp_M)
-        off_S = nll_S - nll_S.mean()
-        z_S = off_S / off_S.square().mean().sqrt().clamp_min(torch.finfo(nll_S.dtype).eps)
-        return logp_M.exp() * (-z_S.clamp_min(0)).exp()[sequences.of_M]
+        logp_M = scores.logp.detach()
+        z_M = scores.signals.get("difficulty")
+        if z_M is None:
+            sequences = _Sequences(scores)
+            z_M = self.step_signals(-sequences.mean_S(logp_M))["difficulty"][sequences.of_M]
+        return logp_M.exp() * (-z_M.clamp_min(0)).exp()
 
 
 class Eaft(Weighted):
@@ -255,25 +271,24 @@ class Deft(Objective):
 
 
 @dataclass(frozen=True)
-class InfoSft(Weighted):
-    """- sg(w / mean w) log p, w = p * max(0, logit(ceiling) - logit(p)).
+class InfoSft(TokenWeighted):
+    """- sg(p * max(0, 1 - logit(p) / logit(ceiling))) log p, where logit(p) = log(p / (1 - p)).
 
-    InfoSFT, arXiv 2605.14967: tokens neither known nor hopeless.
-    Depends on the batch through the mean weight.
+    InfoSFT, arXiv 2605.14967: tokens neither known nor hopeless. The paper gives p * (C - logit(p)) up to a
+    constant factor, with C = logit(ceiling); the factor 1 / C is that of its official code.
+    Tokens above the ceiling get no weight.
     """
 
     name = "infosft"
-    uses_batch_statistics = True
     ceiling: float = 0.93
 
     def __post_init__(self) -> None:
-        _check(self, "ceiling", lambda c: 0 < c < 1, "must lie between 0 and 1")
+        _check(self, "ceiling", lambda c: 0.5 < c < 1, "must lie between 0.5 and 1")
 
-    def weight(self, scores: TokenScores) -> Tensor:
-        logp_M = scores.logp.detach()
-        logit_M = logp_M - torch.log(-torch.expm1(logp_M))
-        w_M = logp_M.exp() * (log(self.ceiling / (1 - self.ceiling)) - logit_M).clamp_min(0)
-        return w_M / w_M.mean().clamp_min(torch.finfo(w_M.dtype).tiny)
+    def token_weight(self, logp: Tensor) -> Tensor:
+        logp = logp.detach()
+        logit = logp - torch.log(-torch.expm1(logp))
+        return logp.exp() * (1 - logit / log(self.ceiling / (1 - self.ceiling))).clamp_min(0)
 
 
 class ChordPhi(TokenWeighted):
@@ -312,7 +327,10 @@ class Focal(Objective):
 
 @dataclass(frozen=True)
 class Custom(Objective):
-    """Any function of the scores; attributes `needs` and `divided_by` of the function are the objective's."""
+    """Any function of the scores.
+
+    Its attributes `needs`, `signals`, `step_signals` and `divided_by` are those of an objective.
+    """
 
     function: Callable[[TokenScores], Tensor]
 
@@ -327,6 +345,14 @@ class Custom(Objective):
     @property
     def divided_by(self) -> str:  # type: ignore[override]
         return getattr(self.function, "divided_by", "tokens")
+
+    @property
+    def signals(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset(getattr(self.function, "signals", ()))
+
+    @property
+    def step_signals(self) -> Callable[..., dict[str, Tensor]] | None:  # type: ignore[override]
+        return getattr(self.function, "step_signals", None)
 
     def __call__(self, scores: TokenScores) -> Tensor:
         loss = self.function(scores)

@@ -23,8 +23,8 @@ Shapes: N tokens, M supervised tokens, D hidden width, V vocabulary, R rank of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from math import isfinite
 
 import torch
@@ -70,6 +70,8 @@ class TokenScores:
     """logp of the same tokens under the reference (the base model)."""
     reference_kl: Tensor | None = None
     """KL(reference || model), differentiable."""
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the examples carry beside their tokens, by name; [M], an example's value at each of its tokens."""
     hidden: Tensor | None = None
     """With keep_jacobian: the supervised hidden states [M, D]."""
     jacobian: Tensor | None = None
@@ -110,6 +112,7 @@ def token_logps(
     lora: tuple[Tensor, Tensor, float] | None = None,
     needs: Iterable[str] = (),
     sequence: Tensor | None = None,
+    signals: Mapping[str, Tensor] | None = None,
     reference: TokenScores | None = None,
     keep_jacobian: bool = False,
     ignore_index: int = -100,
@@ -122,6 +125,7 @@ def token_logps(
 
     lora: (A [R, D], B [V, R], scaling), an adapter on the head: W + scaling * B @ A, never built.
     needs: names of optional fields of TokenScores that the objective reads (`objective.needs`).
+    signals: name -> [N], what the objective reads beside the scores (`objective.signals`).
     sequence [N]: ids of the sequences tokens belong to. reference: the scores of the same targets under the
     base model; with its `keep_jacobian`, `reference_kl` becomes available for a frozen head without soft-cap.
     chunk_bytes: size of the workspace; given explicitly it overrides the floor of 512 rows.
@@ -137,7 +141,9 @@ def token_logps(
     """
     needs = frozenset(needs)
     head = Head(weight, bias, logit_scale, softcap, None if lora is None else Lora(*lora))
-    _check_shapes(hidden, head, targets, chunk_bytes, sequence)
+    signals = signals or {}
+    per_token = {"sequence": sequence} | {f"signals[{name!r}]": values for name, values in signals.items()}
+    _check_shapes(hidden, head, targets, chunk_bytes, per_token)
     index = (targets != ignore_index).nonzero()[:, 0]
     everything = len(index) == len(targets)
     h_MD = hidden if everything else hidden.index_select(0, index)
@@ -172,6 +178,7 @@ def token_logps(
         sum_p_squared=done.sum_p_squared_M,
         top_k_entropy=done.top_k_entropy_M,
         sequence=None if sequence is None else sequence.index_select(0, index),
+        signals={name: values.index_select(0, index).to(logp.dtype) for name, values in signals.items()},
         reference_logp=None if reference is None else reference.logp.detach(),
         reference_kl=kl,
         hidden=h_MD.detach() if keep_jacobian else None,
@@ -200,9 +207,13 @@ def chunk_rows(hidden: Tensor, V: int, M: int, chunk_bytes: int | None) -> int:
 
 
 def _check_shapes(
-    hidden: Tensor, head: Head, targets: Tensor, chunk_bytes: int | None, sequence: Tensor | None
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    chunk_bytes: int | None,
+    per_token: Mapping[str, Tensor | None],
 ) -> None:
-    """Shapes, devices, dtypes and plain numbers."""
+    """Shapes, devices, dtypes and plain numbers; `per_token` values are [N], of any dtype."""
     weight = head.weight_VD
     if hidden.ndim != 2:
         raise ValueError(f"hidden: must be [N, D], got {list(hidden.shape)}")
@@ -218,21 +229,22 @@ def _check_shapes(
         raise ValueError(f"targets: must be integers, got {targets.dtype}")
     if head.bias_V is not None and list(head.bias_V.shape) != [V]:
         raise ValueError(f"bias: must be [{V}] to fit weight, got {list(head.bias_V.shape)}")
-    if sequence is not None and list(sequence.shape) != [N]:
-        raise ValueError(f"sequence: must be [{N}] to fit hidden, got {list(sequence.shape)}")
+    for name, tensor in per_token.items():
+        if tensor is not None and list(tensor.shape) != [N]:
+            raise ValueError(f"{name}: must be [{N}] to fit hidden, got {list(tensor.shape)}")
     lora = head.lora
     if lora and (
         lora.a_RD.ndim != 2 or lora.a_RD.shape[1] != D or list(lora.b_VR.shape) != [V, len(lora.a_RD)]
     ):
         shapes = f"{list(lora.a_RD.shape)} and {list(lora.b_VR.shape)}"
         raise ValueError(f"lora: A must be [R, {D}] and B [{V}, R], got {shapes}")
-    named = {"weight": weight, "bias": head.bias_V, "targets": targets, "sequence": sequence}
+    trained = {"weight": weight, "bias": head.bias_V}
     if lora:
-        named |= {"lora A": lora.a_RD, "lora B": lora.b_VR}
-    for name, tensor in named.items():
+        trained |= {"lora A": lora.a_RD, "lora B": lora.b_VR}
+    for name, tensor in {**trained, "targets": targets, **per_token}.items():
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name}: is on {tensor.device}, hidden on {hidden.device}")
-        if tensor is not None and name not in ("targets", "sequence") and tensor.dtype != hidden.dtype:
+        if tensor is not None and name in trained and tensor.dtype != hidden.dtype:
             raise ValueError(f"{name}: is {tensor.dtype}, hidden is {hidden.dtype}")
     if not isfinite(head.scale) or head.scale == 0:
         raise ValueError(f"logit_scale: must be finite and not zero, got {head.scale}")

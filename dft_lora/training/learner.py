@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from ..model.backends import build
 from ..model.memory import give_back_large_blocks
 from .checkpoints import random_state, set_random_state
 from .faults import RETREATS, Layout, out_of_memory_text, ran_out_of_memory
-from .metrics import Sums, Totals
+from .metrics import ExampleNll, Sums, Totals
 from .optimizer import make_optimizer
 from .ranks import Ranks
 
@@ -80,33 +80,69 @@ class Learner:
         return max(1, counts[self.objective.divided_by])
 
     def accumulate(self, groups: Sequence[Group], divisor: float, step: int) -> tuple[Totals, list[str]]:
-        """Gradients of the whole step, summed over micro-batches and ranks; totals and suspect examples.
+        """Gradients of the whole step, summed over micro-batches and ranks; totals and suspect examples."""
+        if self.objective.step_signals is not None:
+            groups = self.with_signals(groups, step)
 
-        Where one rank runs out of memory all of them repeat the step in smaller pieces.
+        def work(batch: Batch, sums: Sums) -> None:
+            with self.no_sync():
+                self.accelerator.backward(self.score(batch, sums) / divisor)
+
+        sums, values = self.in_pieces(groups, work, lambda: Sums(self.ranks.device), step)
+        self.ranks.sum_gradients(self.trainable)
+        return Totals(*values), sums.suspects()
+
+    def with_signals(self, groups: Sequence[Group], step: int) -> list[Group]:
+        """The step's groups, their examples with the signals that the objective makes from all of them.
+
+        Costs a forward pass over the step, without gradients and without dropout.
+        """
+        examples = examples_of(groups)
+        ids = [example.id for example in examples]
+        ranks = [i % self.ranks.world for i, group in enumerate(groups) for _ in group]
+        mine = [place for place, rank in enumerate(ranks) if rank == self.ranks.rank]
+        _, nll = self.in_pieces(groups, self.look, lambda: ExampleNll(ids, mine, self.ranks.device), step)
+        made = self.objective.step_signals(torch.tensor(nll))
+        signals = {name: values_E.tolist() for name, values_E in made.items()}
+        marked = iter(
+            replace(example, signals={name: values[i] for name, values in signals.items()})
+            for i, example in enumerate(examples)
+        )
+        return [tuple(next(marked) for _ in group) for group in groups]
+
+    def in_pieces(
+        self,
+        groups: Sequence[Group],
+        work: Callable[[Batch, Any], None],
+        begin: Callable[[], Any],
+        step: int,
+    ) -> tuple[Any, list[float]]:
+        """Do `work(batch, found)` on all micro-batches of this rank's groups, where `found` is `begin()`.
+
+        Returns `found`, and its `values` summed over ranks. Where one rank runs out of memory all of them
+        start again in smaller pieces.
         """
         mine, random = groups[self.ranks.rank :: self.ranks.world], random_state(self.ranks.device)
         while True:
             batches = self.arrange(mine, self.layout.micro_batch_size, self.pad_id)
-            sums = Sums(self.ranks.device)
+            found, passed = begin(), []
 
-            def run(batches=batches, sums=sums) -> None:
+            def run(batches=batches, found=found, passed=passed) -> None:
                 for batch in batches:
-                    with self.no_sync():
-                        loss = self.score(batch, sums)
-                        self.accelerator.backward(loss / divisor)
+                    work(batch, found)
+                    passed.append(batch)
 
             failed = ran_out_of_memory(run)
             if failed and self.recipe.train.shard:  # the others wait for this one's part of a layer
-                raise RunError(self.out_of_memory(batches, passed=len(sums.parts)))
+                raise RunError(self.out_of_memory(batches, len(passed)))
             *values, failures = self.ranks.sum(
-                torch.cat([sums.values, sums.values.new_tensor([failed])])
+                torch.cat([found.values, found.values.new_tensor([failed])])
             ).tolist()
             if not failures:
-                self.ranks.sum_gradients(self.trainable)
-                return Totals(*values), sums.suspects()
+                return found, values
             self.optimizer.zero_grad()
             set_random_state(random, self.ranks.device)
-            self.retreat(batches, len(sums.parts), step, least=max(map(len, mine), default=1))
+            self.retreat(batches, len(passed), step, least=max(map(len, mine), default=1))
 
     def retreat(self, batches: Sequence[Batch], passed: int, step: int, least: int) -> None:
         """Cut the step into smaller pieces; groups of `least` examples stay together.
@@ -150,28 +186,16 @@ class Learner:
 
     def score(self, batch: Batch, sums: Sums) -> torch.Tensor:
         """The objective's sum over a micro-batch, connected to the graph; adds its figures to `sums`."""
-        objective, device = self.objective, self.ranks.device
-        targets_BL = batch.labels_BL[:, 1:].to(device)
-
-        def scores_of(model: Any, **more: Any) -> TokenScores:
-            h_BLD = self.hidden_states(model, **batch.inputs(device))[:, :-1]
-            return token_logps(
-                h_BLD.flatten(0, 1).to(self.head.weight_VD.dtype),
-                targets=targets_BL.flatten(),
-                **self.head.arguments(),
-                chunk_bytes=self.layout.chunk_bytes,
-                check_values=False,  # `update` looks at the loss, once a step
-                **more,
-            )
-
+        objective = self.objective
         reference = None
         if objective.needs & REFERENCE_NEEDS:  # the base itself: adapter off, no second model
             with torch.no_grad(), self.adapter_model.disable_adapter():
-                reference = scores_of(self.adapter_model, keep_jacobian=True)
-        scores = scores_of(
+                reference = self.token_scores(self.adapter_model, batch, keep_jacobian=True)
+        scores = self.token_scores(
             self.model,
+            batch,
             needs=objective.needs,
-            sequence=batch.examples_BL[:, 1:].to(device).flatten(),
+            signals=batch.signals_N(self.ranks.device),
             reference=reference,
             skip=self.recipe.train.skip_rows,
             token_weight=objective.token_weight if self.recipe.train.skip_rows else None,
@@ -179,6 +203,29 @@ class Learner:
         loss = objective(scores)
         sums.add(loss, scores, batch)
         return loss
+
+    def look(self, batch: Batch, nll: ExampleNll) -> None:
+        """Add the mean NLL of a micro-batch's examples to `nll`, without gradients and without dropout."""
+        self.adapter_model.eval()
+        try:
+            with torch.no_grad(), self.no_sync():
+                nll.add(self.token_scores(self.adapter_model, batch), batch)
+        finally:
+            self.adapter_model.train()
+
+    def token_scores(self, model: Any, batch: Batch, **more: Any) -> TokenScores:
+        """The chunked loss engine on a forward pass of a micro-batch."""
+        device = self.ranks.device
+        h_BLD = self.hidden_states(model, **batch.inputs(device))[:, :-1]
+        return token_logps(
+            h_BLD.flatten(0, 1).to(self.head.weight_VD.dtype),
+            targets=batch.labels_BL[:, 1:].to(device).flatten(),
+            **self.head.arguments(),
+            sequence=batch.examples_BL[:, 1:].to(device).flatten(),
+            chunk_bytes=self.layout.chunk_bytes,
+            check_values=False,  # `update` looks at the loss, once a step
+            **more,
+        )
 
     @property
     def adapter_config(self) -> Any:

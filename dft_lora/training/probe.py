@@ -31,7 +31,7 @@ from ..model.head import bare
 from ..model.memory import MIB, DeviceMemory, LiveTensors, Memory
 from .checkpoints import random_state, set_random_state
 from .learner import Learner
-from .metrics import Sums
+from .metrics import ExampleNll, Sums
 
 CONTEXT = 600 * MIB
 """What CUDA, cuBLAS and the driver hold beside tensors."""
@@ -149,6 +149,8 @@ def probe(learner: Learner, batch: Batch, gauged: bool = True) -> ProbePass:
         hook = bare(learner.model).get_decoder().register_forward_hook(forward_is_done)
         started = time.perf_counter()
         try:
+            if learner.objective.step_signals is not None:
+                learner.look(batch, ExampleNll(batch.ids, range(len(batch.ids)), device))
             loss = learner.score(batch, Sums(device))
             loss_peak = memory.peak() - before
             memory.reset()
