@@ -16,6 +16,7 @@ file with its birth certificate; docs/findings.md is generated from it.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,18 +26,18 @@ from typing import Any
 import numpy as np
 
 from .config import Recipe, load_recipe
-from .errors import DftLoraError
+from .errors import DftLoraError, Interrupted
 from .evaluation import statistics as st
 from .evaluation.answered import Answered
 from .evaluation.diagnosis import diagnose
 from .evaluation.sampling import base_run, checkpoint_runs, evaluate, tokens_file
 from .evaluation.sharpening import cooled
 from .evaluation.tokens import TokenTable
+from .model.fingerprint import base_fingerprint
 from .provenance import certificate
 from .rejection import own_samples
 from .run_folder import RunFolder, read_json, write_json
-from .sweep import train_once
-from .training.identity import base_fingerprint
+from .sweep import GO_ON, train_once
 
 SEEDS = (0, 1, 2)
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -345,9 +346,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         runs = make(chosen.out)
-    except DftLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    except (DftLoraError, KeyboardInterrupt) as error:
+        stop = Interrupted("stopped", signal.SIGINT) if isinstance(error, KeyboardInterrupt) else error
+        stop = stop.and_then(GO_ON) if isinstance(stop, Interrupted) else stop
+        print(f"error: {stop}", file=sys.stderr)
+        return stop.exit_code
     found = lines(runs)
     counts = read_json(chosen.out / "own-samples.json")["counts"]
     result = {

@@ -30,6 +30,8 @@ from .errors import Interrupted, RecipeError
 from .run_folder import RunFolder, write_json, write_text
 from .tasks import get_task
 
+GO_ON = "start it again, it goes on from there"
+
 
 class Sweep(Part):
     """A sweep file."""
@@ -66,6 +68,8 @@ class Sweep(Part):
                 raise RecipeError(f"grid.{field}: no values")
             if field.startswith("data.") or field == "train.seed":
                 raise RecipeError(f"grid.{field}: the runs of a sweep see the same data in the same order")
+            if field.startswith("evaluate."):
+                raise RecipeError(f"grid.{field}: the runs of a sweep are judged alike; put it under 'set'")
         fixed = [f"{field}={_yaml(value)}" for field, value in self.set.items()]
         found: dict[str, Recipe] = {}
         for values in product(*self.grid.values()):
@@ -88,7 +92,10 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
     get_task(sweep.task)
     recipes = sweep.recipes()
     folders = train_all(recipes.values())
-    evaluate([folder.path for folder in folders], limit=sweep.limit)
+    try:
+        evaluate([folder.path for folder in folders], limit=sweep.limit)
+    except Interrupted as stop:
+        raise stop.and_then(GO_ON) from None
     answered = {
         name: Answered.read(folder, sweep.task) for name, folder in zip(recipes, folders, strict=True)
     }
@@ -113,11 +120,11 @@ def train_once(recipe: Recipe) -> RunFolder:
     from .training.ranks import Ranks
 
     folder = RunFolder(recipe.output_dir)
-    if not folder.has_adapter:
+    if not (folder.has_adapter and folder.finished):
         try:
             return train(recipe, resume=folder.begun)
         except Interrupted as stop:
-            raise stop.and_then("start it again, it goes on from there") from None
+            raise stop.and_then(GO_ON) from None
     ranks = Ranks(recipe)
     now = identity(_plan(recipe), ranks.device, ranks.world)
     refuse_differences(folder.run()["identity"], now, extend=False)
@@ -170,7 +177,7 @@ def summary(sweep: Sweep, recipes: Mapping[str, Recipe], answered: Mapping[str, 
         pair["p_holm"] = float(adjusted)
     return {
         "task": sweep.task,
-        "protocol": next(iter(protocols.values())),
+        "protocol": {k: v for k, v in next(iter(protocols.values())).items() if k != "adapter"},
         "runs": runs,
         "best": best,
         "paired": pairs,
