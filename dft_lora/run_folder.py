@@ -110,6 +110,7 @@ class RunFolder:
         facts = folder.run()
         if missing := [key for key in ("recipe", "template", "template_hash") if key not in facts]:
             raise DataError(f"{folder.path / 'run.json'}: broken ({', '.join(missing)} missing)")
+        folder.recipe()
         return folder
 
     def checkpoint_run(self, name: str) -> RunFolder:

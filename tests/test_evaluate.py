@@ -192,7 +192,7 @@ def test_a_base_whose_weights_changed_is_refused(fresh, tmp_path):
     weights = bytearray((base / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (base / "model.safetensors").write_bytes(weights)
-    with pytest.raises(RequestError, match="weights of its base .* have changed since the run was made"):
+    with pytest.raises(RequestError, match=r"weights of its base .* have changed since the run was made"):
         evaluate([fresh[1]], ["arithmetic"], limit=2, changes=["samples=1"])
     with pytest.raises(RequestError, match="base's weights have changed"):
         build([run])
