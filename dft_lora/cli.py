@@ -73,7 +73,7 @@ def demo(out: str, seed: int, quick: bool, as_json: bool) -> None:
     try:
         show_report(run_demo(Path(out), seed=seed, quick=quick), as_json)
     except Interrupted as stop:
-        raise stop.and_then("the next demo begins anew") from None
+        raise stop.and_then("run it again to start over") from None
 
 
 @main.command()
@@ -140,8 +140,8 @@ def evaluate(run_dirs, tasks, samples, temperature, limit, checkpoints, overwrit
         if steps := [step.path for folder in folders if checkpoints for step in checkpoint_runs(folder)]:
             run(steps, tasks, limit=limit, changes=changes, overwrite=overwrite)
     except Interrupted as stop:
-        again = "the same command" + (" without --overwrite" if overwrite else "")
-        raise stop.and_then(f"{again} goes on from there") from None
+        again = "without --overwrite" if overwrite else "again"
+        raise stop.and_then(f"run the same command {again} to continue") from None
     if not Shard.of_this_process().is_main:
         return
     for folder in folders:
@@ -196,7 +196,7 @@ def diagnose(recipe: str, changes: tuple[str, ...], examples: int, as_json: bool
     envvar="GRADIO_SERVER_NAME",
     help="Address to listen on.",
 )
-@click.option("--port", type=click.IntRange(1, 65535), envvar="GRADIO_SERVER_PORT", help="Default: 7860.")
+@click.option("--port", type=click.IntRange(1, 65535), envvar="GRADIO_SERVER_PORT", help="Default: the first free one from 7860.")
 @click.option("--share", is_flag=True, help="Make a public link through Gradio's servers.")
 @click.option("--auth", is_flag=True, help="Ask for DFT_LORA_USER and DFT_LORA_PASSWORD (environment).")
 @click.option(
