@@ -196,7 +196,12 @@ def diagnose(recipe: str, changes: tuple[str, ...], examples: int, as_json: bool
     envvar="GRADIO_SERVER_NAME",
     help="Address to listen on.",
 )
-@click.option("--port", type=click.IntRange(1, 65535), envvar="GRADIO_SERVER_PORT", help="Default: the first free one from 7860.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    envvar="GRADIO_SERVER_PORT",
+    help="Default: from 7860, the first free one.",
+)
 @click.option("--share", is_flag=True, help="Make a public link through Gradio's servers.")
 @click.option("--auth", is_flag=True, help="Ask for DFT_LORA_USER and DFT_LORA_PASSWORD (environment).")
 @click.option(

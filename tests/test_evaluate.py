@@ -132,8 +132,8 @@ def test_ctrl_c_keeps_what_was_answered_and_says_how_to_go_on(fresh):
     code, told = finish(child)
     kept = len(answers(fresh[1]))
     assert code == 130 and "Traceback" not in told and 0 < kept < 200
-    line = f"error: evaluation stopped: {kept} of 200 answers are kept; run the same command again to continue"
-    assert told.splitlines()[-1] == line
+    line = f"error: evaluation stopped: {kept} of 200 answers are kept; run the same command again to "
+    assert told.splitlines()[-1] == line + "continue"
     evaluate([fresh[1]], ["arithmetic"], limit=40, changes=["samples=4"])
     assert len(answers(fresh[1])) == 200
 
