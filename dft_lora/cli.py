@@ -35,6 +35,9 @@ class Commands(click.Group):
         except DftLoraError as error:
             click.echo(f"error: {error}", err=True)
             context.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("error: stopped by Ctrl-C", err=True)
+            context.exit(130)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -68,7 +71,10 @@ def demo(out: str, seed: int, quick: bool, as_json: bool) -> None:
     """
     from .experiments.demo import run_demo
 
-    show_report(run_demo(Path(out), seed=seed, quick=quick), as_json)
+    try:
+        show_report(run_demo(Path(out), seed=seed, quick=quick), as_json)
+    except Interrupted as stop:
+        raise stop.and_then("run it again to start over") from None
 
 
 @main.command()
@@ -109,32 +115,40 @@ def train(
 @click.option("--temperature", type=float, help="Sampling temperature.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N problems of each task.")
 @click.option("--checkpoints", is_flag=True, help="Also each checkpoint that was kept, below RUN_DIR/steps.")
-@click.option("--overwrite", is_flag=True, help="Replace answers made under another protocol.")
+@click.option("--overwrite", is_flag=True, help="Replace answers of other settings or weights.")
 @set_option
 @json_option
 def evaluate(run_dirs, tasks, samples, temperature, limit, checkpoints, overwrite, changes, as_json) -> None:
     """Answer and judge tasks with one or more runs of the same base.
 
-    A stopped evaluation goes on where it was. Several GPUs: accelerate launch -m dft_lora evaluate ...
+    A stopped evaluation goes on where it was. Answers belong to the exact weights: where the adapter, the
+    base or a setting has changed since, they are refused unless --overwrite replaces them. A run must have
+    finished; RUN_DIR/checkpoints/step-N evaluates one of its checkpoints, as the run RUN_DIR/steps/step-N.
+    The run's report.json holds all its tasks, not only those asked now.
+
+    Several GPUs: accelerate launch -m dft_lora evaluate ...
 
     Example: dft-lora evaluate runs/tiny_dft --task arithmetic --samples 4
     """
-    from .evaluation.report import write_report
-    from .evaluation.sampling import Shard, checkpoint_runs
+    from .evaluation.report import write_own_report, write_report
+    from .evaluation.sampling import Shard, asked_tasks, checkpoint_runs, recipes_of
     from .evaluation.sampling import evaluate as run
-    from .runs.folder import RunFolder
 
     given = {"samples": samples, "temperature": temperature}
     changes = (*changes, *(f"{name}={value}" for name, value in given.items() if value is not None))
-    folders = run(run_dirs, tasks, limit=limit, changes=changes, overwrite=overwrite)
-    if checkpoints:
-        steps = [step.path for path in run_dirs for step in checkpoint_runs(RunFolder.open(path))]
-        run(steps, tasks, limit=limit, changes=changes, overwrite=overwrite)
+    try:
+        folders = run(run_dirs, tasks, limit=limit, changes=changes, overwrite=overwrite)
+        if steps := [step.path for folder in folders if checkpoints for step in checkpoint_runs(folder)]:
+            run(steps, tasks, limit=limit, changes=changes, overwrite=overwrite)
+    except Interrupted as stop:
+        again = "without --overwrite" if overwrite else "again"
+        raise stop.and_then(f"run the same command {again} to continue") from None
     if not Shard.of_this_process().is_main:
         return
     for folder in folders:
-        write_report([folder], folder.path, tasks=tasks)
-    show_report(write_report(folders, None, tasks=tasks), as_json)
+        write_own_report(folder)
+    asked = asked_tasks(recipes_of(folders, changes), tasks)
+    show_report(write_report(folders, None, tasks=asked), as_json)
 
 
 @main.command()
@@ -148,11 +162,11 @@ def compare(run_dirs, out, llm_comparator, as_json) -> None:
     Example: dft-lora compare runs/demo/sft runs/demo/dft --out runs/comparison
     """
     from .evaluation.report import write_report
-    from .runs.folder import RunFolder
+    from .runs.folder import open_runs
 
     if llm_comparator and not out:
         raise RequestError("--llm-comparator: name a folder with --out")
-    folders = [RunFolder.open(path) for path in run_dirs]
+    folders = open_runs(run_dirs)
     show_report(write_report(folders, Path(out) if out else None, comparator=llm_comparator), as_json)
 
 
@@ -175,8 +189,11 @@ def experiment(name: str, out: Path | None, seeds: str, only: tuple[str, ...]) -
         raise RequestError(f"--seeds {seeds!r}: write different whole numbers, such as 0,1,2")
     from .experiments import run_experiment
 
-    for line in run_experiment(name, out or Path("runs", name), [int(n) for n in numbers], only):
-        click.echo(line)
+    try:
+        for line in run_experiment(name, out or Path("runs", name), [int(n) for n in numbers], only):
+            click.echo(line)
+    except Interrupted as stop:
+        raise stop.and_then(CONTINUES) from None
 
 
 @main.command()
@@ -206,7 +223,12 @@ def diagnose(recipe: str, changes: tuple[str, ...], examples: int, as_json: bool
     envvar="GRADIO_SERVER_NAME",
     help="Address to listen on.",
 )
-@click.option("--port", type=click.IntRange(1, 65535), envvar="GRADIO_SERVER_PORT", help="Default: 7860.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    envvar="GRADIO_SERVER_PORT",
+    help="Default: from 7860, the first free one.",
+)
 @click.option("--share", is_flag=True, help="Make a public link through Gradio's servers.")
 @click.option("--auth", is_flag=True, help="Ask for DFT_LORA_USER and DFT_LORA_PASSWORD (environment).")
 @click.option(

@@ -53,14 +53,15 @@ class RunError(DftLoraError):
 class Interrupted(RunError):
     """SIGTERM or Ctrl-C; a checkpoint was kept. The exit code is a shell's: 143 or 130."""
 
-    def __init__(self, message: str, signal_number: int | None):
+    def __init__(self, message: str, signal_number: int | None, told: bool = False):
         super().__init__(message)
+        self.told = told
         self.signal_number = signal_number
         self.exit_code = 128 + (signal_number or 0)
 
     def and_then(self, way_on: str) -> Interrupted:
-        """The same, with how to go on: the one who was asked knows."""
-        return Interrupted(f"{self}; {way_on}", self.signal_number)
+        """The same, with how to go on: the one who was asked knows. It is said once."""
+        return self if self.told else Interrupted(f"{self}; {way_on}", self.signal_number, told=True)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -161,9 +161,10 @@ def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = No
 
 
 def _results(run: RunFolder) -> str:
-    if not run.report_file.is_file():
+    reported = read_json(run.report_file)["runs"] if run.report_file.is_file() else {}
+    runs = {name: r for name, r in reported.items() if r.get("adapter") == run.adapter_digest}
+    if not runs:  # or answered by an adapter that has been trained further since
         return "Not evaluated."
-    runs = read_json(run.report_file)["runs"]
     lines = [
         "| run | task | sampled accuracy | 95 % interval | greedy | problems |",
         "|---|---|---:|---:|---:|---:|",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dft_lora.config import digest, load_recipe
 from dft_lora.evaluation.sampling import base_run
+from dft_lora.model.fingerprint import base_fingerprint
 from dft_lora.runs.folder import RunFolder, write_json
 from dft_lora.training.loop import train
 
@@ -37,6 +38,9 @@ def answered(path: Path, correct: list[list[int]], task: str = "arithmetic", **p
         "template": "chat",
         "template_hash": "t",
         "seed": 0,
+        "engine": "plain",
+        "adapter": None,
+        "base": base_fingerprint(load_recipe("tiny_dft").model),
     }
     problems = {name: {"question": f"What is {name}?", "answer": "7", "tags": {}} for name in names}
     file = folder.evaluation(task)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+from evidence_runs import answered
 
 from dft_lora.cli import main
 
@@ -112,6 +113,21 @@ def test_an_output_that_exists_or_cannot_be_written_is_refused(tmp_path):
 def test_evaluate_and_compare_refuse_what_is_no_run(tmp_path):
     assert "not a run folder" in refused("evaluate", tmp_path)
     assert "not a run folder" in refused("compare", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"recipe": {"modle": {}}, "template": "", "template_hash": ""}']
+)
+def test_a_broken_run_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    for command in ("evaluate", "compare", "app"):
+        assert "run.json" in refused(command, tmp_path)
+
+
+def test_a_run_named_twice_is_refused(tmp_path):
+    run = answered(tmp_path / "run", [[1, 0], [0, 1]]).path
+    for command in ("evaluate", "compare", "app"):
+        assert "is named twice" in refused(command, run, tmp_path / "." / "run" / ".." / "run")
 
 
 def test_recipes_list_show_copy(tmp_path):

@@ -1,6 +1,9 @@
 """Evaluation end to end on the embedded base: killed, resumed, sharded; token scores against plain torch."""
 
 import json
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,18 +12,23 @@ import time
 import numpy as np
 import pytest
 import torch
-from evidence_runs import trained
+from click.testing import CliRunner
+from evidence_runs import QUICK, trained
+from fault_runs import finish, start, wait_for
 
+from dft_lora.cli import main
+from dft_lora.config import ModelConfig, load_recipe
 from dft_lora.data.templates import Renderer
 from dft_lora.errors import MissingPart, RequestError
-from dft_lora.evaluation.report import build
+from dft_lora.evaluation.report import build, write_own_report
 from dft_lora.evaluation.sampling import checkpoint_runs, evaluate, read_attempts, tokens_file
 from dft_lora.evaluation.sharpening import cooled
 from dft_lora.evaluation.tokens import TokenTable, entropy, score, temperature_for
 from dft_lora.model.head import check_head
-from dft_lora.model.load import load_adapters, load_base, load_tokenizer
-from dft_lora.runs.folder import RunFolder
+from dft_lora.model.load import load_adapters, load_base, load_tokenizer, resolve
+from dft_lora.runs.folder import RunFolder, read_json
 from dft_lora.tasks import get_task
+from dft_lora.training.loop import train
 
 ARGUMENTS = ("--task", "arithmetic", "--samples", "3", "--limit", "24")
 
@@ -36,8 +44,6 @@ def runs(tmp_path_factory):
 @pytest.fixture
 def fresh(runs, tmp_path):
     """The same runs, not evaluated."""
-    import shutil
-
     for path in runs:
         shutil.copytree(path, tmp_path / path.name, ignore=shutil.ignore_patterns("evaluation", "steps"))
     return [tmp_path / path.name for path in runs]
@@ -103,8 +109,119 @@ def test_two_processes_give_the_answers_of_one(runs, fresh):
 def test_another_protocol_is_refused_before_a_model_is_loaded(runs):
     with pytest.raises(RequestError, match=r"samples: 3 -> 2.*--overwrite"):
         evaluate([runs[0]], ["arithmetic"], limit=24, changes=["samples=2"])
+    with pytest.raises(RequestError, match=r"engine: 'plain' -> 'vllm'"):
+        evaluate([runs[0]], ["arithmetic"], limit=24, changes=["samples=3", "engine=vllm"])
     with pytest.raises(RequestError, match="did you mean 'arithmetic'"):
         evaluate([runs[0]], ["aritmetic"])
+    with pytest.raises(RequestError, match="--limit: 0"):
+        evaluate([runs[0]], ["arithmetic"], limit=0)
+
+
+def test_overwriting_waits_until_an_engine_is_there(runs):
+    with pytest.raises(MissingPart, match="vllm"):
+        evaluate([runs[0]], ["arithmetic"], limit=2, changes=["samples=1", "engine=vllm"], overwrite=True)
+    assert len(answers(runs[0])) == 24 * 4
+
+
+def test_ctrl_c_keeps_what_was_answered_and_says_how_to_go_on(fresh):
+    """Stopped before the first 256 answers, which are judged and written together."""
+    asked = ("evaluate", str(fresh[1]), "--task", "arithmetic", "--samples", "4", "--limit", "40")
+    child = start(*asked)
+    wait_for(lambda: re.search(r"[1-9]\d*/200 ", child.log.read_text() if child.log.exists() else ""))
+    os.kill(child.pid, signal.SIGINT)
+    code, told = finish(child)
+    kept = len(answers(fresh[1]))
+    assert code == 130 and "Traceback" not in told and 0 < kept < 200
+    line = f"error: evaluation stopped: {kept} of 200 answers are kept; run the same command again to "
+    assert told.splitlines()[-1] == line + "continue"
+    evaluate([fresh[1]], ["arithmetic"], limit=40, changes=["samples=4"])
+    assert len(answers(fresh[1])) == 200
+
+
+# --- answers belong to the exact weights ---------------------------------------------------------
+
+
+@pytest.fixture
+def extended(runs, tmp_path):
+    """The evaluated run `sft`, trained one step further."""
+    path = tmp_path / "sft"
+    shutil.copytree(runs[1], path)
+    write_own_report(RunFolder(path))
+    fields = (*QUICK, "train.save_steps=1", "objective.name=sft", f"output={path}", "train.max_steps=3")
+    train(load_recipe("tiny_dft", fields), extend=True)
+    return path
+
+
+def test_a_run_that_was_trained_further_is_answered_anew(runs, extended):
+    folder = RunFolder(extended)
+    asked = {"limit": 24, "changes": ["samples=3"]}
+    with pytest.raises(RequestError, match=r"adapter has changed since.*--overwrite"):
+        evaluate([extended], ["arithmetic"], **asked)
+    with pytest.raises(RequestError, match=r"adapter has changed since.*--task arithmetic --overwrite"):
+        build([folder])
+    evaluate([extended], ["arithmetic"], **asked, overwrite=True)
+    assert answers(extended) != answers(runs[1])
+    assert build([folder])["runs"]["sft"]["adapter"] == folder.adapter_digest
+    for title in ("arithmetic", "other-text"):
+        mine, old = (TokenTable.load(tokens_file(RunFolder(path), title)) for path in (extended, runs[1]))
+        assert not np.array_equal(mine.logp_T, old.logp_T), f"{title}: probabilities of the older adapter"
+
+
+def test_answers_that_do_not_name_their_weights_are_refused(runs, tmp_path):
+    """As an earlier version wrote them."""
+    shutil.copytree(runs[0], tmp_path / "base")
+    file = RunFolder(tmp_path / "base").evaluation("arithmetic").with_suffix(".json")
+    facts = read_json(file)
+    for field in ("adapter", "base", "engine"):
+        del facts["protocol"][field]
+    file.write_text(json.dumps(facts))
+    for ask in (
+        lambda: build([RunFolder(tmp_path / "base")]),
+        lambda: evaluate([tmp_path / "base"], ["arithmetic"], limit=24, changes=["samples=3"]),
+    ):
+        with pytest.raises(RequestError, match=r"earlier version.*--overwrite"):
+            ask()
+
+
+def test_a_base_whose_weights_changed_is_refused(fresh, tmp_path):
+    base, run = tmp_path / "weights", RunFolder(fresh[1])
+    shutil.copytree(resolve(ModelConfig()), base)
+    recipe = run.run()["recipe"]
+    run.write_run(recipe=recipe | {"model": recipe["model"] | {"name": str(base)}})
+    evaluate([fresh[1]], ["arithmetic"], limit=2, changes=["samples=1"])
+    weights = bytearray((base / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (base / "model.safetensors").write_bytes(weights)
+    with pytest.raises(RequestError, match=r"weights of its base .* have changed since the run was made"):
+        evaluate([fresh[1]], ["arithmetic"], limit=2, changes=["samples=1"])
+    with pytest.raises(RequestError, match="base's weights have changed"):
+        build([run])
+
+
+def test_runs_with_different_settings_are_refused_by_name(fresh):
+    run = RunFolder(fresh[1])
+    recipe = run.run()["recipe"]
+    run.write_run(recipe=recipe | {"evaluate": recipe["evaluate"] | {"temperature": 0.7, "seed": 5}})
+    with pytest.raises(RequestError, match=r"temperature 1.0 and 0.7; evaluate.seed 0 and 5.*--set"):
+        evaluate(fresh[:2], ["arithmetic"], limit=2, changes=["samples=1"])
+    evaluate(fresh[:2], ["arithmetic"], limit=2, changes=["samples=1", "temperature=0.7", "seed=5"])
+    assert len(answers(fresh[0])) == len(answers(fresh[1])) == 4
+
+
+def test_a_runs_report_holds_every_task_that_was_answered(runs, tmp_path):
+    """Also after a command that asked another task; one that is incomplete is left out and named."""
+    path = tmp_path / "base"
+    shutil.copytree(runs[0], path)
+    asked = ("--samples", "1", "--limit", "2")
+    done = CliRunner().invoke(main, ["evaluate", str(path), "--task", "arithmetic-long", *asked])
+    assert done.exit_code == 0, done.output
+    assert list(read_json(path / "report.json")["runs"]["base"]["tasks"]) == ["arithmetic", "arithmetic-long"]
+    assert "arithmetic-long" in done.stdout and "24 problems" not in done.stdout
+    file = RunFolder(path).evaluation("arithmetic")
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-3]))
+    again = CliRunner().invoke(main, ["evaluate", str(path), "--task", "arithmetic-long", *asked])
+    assert again.exit_code == 0, again.output
+    assert list(read_json(path / "report.json")["runs"]["base"]["tasks"]) == ["arithmetic-long"]
 
 
 def test_vllm_says_what_is_missing(fresh):
@@ -193,3 +310,6 @@ def test_a_cooled_twin_has_the_other_runs_entropy(runs, tmp_path):
     assert twin.recipe().evaluate.temperature == pytest.approx(facts["temperature"], abs=1e-4)
     assert json.dumps(facts) and 0.05 < facts["temperature"] < 5
     assert cooled(RunFolder(runs[1]), RunFolder(runs[2]), tmp_path / "twin", "arithmetic").run() == twin.run()
+    turned = cooled(RunFolder(runs[2]), RunFolder(runs[1]), tmp_path / "twin", "arithmetic")
+    assert turned.adapter_digest == RunFolder(runs[2]).adapter_digest, "made anew from another adapter"
+    assert turned.run()["cooled"]["temperature"] != facts["temperature"]

@@ -71,7 +71,9 @@ def test_the_card_holds_the_figures_of_the_run(run, merged):
 
 def test_the_card_holds_the_report(run, tmp_path):
     cell = {"avg": 0.5, "ci95": [0.4, 0.6], "greedy": 0.55, "problems": 200}
-    run.report_file.write_text(json.dumps({"runs": {"tiny-run": {"tasks": {"arithmetic": cell}}}}))
+    run.report_file.write_text(
+        json.dumps({"runs": {"tiny-run": {"adapter": run.adapter_digest, "tasks": {"arithmetic": cell}}}})
+    )
     try:
         assert "| tiny-run | arithmetic | 50.0% | 40.0% to 60.0% | 55.0% | 200 |" in card(run)
     finally:

@@ -70,6 +70,6 @@ def recorded():
 
 def test_the_recorded_base_is_the_one_that_is_shipped(recorded):
     from dft_lora.config import ModelConfig
-    from dft_lora.training.resume_guard import base_fingerprint
+    from dft_lora.model.fingerprint import base_fingerprint
 
     assert recorded["provenance"]["base"] == base_fingerprint(ModelConfig())

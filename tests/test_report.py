@@ -75,6 +75,7 @@ def test_small_differences_are_called_noise_and_holm_only_raises(report):
         ({"max_new_tokens": 48}, "max_new_tokens 96 and 48"),
         ({"template": "plain", "template_hash": "u"}, "template 'chat' and 'plain'"),
         ({"template_hash": "u"}, "renders other ids"),
+        ({"engine": "vllm"}, "engine 'plain' and 'vllm'"),
         ({"problems_hash": "x"}, "other texts or answers"),
     ],
 )

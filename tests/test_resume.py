@@ -16,6 +16,7 @@ from dft_lora.runs.folder import RunFolder
 from dft_lora.training.loop import train
 
 STEPS = 9
+ADAPTER = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,40 @@ def test_other_data_and_another_base_are_refused(recipe, data, stopped, tmp_path
     for change, names in ((f"data.source={other}", "data was"), (f"model.name={base}", "base was")):
         with pytest.raises(RequestError, match=names):
             train(load_recipe(recipe, [change]), resume=True)
+
+
+ASKED = ("--task", "arithmetic", "--samples", "1", "--limit", "2")
+
+
+def test_a_run_that_has_not_finished_is_not_evaluated_unless_a_checkpoint_is_named(recipe, stopped):
+    newest = stopped / "checkpoints" / "step-000006"
+    for command in (("evaluate", str(stopped), *ASKED), ("compare", str(stopped)), ("app", str(stopped))):
+        code, told = run(*command)
+        assert code == 2 and told.count("\n") == 1, told
+        assert "has not finished" in told and "--resume" in told and str(newest) in told
+    code, told = run("evaluate", str(newest), *ASKED)
+    assert code == 0, told
+    assert adapter(stopped / "steps" / "step-000006") == (newest / "adapter" / ADAPTER).read_bytes()
+    assert (stopped / "steps" / "step-000006" / "report.json").is_file()
+    code, told = run("evaluate", str(stopped / "checkpoints" / "step-000007"), *ASKED)
+    assert code == 2 and "kept are: step-000003, step-000006" in told
+    assert run("train", str(recipe), "--resume")[0] == 0
+    code, told = run("evaluate", str(stopped), *ASKED)
+    assert code == 0, told
+
+
+def test_a_run_that_is_being_extended_has_not_finished(whole, recipe):
+    """Its adapter is still that of fewer steps."""
+    run_dir = recipe.parent / "run"
+    shutil.copytree(whole, run_dir)
+    assert RunFolder(run_dir).finished
+    child = start("train", str(recipe), "--set", "train.max_steps=400", "--extend")
+    wait_for(lambda: len(lines(run_dir)) > STEPS)
+    os.kill(child.pid, signal.SIGINT)
+    assert finish(child)[0] == 130
+    assert adapter(run_dir) == adapter(whole) and not RunFolder(run_dir).finished
+    code, told = run("evaluate", str(run_dir), *ASKED)
+    assert code == 2 and "no adapter of step 400" in told
 
 
 def test_a_damaged_final_adapter_is_mended_from_the_last_checkpoint(whole, recipe):

@@ -150,6 +150,17 @@ def test_a_user_and_password_are_asked_for(monkeypatch):
         assert known.predict("19", "19", api_name="/score") == "correct"
 
 
+@pytest.mark.parametrize("options", [[], ["--results-only"]])
+def test_a_port_in_use_is_refused_before_a_model_is_loaded(monkeypatch, options):
+    monkeypatch.setattr("dft_lora.ui.session.load_base", lambda *a, **k: pytest.fail("a model was loaded"))
+    paths = [str(folder.path) for folder in runs()]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = CliRunner().invoke(main, ["app", *paths, "--port", str(port), *options])
+    assert done.exit_code == 2 and f"--port: {port} at 127.0.0.1 is in use" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 # --- endpoints -------------------------------------------------------------------------------------
 
 

@@ -1,16 +1,20 @@
 """What the page asks of the models: answers in step, token probabilities, nothing left behind."""
 
 import re
+import shutil
 import time
 from itertools import pairwise
 from statistics import median
 
 import pytest
 import torch
-from ui_cases import PROBLEM, Forwards, alone, hooks_left, session
+from dft_lora.run_folder import RunFolder
+from ui_cases import PROBLEM, Forwards, alone, hooks_left, runs, session
 
+from dft_lora.config import ModelConfig
 from dft_lora.errors import RequestError
-from dft_lora.ui.session import MAX_CHARACTERS, Question
+from dft_lora.model.load import resolve
+from dft_lora.ui.session import MAX_CHARACTERS, Question, Session
 from dft_lora.ui.views import tokens_view
 
 # --- answers ---------------------------------------------------------------------------------------
@@ -101,6 +105,18 @@ def test_after_a_fault_the_next_answer_is_the_reference():
     assert hooks_left() == 0 and not session()._lock.locked()
     *_, again = session().answers(question)
     assert [a.ids for a in again] == [a.ids for a in reference]
+
+
+def test_a_run_over_other_weights_of_the_base_is_not_shown(tmp_path):
+    shutil.copytree(resolve(ModelConfig()), tmp_path / "base")
+    with (tmp_path / "base" / "config.json").open("a") as file:
+        file.write("\n")
+    shutil.copytree(runs()[1].path, tmp_path / "sft")
+    run = RunFolder(tmp_path / "sft")
+    recipe = run.run()["recipe"]
+    run.write_run(recipe=recipe | {"model": recipe["model"] | {"name": str(tmp_path / "base")}})
+    with pytest.raises(RequestError, match="have changed since the run was made"):
+        Session([run])
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,30 @@ def test_results_are_read_from_the_folders_alone(tmp_path):
         results_view(folders)
 
 
+def test_results_of_another_adapter_are_named_and_not_shown(tmp_path):
+    """A run that was trained further: neither its own report nor the one beside it is shown."""
+    folders = [RunFolder(tmp_path / name) for name in ("sft", "dft")]
+    for folder in folders:
+        folder.adapter.mkdir(parents=True)
+        (folder.path / "run.json").write_text("{}")
+        (folder.adapter / "adapter_config.json").write_text("{}")
+        (folder.adapter / "adapter_model.safetensors").write_text(folder.name)
+        own = {"avg": 0.625} if folder.name == "sft" else {"avg": 0.875}
+        made = report(**{folder.name: own})
+        made["runs"][folder.name]["adapter"] = folder.adapter_digest
+        folder.report_file.write_text(json.dumps(made))
+    both = report(sft={"avg": 0.625}, dft={"avg": 0.875})
+    for folder in folders:
+        both["runs"][folder.name]["adapter"] = folder.adapter_digest
+    (tmp_path / "report.json").write_text(json.dumps(both))
+    view = results_view(folders)
+    assert "62.5 %" in view and "87.5 %" in view and "+20.0" in view and "--overwrite" not in view
+    (folders[1].adapter / "adapter_model.safetensors").write_text("trained further")
+    view = results_view(folders)
+    assert "62.5 %" in view and "87.5 %" not in view and "+20.0" not in view
+    assert f"dft-lora evaluate {tmp_path / 'dft'} --overwrite" in view
+
+
 def test_results_draw_how_likely_each_token_is(tmp_path):
     """Stairs on a logarithmic scale, from the runs' own reports as well as from one that compares them."""
     for name, counts in (("sft", [1] * 20), ("dft", [100, *[1] * 18, 1000])):

@@ -1,5 +1,7 @@
 """The page before there are runs: a bar that tells the truth, and a start that goes on where it stopped."""
 
+import socket
+
 import httpx
 import pytest
 
@@ -7,7 +9,7 @@ from dft_lora.errors import Interrupted, RequestError
 from dft_lora.runs.folder import RunFolder
 from dft_lora.training import loop
 from dft_lora.ui.server import default_runs, make_runs, page_recipes
-from dft_lora.ui.waiting import progress, waiting
+from dft_lora.ui.waiting import free_port, progress, waiting
 
 
 def test_the_bar_is_read_from_the_run_folders(tmp_path):
@@ -55,6 +57,20 @@ def test_a_first_start_goes_on_with_what_was_made(tmp_path, monkeypatch):
     assert [folder.name for folder in made] == ["base", "sft", "dft"] == [f.name for f in default_runs()]
     again = make_runs(quick)
     assert [(folder.path / "run.json").read_bytes() for folder in again] == before
+
+
+def test_a_port_that_is_free_is_taken_and_another_than_7860_is_said(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(RequestError, match=f"--port: {port} at 127.0.0.1 is in use; name another"):
+            free_port("127.0.0.1", port)
+    assert free_port("127.0.0.1", port) == port and capsys.readouterr().err == ""
+    found = free_port("127.0.0.1", None)
+    with socket.create_server(("127.0.0.1", found)):
+        other = free_port("127.0.0.1", None)
+        assert other > found and f"the page will be at port {other}" in capsys.readouterr().err
+    with pytest.raises(RequestError, match="--host, --port: cannot serve at nowhere"):
+        free_port("nowhere.invalid", None)
 
 
 def test_a_first_start_that_is_stopped_names_the_way_on(tmp_path, monkeypatch):

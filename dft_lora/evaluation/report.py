@@ -16,8 +16,8 @@ from ..errors import RequestError
 from ..runs.folder import RunFolder, write_json, write_text
 from ..runs.provenance import certificate
 from . import statistics as st
-from .sampling import FORGETTING, Protocol
-from .task_results import Answered, evaluated_tasks
+from .sampling import FORGETTING, WEIGHTS, Protocol
+from .task_results import Answered, complete_tasks, evaluated_tasks
 from .text import markdown
 from .token_metrics import token_figures
 
@@ -43,6 +43,7 @@ def build(
             "path": str(folder.path),
             "template": folder.run()["template"],
             "objective": folder.recipe().objective.name if folder.has_adapter else None,
+            "adapter": folder.adapter_digest,
             "tasks": {task: answers.summary() for task, answers in answered[name].items()},
         }
     pairs = [_compare(a, b, answered[a], answered[b], free) for a, b in combinations(names, 2)]
@@ -84,7 +85,8 @@ def _compare(
 
 def _differences(left: Answered, right: Answered, free: Collection[str]) -> str:
     """What differs between two protocols, in words; empty where nothing does."""
-    known = {f.name for f in fields(Protocol)} - {*free, "problems", "problems_hash", "template_hash"}
+    told_below = {"problems", "problems_hash", "template_hash"}
+    known = {f.name for f in fields(Protocol)} - told_below - {*free, *WEIGHTS}
     said = [
         f"{k} {left.protocol[k]!r} and {right.protocol[k]!r}"
         for k in left.protocol
@@ -126,7 +128,7 @@ def steps(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
     curve: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in sorted((folder.path / "steps").glob("step-*")):
         run = RunFolder.open(path)
-        for task in evaluated_tasks(run):
+        for task in complete_tasks(run):
             answers = Answered.read(run, task)
             scores_P = st.avg_at_n(answers.correct_PN)
             entry = {"step": run.run()["step"], "avg": float(scores_P.mean())}
@@ -163,6 +165,11 @@ def write_report(
                 name = f"{a}-{b}-{task}.json".replace("/", "_")
                 write_json(out / "llm-comparator" / name, llm_comparator(a, b, *pair))
     return report
+
+
+def write_own_report(folder: RunFolder) -> dict[str, Any]:
+    """The report of one run in its folder: all its tasks with complete answers, whichever came last."""
+    return write_report([folder], folder.path, tasks=complete_tasks(folder))
 
 
 def llm_comparator(a: str, b: str, left: Answered, right: Answered) -> dict[str, Any]:

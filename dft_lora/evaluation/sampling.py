@@ -15,34 +15,39 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import signal
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import EvaluateConfig, Recipe, digest
+from ..config import EvaluateConfig, ModelConfig, Recipe, digest
 from ..data.templates import Renderer
-from ..errors import RequestError
+from ..errors import Interrupted, RequestError
+from ..model.fingerprint import base_fingerprint
 from ..model.generate import Completion, Request, generate, rows_that_fit
 from ..model.load import load_adapters, load_base, load_tokenizer
-from ..runs.folder import RunFolder, read_json, read_lines, write_json, write_text
+from ..runs.folder import RunFolder, open_runs, read_json, read_lines, write_json, write_text, writing
 from ..runs.provenance import certificate
 from ..tasks import get_task
 from ..tasks.base import Attempt, Problem, Verdict
 from ..tasks.judge import judge_many
-from .tokens import score, text_examples
+from .tokens import TokenTable, score, text_examples
 
 GREEDY = -1
 CHUNK = 256  # answers judged and written at a time
 SCORED = 128  # problems whose reference solutions are scored token by token
 OTHER_TEXT = Path(__file__).with_name("other_text.txt")
 FORGETTING = "other-text"
+THEN = "evaluate again: it goes on where it stopped"
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """All that must be equal for two evaluations to be comparable."""
+    """All that must be equal for answers to be added to those on disk.
+
+    All but the weights (`adapter`, `base`) must be equal for two runs to be comparable, too.
+    """
 
     task: str
     problems: int
@@ -54,9 +59,39 @@ class Protocol:
     template: str
     template_hash: str
     seed: int
+    engine: str
+    adapter: str | None
+    """The digest of the adapter; None: the bare base."""
+    base: str
+    """The fingerprint of the base's weights."""
 
-    def differences(self, other: dict[str, Any]) -> list[str]:
-        return [f"{k}: {other.get(k)!r} -> {v!r}" for k, v in asdict(self).items() if other.get(k) != v]
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """What differs from a recorded protocol, in words."""
+        said = [
+            f"{k}: {other.get(k)!r} -> {v!r}"
+            for k, v in asdict(self).items()
+            if k not in (*WEIGHTS, "engine") and other.get(k) != v
+        ]
+        if (engine := other.get("engine", self.engine)) != self.engine:
+            said.append(f"engine: {engine!r} -> {self.engine!r}")
+        if why := other_weights(other, self.adapter, self.base):
+            said.append(why)
+        return said
+
+
+WEIGHTS = ("adapter", "base")
+"""The fields of a protocol that name the weights; each run has its own."""
+
+
+def other_weights(recorded: Mapping[str, Any], adapter: str | None, base: str) -> str | None:
+    """Why answers with the `recorded` protocol are not of these weights, in words; None where they are."""
+    if not set(WEIGHTS) <= set(recorded):
+        return "an earlier version of dft-lora made them and did not record the weights"
+    if recorded["adapter"] != adapter:
+        return "the run's adapter has changed since"
+    if recorded["base"] != base:
+        return "the base's weights have changed since"
+    return None
 
 
 def evaluate(
@@ -68,51 +103,96 @@ def evaluate(
 ) -> list[RunFolder]:
     """Answer and judge `tasks` with every run, over one base loaded once.
 
-    `tasks` default to the recipes' own; `limit` takes the first problems of each; `changes` are
-    `evaluate.field=value` (or `field=value`) and apply to all runs. An interrupted evaluation
-    with the same protocol is completed; another protocol is refused unless `overwrite`.
+    A path RUN_DIR/checkpoints/step-N stands for that checkpoint. `tasks` default to the recipes' own;
+    `limit` takes the first problems of each; `changes` are `evaluate.field=value` (or `field=value`) and
+    apply to all runs. An interrupted evaluation with the same protocol is completed; answers under another
+    protocol, or of other weights, are refused unless `overwrite`.
 
-    Raises RequestError before a model is loaded when runs, tasks or templates do not fit together.
+    Raises RequestError before a model is loaded when runs, tasks, settings or templates do not fit together,
+    or a run has not finished; Interrupted after Ctrl-C, with all answers kept.
     """
-    folders = [RunFolder.open(path) for path in run_dirs]
+    folders = open_runs(run_dirs)
     if not folders:
         raise RequestError("name at least one run folder")
-    changes = [change if change.startswith("evaluate.") else f"evaluate.{change}" for change in changes]
-    recipes = [folder.recipe().override(changes) for folder in folders]
+    recipes = recipes_of(folders, changes)
     settings, names = recipes[0].evaluate, unique_names(folders)
     same_base(folders, recipes)
-    task_list = tasks or settings.tasks
-    if not task_list:
-        raise RequestError("no task: give --task NAME, or evaluate.tasks in the recipe")
-    problems = {name: get_task(name).problems()[:limit] for name in task_list}
+    same_settings(folders, recipes, free={"tasks"} if tasks else ())
+    problems = {name: _problems(name, limit) for name in asked_tasks(recipes, tasks)}
 
     renderer = renderer_of(folders, recipes)
+    base = unchanged_base(folders, recipes[0].model)
     shard = Shard.of_this_process()
     work = {}
     for task, its_problems in problems.items():
-        protocol = _protocol(task, its_problems, settings, renderer)
         for name, folder in zip(names, folders, strict=True):
+            protocol = _protocol(task, its_problems, settings, renderer, folder.adapter_digest, base)
             work[task, name] = Answers(folder, protocol, its_problems, overwrite, shard)
-    engine = ENGINES[settings.engine]
     complete = all(answers.missing() == [] for answers in work.values())
+    scored = settings.engine != "plain" or all(_scored(folder, problems, base) for folder in folders)
     shard.wait()  # all have read before one writes
-    if complete and (settings.engine != "plain" or all(_scored(folder, problems) for folder in folders)):
-        return folders
+    if not (complete and scored):
+        try:
+            _complete(dict(zip(names, folders, strict=True)), recipes[0], renderer, problems, work, base)
+        except KeyboardInterrupt:
+            if any(answers.overwrite for answers in work.values()):
+                raise  # while the model was loaded: nothing is replaced yet
+            raise Interrupted(_kept(work.values()), signal.SIGINT) from None
+    return folders
 
-    adapters = {n: f.adapter for n, f in zip(names, folders, strict=True) if f.has_adapter}
-    answer = engine(recipes[0], adapters, renderer)
+
+def _complete(
+    folders: Mapping[str, RunFolder],
+    recipe: Recipe,
+    renderer: Renderer,
+    problems: Mapping[str, list[Problem]],
+    work: Mapping[tuple[str, str], Answers],
+    base: str,
+) -> None:
+    """Load the model, answer what is missing, and score the reference solutions token by token."""
+    shard = next(iter(work.values())).shard
+    adapters = {name: folder.adapter for name, folder in folders.items() if folder.has_adapter}
+    answer = ENGINES[recipe.evaluate.engine](recipe, adapters, renderer)
+    for answers in work.values():
+        answers.begin(certificate(**answer.facts))
+    shard.wait()  # what is replaced is gone before one adds
     for task in problems:
         mine = {name: answers for (t, name), answers in work.items() if t == task}
-        for answers in mine.values():
-            answers.begin(certificate(**answer.facts))
-        _answer(answer, renderer, mine, settings, task)
+        _answer(answer, renderer, mine, recipe.evaluate, task)
     if shard.is_main and isinstance(answer, Plain):
-        _score(answer.model, renderer, dict(zip(names, folders, strict=True)), problems)
+        _score(answer.model, renderer, folders, problems, base)
     shard.wait()
     for answers in work.values() if shard.is_main else ():
         answers.gather()
     shard.wait()
-    return folders
+
+
+def _kept(work: Collection[Answers]) -> str:
+    """What an interrupted evaluation leaves behind, in words."""
+    kept, asked = sum(len(a.on_disk()) for a in work), sum(a.asked for a in work)
+    return f"evaluation stopped: {kept} of {asked} answers are kept"
+
+
+def recipes_of(folders: Sequence[RunFolder], changes: Sequence[str]) -> list[Recipe]:
+    """The runs' recipes with `evaluate.field=value` (or `field=value`) changes."""
+    changes = [change if change.startswith("evaluate.") else f"evaluate.{change}" for change in changes]
+    return [folder.recipe().override(changes) for folder in folders]
+
+
+def asked_tasks(recipes: Sequence[Recipe], tasks: Sequence[str]) -> tuple[str, ...]:
+    """`tasks`, or the recipes' own. Raises RequestError when there are none."""
+    if not (tasks or recipes[0].evaluate.tasks):
+        raise RequestError("no task: give --task NAME, or evaluate.tasks in the recipe")
+    return tuple(tasks) or recipes[0].evaluate.tasks
+
+
+def _problems(task: str, limit: int | None) -> list[Problem]:
+    if limit is not None and limit < 1:
+        raise RequestError(f"--limit: {limit}; give at least 1")
+    problems = list(get_task(task).problems()[:limit])
+    if not problems:
+        raise RequestError(f"--task {task}: it has no problems")
+    return problems
 
 
 @dataclass(frozen=True)
@@ -187,17 +267,20 @@ class Answers:
         self.folder, self.protocol, self.problems, self.shard = folder, protocol, problems, shard
         self.file = folder.evaluation(protocol.task)
         self.facts_file = self.file.with_suffix(".json")
-        if overwrite and shard.is_main:
-            for old in (self.file, self.facts_file, tokens_file(folder, protocol.task), *self._parts()):
-                old.unlink(missing_ok=True)
-        elif not overwrite and self.facts_file.is_file():
+        self.overwrite = overwrite
+        if not overwrite and self.facts_file.is_file():
             differences = protocol.differences(read_json(self.facts_file)["protocol"])
             if differences:
                 raise RequestError(
-                    f"{self.file}: made under another protocol ({'; '.join(differences)}); "
-                    "use the same, or --overwrite to replace it"
+                    f"{self.file}: answered under another protocol ({'; '.join(differences)}); "
+                    "--overwrite replaces these answers"
                 )
-        self.done = set() if overwrite else set(self._attempts())
+        self.done = set() if overwrite else set(self.on_disk())
+
+    @property
+    def asked(self) -> int:
+        """How many answers there are to be, the greedy ones included."""
+        return len(self.problems) * (self.protocol.samples + 1)
 
     def missing(self) -> list[tuple[Problem, int]]:
         """(problem, sample) pairs still to be answered by this process; sample -1 is the greedy answer."""
@@ -206,8 +289,14 @@ class Answers:
         return [(p, s) for p in mine for s in samples if (p.id, s) not in self.done]
 
     def begin(self, birth: dict[str, Any]) -> None:
-        """Record the protocol, before the first answer."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+        """Record the protocol, before the first answer; what is to be overwritten goes now."""
+        with writing(self.file, THEN):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            if self.overwrite and self.shard.is_main:
+                tables = tokens_file(self.folder, self.protocol.task)
+                for old in (self.file, self.facts_file, tables, *self._parts()):
+                    old.unlink(missing_ok=True)
+        self.overwrite = False
         if self.shard.is_main and not self.facts_file.is_file():
             problems = {
                 p.id: {"question": p.question, "answer": p.answer, "tags": dict(p.tags)}
@@ -218,17 +307,18 @@ class Answers:
 
     def add(self, attempts: Iterable[Attempt]) -> None:
         part = self.file if self.shard.world == 1 else self._part(self.shard.rank)
-        with part.open("a", encoding="utf-8") as file:
+        with writing(part, THEN), part.open("a", encoding="utf-8") as file:
             file.writelines(attempt_line(attempt) for attempt in attempts)
 
     def gather(self) -> None:
         """Bring the parts of several processes together, also those that a kill has left."""
         if parts := self._parts():
-            write_text(self.file, "".join(map(attempt_line, self._attempts().values())))
+            write_text(self.file, "".join(map(attempt_line, self.on_disk().values())))
             for part in parts:
                 part.unlink()
 
-    def _attempts(self) -> dict[tuple[str, int], Attempt]:
+    def on_disk(self) -> dict[tuple[str, int], Attempt]:
+        """By problem and sample; also in the parts that several processes have written."""
         files = (self.file, *self._parts())
         return {(a.problem, a.sample): a for file in files for a in read_attempts(file)}
 
@@ -271,11 +361,11 @@ def _answer(
         verdicts = judge_many(
             [(text, jobs[i][1].answer) for (i, _), text in zip(pending, texts, strict=True)]
         )
-        for (i, completion), text, verdict in zip(pending, texts, verdicts, strict=True):
+        for (i, completion), text, verdict in zip(list(pending), texts, verdicts, strict=True):
             name, problem, sample = jobs[i]
             made = len(completion.ids)
             work[name].add([Attempt(problem.id, sample, text, made, not completion.finished, verdict)])
-        pending.clear()
+            pending.pop(0)
 
     with tqdm(total=len(requests), desc=title, unit="answer") as bar:
 
@@ -285,12 +375,18 @@ def _answer(
             if len(pending) >= CHUNK:
                 flush()
 
-        engine.generate(requests, on_progress)
-    flush()
+        try:
+            engine.generate(requests, on_progress)
+        finally:  # Ctrl-C, or an error, loses no answer that is complete
+            flush()
 
 
 def _score(
-    model: Any, renderer: Renderer, folders: Mapping[str, RunFolder], problems: Mapping[str, list[Problem]]
+    model: Any,
+    renderer: Renderer,
+    folders: Mapping[str, RunFolder],
+    problems: Mapping[str, list[Problem]],
+    base: str,
 ) -> None:
     """Token tables of the reference solutions, and of the text that has nothing to do with them."""
     texts = {
@@ -301,14 +397,21 @@ def _score(
         adapter = name if folder.has_adapter else None
         for title, examples in texts.items():
             file = tokens_file(folder, title)
-            if examples and not file.is_file():
-                score(model, examples, pad_id=renderer.pad_id, adapter=adapter).save(file)
+            if examples and not _table_stands(folder, title, base):
+                table = score(model, examples, pad_id=renderer.pad_id, adapter=adapter)
+                table.save(file, {"adapter": folder.adapter_digest or "", "base": base})
 
 
-def _scored(folder: RunFolder, problems: Mapping[str, list[Problem]]) -> bool:
-    """Whether `_score` has been here."""
+def _scored(folder: RunFolder, problems: Mapping[str, list[Problem]], base: str) -> bool:
+    """Whether `_score` has been here, with these weights."""
     wanted = [task for task, its_problems in problems.items() if any(p.solution for p in its_problems)]
-    return all(tokens_file(folder, title).is_file() for title in (*wanted, FORGETTING))
+    return all(_table_stands(folder, title, base) for title in (*wanted, FORGETTING))
+
+
+def _table_stands(folder: RunFolder, title: str, base: str) -> bool:
+    file = tokens_file(folder, title)
+    weights = {"adapter": folder.adapter_digest or "", "base": base}
+    return file.is_file() and TokenTable.weights(file) == weights
 
 
 def tokens_file(folder: RunFolder, title: str) -> Path:
@@ -317,16 +420,7 @@ def tokens_file(folder: RunFolder, title: str) -> Path:
 
 def checkpoint_runs(folder: RunFolder) -> list[RunFolder]:
     """A run folder `steps/step-N` for every checkpoint that was kept: it is evaluated like any run."""
-    found = []
-    for checkpoint in sorted(folder.checkpoints.glob("step-*")):
-        step = RunFolder(folder.path / "steps" / checkpoint.name)
-        if not step.begun:
-            shutil.copytree(checkpoint / "adapter", step.adapter, dirs_exist_ok=True)
-            facts = folder.run()
-            recipe = facts["recipe"] | {"name": step.name, "output": str(step.path)}
-            step.write_run(**facts | {"recipe": recipe, "step": int(step.name.removeprefix("step-"))})
-        found.append(step)
-    return found
+    return [folder.checkpoint_run(path.name) for path in sorted(folder.checkpoints.glob("step-*"))]
 
 
 def attempt_line(attempt: Attempt) -> str:
@@ -362,13 +456,19 @@ def base_run(recipe: Recipe, path: str | Path) -> RunFolder:
         recipe=recipe.model_copy(update={"name": folder.name, "output": str(path)}).as_dict(),
         template=renderer.template.name,
         template_hash=renderer.fingerprint,
+        base=base_fingerprint(recipe.model),
         provenance=certificate(),
     )
     return folder
 
 
 def _protocol(
-    task: str, problems: Sequence[Problem], settings: EvaluateConfig, renderer: Renderer
+    task: str,
+    problems: Sequence[Problem],
+    settings: EvaluateConfig,
+    renderer: Renderer,
+    adapter: str | None,
+    base: str,
 ) -> Protocol:
     return Protocol(
         task=task,
@@ -381,6 +481,9 @@ def _protocol(
         template=renderer.template.name,
         template_hash=renderer.fingerprint,
         seed=settings.seed,
+        engine=settings.engine,
+        adapter=adapter,
+        base=base,
     )
 
 
@@ -417,6 +520,33 @@ def same_base(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> None:
                 f"{folder.path} was trained with template {folder.run()['template']!r}, "
                 f"{folders[0].path} with {folders[0].run()['template']!r}: name one with --set template=NAME"
             )
+
+
+def same_settings(
+    folders: Sequence[RunFolder], recipes: Sequence[Recipe], free: Collection[str] = ()
+) -> None:
+    """Raises RequestError when the runs' settings of evaluation differ; fields in `free` may."""
+    first = dict(recipes[0].evaluate)
+    for folder, recipe in zip(folders[1:], recipes[1:], strict=True):
+        differing = {k: v for k, v in dict(recipe.evaluate).items() if v != first[k] and k not in free}
+        if differing:
+            said = "; ".join(f"evaluate.{k} {first[k]!r} and {v!r}" for k, v in differing.items())
+            raise RequestError(
+                f"{folders[0].path} and {folder.path} have different settings: {said}; evaluate them apart, "
+                f"or name one for all with --set {next(iter(differing))}=VALUE"
+            )
+
+
+def unchanged_base(folders: Sequence[RunFolder], config: ModelConfig) -> str:
+    """The base's fingerprint. Raises RequestError when a run was made over other weights of that name."""
+    now = base_fingerprint(config)
+    for folder in folders:
+        if folder.base_fingerprint not in (None, now):
+            raise RequestError(
+                f"{folder.path}: the weights of its base {config.name!r} have changed since the run was "
+                "made; put them back, or make the run again in another folder"
+            )
+    return now
 
 
 def unique_names(folders: Sequence[RunFolder]) -> list[str]:

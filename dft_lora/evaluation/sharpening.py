@@ -25,10 +25,12 @@ def cooled(run: RunFolder, other: RunFolder, out: Path, task: str) -> RunFolder:
     """A run folder `out` with the adapter of `run` and the temperature that gives it the entropy of `other`.
 
     Both entropies are means over the tokens of the first reference solutions of `task`. It is evaluated like
-    any run, and compared with `report.build(..., free={"temperature"})`. A folder made before is used again.
+    any run, and compared with `report.build(..., free={"temperature"})`. A folder made before from the same
+    two adapters is used again.
     """
     folder = RunFolder(out)
-    if folder.begun:
+    made_from = {"adapter": run.adapter_digest, "entropy_of_adapter": other.adapter_digest}
+    if folder.begun and made_from.items() <= folder.run().get("cooled", {}).items():
         return folder
     recipe = run.recipe()
     renderer = Renderer(load_tokenizer(recipe.model), run.run()["template"])
@@ -42,8 +44,8 @@ def cooled(run: RunFolder, other: RunFolder, out: Path, task: str) -> RunFolder:
     )
     wanted = entropy(head, other_TD)
     temperature = temperature_for(head, h_TD, wanted)
-    shutil.copytree(run.adapter, folder.adapter)
+    shutil.copytree(run.adapter, folder.adapter, dirs_exist_ok=True)
     changed = recipe.override([f"evaluate.temperature={temperature:.4f}", f"output={out}"])
-    figures = {"entropy_of": str(other.path), "entropy": wanted, "temperature": temperature}
+    figures = {"entropy_of": str(other.path), "entropy": wanted, "temperature": temperature, **made_from}
     folder.write_run(**run.run() | {"recipe": changed.as_dict(), "cooled": figures})
     return folder

@@ -5,6 +5,7 @@ Legend: P problems, N samples of each.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ from typing import Any
 import numpy as np
 
 from ..errors import RequestError
+from ..model.fingerprint import local_fingerprint
 from ..runs.folder import RunFolder, read_json
 from ..tasks.audit import Audit, audit
 from ..tasks.base import Attempt
 from . import statistics as st
-from .sampling import GREEDY, read_attempts
+from .sampling import GREEDY, other_weights, read_attempts
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,26 +45,15 @@ class Answered:
 
     @classmethod
     def read(cls, folder: RunFolder, task: str) -> Answered:
-        """Raises RequestError when the evaluation is missing or was cut short."""
-        facts_file = folder.evaluation(task).with_suffix(".json")
-        if not facts_file.is_file():
-            raise RequestError(
-                f"{folder.path}: not evaluated on {task!r}; run dft-lora evaluate {folder.path}"
-            )
-        facts = read_json(facts_file)
+        """Raises RequestError when the evaluation is missing, was cut short, or is of other weights."""
+        facts, attempts = _complete(folder, task)
         samples, problems = facts["protocol"]["samples"], list(facts["problems"])
-        attempts = read_attempts(folder.evaluation(task))
         where = {problem: i for i, problem in enumerate(problems)}
         correct = np.full((len(problems), samples + 1), -1)  # greedy in the last column, as index -1
         cells: list[list[Attempt | None]] = [[None] * (samples + 1) for _ in problems]
         for attempt in attempts:
             correct[where[attempt.problem], attempt.sample] = attempt.verdict.correct
             cells[where[attempt.problem]][attempt.sample] = attempt
-        if (correct < 0).any():
-            raise RequestError(
-                f"{folder.path}: {int((correct < 0).sum())} answers to {task!r} are missing "
-                "(an evaluation was interrupted); run dft-lora evaluate again to complete it"
-            )
         drawn = [attempt for row in cells for attempt in row[:-1] if attempt]
         reference = {problem: values["answer"] for problem, values in facts["problems"].items()}
         statuses = [attempt.verdict.status for attempt in drawn]
@@ -131,6 +124,44 @@ class Answered:
             for tag, values in groups.items()
             if len(values) <= 20
         }
+
+
+def _complete(folder: RunFolder, task: str) -> tuple[dict[str, Any], list[Attempt]]:
+    """What the evaluation recorded, and all its attempts.
+
+    Raises RequestError when it is missing, was cut short, or is of other weights than the run has now.
+    """
+    facts_file = folder.evaluation(task).with_suffix(".json")
+    if not facts_file.is_file():
+        raise RequestError(f"{folder.path}: not evaluated on {task!r}; run dft-lora evaluate {folder.path}")
+    facts = read_json(facts_file)
+    protocol = facts["protocol"]
+    base = local_fingerprint(folder.recipe().model) or protocol.get("base")
+    if why := other_weights(protocol, folder.adapter_digest, base):
+        raise RequestError(
+            f"{folder.path}: its answers to {task!r} are out of date: {why}; "
+            f"run dft-lora evaluate {folder.path} --task {task} --overwrite"
+        )
+    attempts = read_attempts(folder.evaluation(task))
+    given = {(attempt.problem, attempt.sample) for attempt in attempts}
+    if missing := len(facts["problems"]) * (protocol["samples"] + 1) - len(given):
+        raise RequestError(
+            f"{folder.path}: {missing} answers to {task!r} are missing "
+            "(an evaluation was interrupted); run dft-lora evaluate again to complete it"
+        )
+    return facts, attempts
+
+
+def complete_tasks(folder: RunFolder) -> list[str]:
+    """Tasks with complete answers of the run's present weights; the log names those that are left out."""
+    found = []
+    for task in evaluated_tasks(folder):
+        try:
+            _complete(folder, task)
+            found.append(task)
+        except RequestError as error:
+            log.warning("left out of the report: %s", error)
+    return found
 
 
 def evaluated_tasks(folder: RunFolder) -> list[str]:

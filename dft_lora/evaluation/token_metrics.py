@@ -22,12 +22,15 @@ SEEN = 3  # times a token must occur to be listed
 def token_figures(folders: Mapping[str, RunFolder]) -> dict[str, Any]:
     """For each text that was scored: plain figures of every run, and which tokens gained on the first run.
 
-    Runs whose tables hold other tokens than the first one's are left out of the comparison.
+    Runs whose tables hold other tokens than the first one's are left out of the comparison; tables of
+    another adapter than the run's present one are left out altogether.
     """
     found: dict[str, dict[str, TokenTable]] = defaultdict(dict)
     for name, folder in folders.items():
         for file in sorted((folder.path / "evaluation").glob("*.tokens.safetensors")):
-            found[file.name.removesuffix(".tokens.safetensors")][name] = TokenTable.load(file)
+            if TokenTable.weights(file).get("adapter") == (folder.adapter_digest or ""):
+                title = file.name.removesuffix(".tokens.safetensors")
+                found[title][name] = TokenTable.load(file)
     return {title: _figures(tables) for title, tables in found.items()}
 
 

@@ -8,7 +8,7 @@ Legend: B rows, L positions, T scored tokens, E examples, D hidden width, V voca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,14 @@ class TokenTable:
         """Mean NLL of each example, nats a token."""
         return np.bincount(self.example_T, -self.logp_T) / np.bincount(self.example_T)
 
-    def save(self, file: Path) -> None:
+    def save(self, file: Path, weights: Mapping[str, str] | None = None) -> None:
+        """Write the table; `weights` names the adapter and the base that gave it."""
         from safetensors.numpy import save_file
 
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.name}.tmp")
-        save_file({name: np.ascontiguousarray(array) for name, array in vars(self).items()}, temporary)
+        arrays = {name: np.ascontiguousarray(array) for name, array in vars(self).items()}
+        save_file(arrays, temporary, dict(weights or {}))
         temporary.replace(file)
 
     @classmethod
@@ -61,6 +63,14 @@ class TokenTable:
         from safetensors.numpy import load_file
 
         return cls(**load_file(file))
+
+    @staticmethod
+    def weights(file: Path) -> dict[str, str]:
+        """The weights that a saved table was made with; empty where they were not recorded."""
+        from safetensors import safe_open
+
+        with safe_open(file, "np") as saved:
+            return saved.metadata() or {}
 
 
 def score(

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
+CONTINUES = "run the same command again to continue"
+
 NAMES = ("findings",)
 """Modules of this package with `run(out, seeds, only)`, which yields the lines that a person reads."""
 

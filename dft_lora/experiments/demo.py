@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config import Recipe, load_recipe
 from ..errors import RequestError
-from ..evaluation.report import write_report
+from ..evaluation.report import write_own_report, write_report
 from ..evaluation.sampling import base_run, evaluate
 from ..runs.folder import RunFolder, read_json, write_json
 from ..training.loop import train
@@ -36,7 +36,7 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
     evaluate([folder.path for folder in folders], limit=QUICK_LIMIT if quick else None)
     report = write_report(folders, out)
     for folder in folders:
-        write_report([folder], folder.path)
+        write_own_report(folder)
     keep_mark(out)
     return report
 

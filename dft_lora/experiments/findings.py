@@ -30,9 +30,9 @@ from ..evaluation.sampling import base_run, checkpoint_runs, evaluate, tokens_fi
 from ..evaluation.sharpening import cooled
 from ..evaluation.task_results import Answered
 from ..evaluation.tokens import TokenTable
+from ..model.fingerprint import base_fingerprint
 from ..runs.folder import RunFolder, read_json, write_json
 from ..runs.provenance import certificate
-from ..training.resume_guard import base_fingerprint
 from .own_samples import own_samples
 from .sweep import train_once
 

@@ -16,7 +16,7 @@ best setting, by sampled accuracy; objectives are never compared by their losses
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -29,6 +29,7 @@ from ..config import Part, Recipe, load_recipe
 from ..errors import Interrupted, RecipeError
 from ..runs.folder import RunFolder, write_json, write_text
 from ..tasks import get_task
+from . import CONTINUES
 
 
 class Sweep(Part):
@@ -66,6 +67,8 @@ class Sweep(Part):
                 raise RecipeError(f"grid.{field}: no values")
             if field.startswith("data.") or field == "train.seed":
                 raise RecipeError(f"grid.{field}: the runs of a sweep see the same data in the same order")
+            if field.startswith("evaluate."):
+                raise RecipeError(f"grid.{field}: the runs of a sweep are judged alike; put it under 'set'")
         fixed = [f"{field}={_yaml(value)}" for field, value in self.set.items()]
         found: dict[str, Recipe] = {}
         for values in product(*self.grid.values()):
@@ -87,8 +90,11 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
 
     get_task(sweep.task)
     recipes = sweep.recipes()
-    folders = train_all(recipes.values())
-    evaluate([folder.path for folder in folders], limit=sweep.limit)
+    try:
+        folders = [train_once(recipe) for recipe in recipes.values()]
+        evaluate([folder.path for folder in folders], limit=sweep.limit)
+    except Interrupted as stop:
+        raise stop.and_then(CONTINUES) from None
     answered = {
         name: Answered.read(folder, sweep.task) for name, folder in zip(recipes, folders, strict=True)
     }
@@ -96,11 +102,6 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
     write_json(Path(sweep.output, "sweep.json"), report)
     write_text(Path(sweep.output, "sweep.md"), markdown(report))
     return report
-
-
-def train_all(recipes: Iterable[Recipe]) -> list[RunFolder]:
-    """`train_once` of every recipe."""
-    return [train_once(recipe) for recipe in recipes]
 
 
 def train_once(recipe: Recipe) -> RunFolder:
@@ -113,11 +114,8 @@ def train_once(recipe: Recipe) -> RunFolder:
     from ..training.resume_guard import identity, refuse_differences
 
     folder = RunFolder(recipe.output_dir)
-    if not folder.has_adapter:
-        try:
-            return train(recipe, resume=folder.begun)
-        except Interrupted as stop:
-            raise stop.and_then("start it again, it goes on from there") from None
+    if not (folder.has_adapter and folder.finished):
+        return train(recipe, resume=folder.begun)
     ranks = Ranks(recipe)
     now = identity(_plan(recipe), ranks.device, ranks.world)
     refuse_differences(folder.run()["identity"], now, extend=False)
@@ -170,7 +168,7 @@ def summary(sweep: Sweep, recipes: Mapping[str, Recipe], answered: Mapping[str, 
         pair["p_holm"] = float(adjusted)
     return {
         "task": sweep.task,
-        "protocol": next(iter(protocols.values())),
+        "protocol": {k: v for k, v in next(iter(protocols.values())).items() if k != "adapter"},
         "runs": runs,
         "best": best,
         "paired": pairs,

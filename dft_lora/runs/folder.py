@@ -5,6 +5,7 @@
     metrics.jsonl            one line a logged step
     curves.png               nll, mean probability and entropy of the training steps
     checkpoints/             where training goes on from
+    steps/step-N/            a checkpoint that was evaluated, as a run folder
     evaluation/TASK.jsonl    one line a sample
     report.json
 
@@ -14,15 +15,21 @@ safetensors only: nothing in a run folder is ever unpickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..config import Recipe, parse_recipe
 from ..errors import DataError, RequestError, RunError
+from .atomic import damage
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class RunFolder:
@@ -45,7 +52,32 @@ class RunFolder:
 
     @property
     def has_adapter(self) -> bool:
-        return (self.adapter / "adapter_config.json").is_file()
+        return (self.adapter / ADAPTER_FILES[0]).is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the adapter is that of the run's last step; true of a bare base, and of a checkpoint's run.
+
+        `steps` is what the run is to have, `figures` is written with the final adapter: a run that is being
+        extended has the adapter of fewer steps.
+        """
+        if not self.begun:
+            return False
+        facts = self.run()
+        if "step" in facts or "steps" not in facts:  # a checkpoint; nothing was trained
+            return self.has_adapter or "step" not in facts
+        return self.has_adapter and facts.get("figures", {}).get("last", {}).get("step") == facts["steps"]
+
+    @property
+    def adapter_digest(self) -> str | None:
+        """sha256 over the adapter's config and weights: which weights answer here. None for a bare base."""
+        return adapter_digest(self.adapter)
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """Of the base under this run, from when it was made; None where an earlier version made it."""
+        facts = self.run()
+        return facts.get("identity", facts).get("base")
 
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
@@ -71,11 +103,32 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """An existing run. Raises RequestError when there is none."""
+        """An existing run. Raises RequestError when there is none, or its run.json is broken."""
         folder = cls(path)
-        if not (folder.path / "run.json").is_file():
+        if not folder.begun:
             raise RequestError(f"{folder.path}: not a run folder (no run.json)")
+        facts = folder.run()
+        if missing := [key for key in ("recipe", "template", "template_hash") if key not in facts]:
+            raise DataError(f"{folder.path / 'run.json'}: broken ({', '.join(missing)} missing)")
+        folder.recipe()
         return folder
+
+    def checkpoint_run(self, name: str) -> RunFolder:
+        """The run folder `steps/NAME` of a checkpoint, its adapter copied: it is evaluated like any run.
+
+        Raises RequestError where there is no whole checkpoint of that name.
+        """
+        checkpoint, run = self.checkpoints / name, RunFolder(self.path / "steps" / name)
+        if run.begun and run.adapter_digest == adapter_digest(checkpoint / "adapter"):
+            return run
+        if why := damage(checkpoint):
+            kept = ", ".join(sorted(path.name for path in self.checkpoints.glob("step-*"))) or "none"
+            raise RequestError(f"{checkpoint}: no whole checkpoint there ({why}); kept are: {kept}")
+        shutil.copytree(checkpoint / "adapter", run.adapter, dirs_exist_ok=True)
+        facts = self.run()
+        recipe = facts["recipe"] | {"name": name, "output": str(run.path)}
+        run.write_run(**facts | {"recipe": recipe, "step": int(name.removeprefix("step-"))})
+        return run
 
     def write_run(self, **facts: Any) -> None:
         """Add facts to `run.json`."""
@@ -85,7 +138,10 @@ class RunFolder:
             write_json(file, before | facts)
 
     def run(self) -> dict[str, Any]:
-        return read_json(self.path / "run.json")
+        facts = read_json(self.path / "run.json")
+        if not isinstance(facts, dict):
+            raise DataError(f"{self.path / 'run.json'}: broken (not a JSON object)")
+        return facts
 
     def recipe(self) -> Recipe:
         """The recipe this run was made with."""
@@ -124,15 +180,63 @@ class RunFolder:
         return self.path / "evaluation" / f"{task}.jsonl"
 
 
+def open_runs(paths: Sequence[str | Path]) -> list[RunFolder]:
+    """Runs to be evaluated, compared or shown; RUN_DIR/checkpoints/step-N opens as a run of its own.
+
+    Raises RequestError when one is no run, has not finished, or is named twice.
+    """
+    folders = [_open_finished(Path(path)) for path in paths]
+    places = [folder.path.resolve() for folder in folders]
+    for i, place in enumerate(places):
+        if place in places[:i]:
+            raise RequestError(f"RUN_DIR: {folders[i].path} is named twice")
+    return folders
+
+
+def _open_finished(path: Path) -> RunFolder:
+    if path.parent.name == "checkpoints" and RunFolder(path.parent.parent).begun:
+        return RunFolder.open(path.parent.parent).checkpoint_run(path.name)
+    folder = RunFolder.open(path)
+    if not folder.finished:
+        newest = max(folder.checkpoints.glob("step-*"), default=None)
+        named = f", or name a checkpoint: {newest}" if newest else ""
+        raise RequestError(
+            f"{folder.path}: the run has not finished (no adapter of step {folder.run().get('steps')}); "
+            f"go on with dft-lora train RECIPE --resume{named}"
+        )
+    return folder
+
+
+def adapter_digest(path: Path) -> str | None:
+    """sha256 over the config and weights of the adapter in the folder `path`; None where there is none."""
+    files = [path / name for name in ADAPTER_FILES]
+    if not files[0].is_file():
+        return None
+    found = [(file, file.stat()) for file in files if file.is_file()]
+    return _digest(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in found))
+
+
+@lru_cache(256)
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of (file, size, time of its last change): files are read again once one of them differs."""
+    sha = hashlib.sha256()
+    for file, size, _ in files:
+        sha.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as content:
+            while block := content.read(2**20):
+                sha.update(block)
+    return sha.hexdigest()
+
+
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, then: str = "go on with --resume") -> Iterator[None]:
     """Within it, a full or broken disk becomes a RunError that names `path` and the remedy."""
     try:
         yield
     except OSError as error:
         raise RunError(
             f"{path} could not be written ({error.strerror or error}); what was there before is untouched: "
-            "make room and go on with --resume"
+            f"make room and {then}"
         ) from None
 
 

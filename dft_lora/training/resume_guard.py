@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import ModelConfig
 from ..errors import RequestError
+from ..model.fingerprint import base_fingerprint
 from ..model.hardware import choose
-from ..model.load import count_parameters, load_model_config, resolve
+from ..model.load import count_parameters, load_model_config
 from .plan import Plan
 
 FREE = ("name", "output", "evaluate.", "train.save_steps", "train.keep_checkpoints", "train.trackers")
 """Recipe fields that do not touch the training steps."""
 LENGTH = ("train.max_steps", "train.epochs")
 """Fields that make the number of steps, which is compared in their place."""
-BLOCK, BLOCKS = 2**16, 64
 
 
 def identity(plan: Plan, device: torch.device, processes: int) -> dict[str, Any]:
@@ -54,25 +51,6 @@ def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], extend
     else:
         remedy = "put them back, or start a new run in another folder"
     raise RequestError(f"--resume: this is not the run that stopped: {'; '.join(lines)}; {remedy}")
-
-
-def base_fingerprint(config: ModelConfig) -> str:
-    """Which weights these are: the Hub's commit; for a folder, a hash over its config and weight files.
-
-    Of each weight file the size and 64 blocks of 64 KB spread evenly over it are hashed (all of a small one):
-    another training run changes every block, and a 16 GB base takes no longer than a small one.
-    """
-    sha, folder = hashlib.sha256(), Path(resolve(config))
-    if not folder.is_dir():
-        return getattr(load_model_config(config), "_commit_hash", None) or f"{config.name}@{config.revision}"
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        size = file.stat().st_size
-        sha.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as content:
-            for start in range(0, size, max(BLOCK, size // BLOCKS)):
-                content.seek(start)
-                sha.update(content.read(BLOCK))
-    return sha.hexdigest()
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -31,10 +31,14 @@ LEAST = 1e-4  # share of the tokens at the foot of the logarithmic scale
 
 @dataclass(frozen=True)
 class Recorded:
-    """What was found on disk: the report, and the folders behind it by run name."""
+    """What was found on disk: the report, and the folders behind it by run name.
+
+    `outdated` are runs whose report is of another adapter than they have now: they are named, not shown.
+    """
 
     report: Mapping[str, Any]
     folders: Mapping[str, RunFolder]
+    outdated: Sequence[RunFolder] = ()
 
     @classmethod
     def read(cls, folders: Sequence[RunFolder]) -> Recorded | None:
@@ -45,8 +49,10 @@ class Recorded:
         by_name = {folder.name: folder for folder in folders}
         together = {folder.path.resolve().parent / "report.json" for folder in folders}
         for file in together if len(together) == 1 else ():
-            if file.is_file() and set(by_name) <= set(_runs(read_json(file), file)):
+            said = _runs(read_json(file), file) if file.is_file() else {}
+            if all(name in said and _current(folder, said[name]) for name, folder in by_name.items()):
                 return cls(read_json(file), by_name)
+        outdated = []
         runs: dict[str, Any] = {}
         tokens: dict[str, dict[str, Any]] = defaultdict(dict)
         for name, folder in by_name.items():
@@ -54,10 +60,20 @@ class Recorded:
                 report = read_json(folder.report_file)
                 own = _runs(report, folder.report_file)
                 said = name if name in own else next(iter(own), name)
+                if not _current(folder, own.get(said, {})):
+                    outdated.append(folder)
+                    continue
                 runs[name] = own.get(said, {"tasks": {}})
                 for text, figures in report.get("tokens", {}).items():
                     tokens[text] |= {name: figures[said]} if said in figures else {}
-        return cls({"runs": runs, "paired": [], "tokens": tokens}, by_name) if runs else None
+        if not runs and not outdated:
+            return None
+        shown = {name: folder for name, folder in by_name.items() if folder not in outdated}
+        return cls({"runs": runs, "paired": [], "tokens": tokens}, shown, outdated)
+
+
+def _current(folder: RunFolder, reported: Mapping[str, Any]) -> bool:
+    return reported.get("adapter") == folder.adapter_digest
 
 
 def _runs(report: Any, file: Path) -> dict[str, Any]:
@@ -79,6 +95,7 @@ def results_view(folders: Sequence[RunFolder]) -> str:
     report = recorded.report
     return "".join(
         (
+            *map(_outdated, recorded.outdated),
             _accuracy(label, recorded),
             _paired(label, report.get("paired", []), set(recorded.folders)),
             _probabilities(label, recorded),
@@ -86,6 +103,14 @@ def results_view(folders: Sequence[RunFolder]) -> str:
             curves,
             _birth(report.get("provenance")),
         )
+    )
+
+
+def _outdated(folder: RunFolder) -> str:
+    command = plain(f"dft-lora evaluate {folder.path} --overwrite")
+    return (
+        f'<p class="nothing">{plain(folder.name)}: its results are not of the adapter that it has now; '
+        f"<code>{command}</code> makes new ones.</p>"
     )
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from ..config import Recipe
 from ..errors import RequestError
-from ..runs.folder import RunFolder
-from .waiting import waiting
+from ..runs.folder import RunFolder, open_runs
+from .waiting import free_port, waiting
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -95,7 +95,7 @@ def default_runs(home: Path = Path("runs")) -> list[RunFolder]:
     """The demo's runs below `home`, or those that an earlier start of the page made; [] without either."""
     from ..experiments.demo import RUNS, runs
 
-    made = (at for at in (home / "demo", home / "page") if RunFolder(at / RUNS[-1]).has_adapter)
+    made = (at for at in (home / "demo", home / "page") if RunFolder(at / RUNS[-1]).finished)
     return next(map(runs, made), [])
 
 
@@ -142,10 +142,11 @@ def serve(
     RequestError, before a model is loaded, for a request that is wrong.
     """
     login = credentials() if auth else None
-    folders = [RunFolder.open(path) for path in run_dirs] or default_runs()
+    folders = open_runs(run_dirs) or default_runs()
+    if results_only and not folders:
+        raise RequestError("RUN_DIR: name the runs to show, or make runs/demo with dft-lora demo")
+    port = free_port(host, port)
     if results_only:
-        if not folders:
-            raise RequestError("RUN_DIR: name the runs to show, or make runs/demo with dft-lora demo")
         launch(folders, None, None, host=host, port=port, share=share, login=login).block_thread()
         return
     if folders:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import RequestError, did_you_mean
-from ..evaluation.sampling import renderer_of, same_base, unique_names
+from ..evaluation.sampling import renderer_of, same_base, unchanged_base, unique_names
 from ..model.adapters import adapter_layers, mixed
 from ..model.generate import Request, stream
 from ..model.head import check_head, hidden_states
@@ -147,6 +147,7 @@ class Session:
             raise RequestError(f"RUN_DIR: {len(folders)} runs; a page shows 1 to {MAX_COLUMNS}")
         recipes = [folder.recipe() for folder in folders]
         same_base(folders, recipes)
+        unchanged_base(folders, recipes[0].model)
         self.renderer = renderer_of(folders, recipes)
         names = unique_names(folders)
         adapters = {n: f.adapter for n, f in zip(names, folders, strict=True) if f.has_adapter}

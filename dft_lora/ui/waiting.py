@@ -7,7 +7,10 @@ before its time is told on the bar's page too.
 
 from __future__ import annotations
 
+import errno
 import json
+import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -47,6 +50,34 @@ def _step_seconds(file: Path) -> list[float]:
     return [json.loads(line)["seconds"] for line in file.read_bytes().rpartition(b"\n")[0].splitlines()]
 
 
+def free_port(host: str, port: int | None) -> int:
+    """The port to serve on: `port`, or the first free one of PORTS, said on stderr where that is not 7860.
+
+    Raises RequestError where there is none: before a model is loaded, which may take minutes.
+    """
+    refused: OSError | None = None
+    for candidate in [port] if port else PORTS:
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            socket.create_server((host.strip("[]"), candidate), family=family).close()
+        except OSError as error:
+            refused = error
+            if error.errno != errno.EADDRINUSE:
+                break  # another port would not help
+        else:
+            if candidate != (port or PORTS[0]):
+                print(f"port {PORTS[0]} is in use; the page will be at port {candidate}", file=sys.stderr)
+            return candidate
+    raise _cannot_serve(host, port, refused)
+
+
+def _cannot_serve(host: str, port: int | None, error: OSError | None) -> RequestError:
+    wanted = port or f"{PORTS[0]} to {PORTS[-1]}"
+    if error and error.errno == errno.EADDRINUSE:
+        return RequestError(f"--host, --port: {wanted} at {host} is in use; name another with --port")
+    return RequestError(f"--host, --port: cannot serve at {host}, port {wanted} ({error})")
+
+
 @contextmanager
 def waiting(recipes: Sequence[Recipe], host: str, port: int | None) -> Iterator[int]:
     """Serve the bar within, or what failed there; yields the port.
@@ -73,7 +104,11 @@ def waiting(recipes: Sequence[Recipe], host: str, port: int | None) -> Iterator[
         def log_message(self, *_: Any) -> None:
             """The terminal belongs to the training's own bar."""
 
-    server = _listen(host, [port] if port else PORTS, Handler)
+    port = free_port(host, port)
+    try:
+        server = ThreadingHTTPServer((host, port), Handler)
+    except OSError as error:
+        raise _cannot_serve(host, port, error) from None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server.server_port
@@ -84,13 +119,3 @@ def waiting(recipes: Sequence[Recipe], host: str, port: int | None) -> Iterator[
     finally:
         server.shutdown()
         server.server_close()
-
-
-def _listen(host: str, ports: Sequence[int], handler: type) -> ThreadingHTTPServer:
-    refused: OSError | None = None
-    for port in ports:
-        try:
-            return ThreadingHTTPServer((host, port), handler)
-        except OSError as error:
-            refused = error
-    raise RequestError(f"--host, --port: cannot serve there ({refused})")
