@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..provenance import certificate
-from ..run_folder import RunFolder, write_json, write_text
+from ..run_folder import RunFolder, make_writable, write_json, write_text
 from . import statistics as st
 from .answered import Answered, evaluated_tasks
 from .sampling import FORGETTING, Protocol
@@ -147,6 +147,7 @@ def write_report(
     if out is not None:
         from .. import plots
 
+        make_writable(out, "report")
         write_json(out / "report.json", report)
         plots.accuracy(report, out / "plots" / "accuracy.png")
         plots.curves(named, out / "plots" / "training.png")

@@ -17,6 +17,7 @@ Legend: T positions of a micro-batch, M supervised ones, V vocabulary.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -131,7 +132,7 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
     trainer.optimizer.zero_grad()
     resident = resident_bytes(trainer)
     fit = fits[trainer.checkpointing]
-    available = budget or _memory_of_machine(device)
+    available = _memory_of_machine(device) if budget is None else budget
     positions = _positions_a_step(trainer)
     a_step = timed.seconds / worst.positions * positions + update_seconds
     return {
@@ -354,12 +355,11 @@ def read_size(text: str) -> int:
     Raises RequestError for anything else.
     """
     units = {"MB": 2**20, "MIB": 2**20, "GB": 2**30, "GIB": 2**30}
-    number = text.strip().upper().rstrip("GMIB").strip()
-    unit = text.strip().upper()[len(number) :].strip()
-    try:
-        return int(float(number) * units[unit])
-    except (ValueError, KeyError):
-        raise RequestError(f"--gpu-memory {text!r}: write it as 16GB") from None
+    read = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,6})?)\s*(MI?B|GI?B)\s*", text.upper())
+    size = int(float(read[1]) * units[read[2]]) if read else 0
+    if size <= 0:
+        raise RequestError(f"--gpu-memory {text!r}: give a size above zero, such as 16GB or 8000MB")
+    return size
 
 
 def table(found: dict[str, Any]) -> str:
