@@ -20,6 +20,7 @@ import yaml
 
 from .config import ModelConfig
 from .errors import MissingPart, RequestError, RunError
+from .hub import unreachable
 from .run_folder import RunFolder, new_folder, read_json, write_text
 
 PROBES = 8
@@ -104,12 +105,16 @@ def push(run: RunFolder, repository: str, merged: Path | None = None, private: b
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.utils import validate_repo_id
 
     if merged is None:
         refuse_unfinished(run)
     elif not (merged / "config.json").is_file():
         raise RequestError(f"--merged: {merged} holds no merged model; dft-lora merge makes one")
     try:
+        validate_repo_id(repository)
+        if why := unreachable():
+            raise RunError(f"{repository} was not pushed: {why}; connect and push again")
         api = HfApi()
         address = api.create_repo(repository, private=private, exist_ok=True)
         if merged is not None:
