@@ -7,16 +7,19 @@ Progress goes to stderr, results to stdout. Exit codes: 0 done, 2 the request wa
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from . import __version__
-from .config import load_recipe, shipped_recipes
+from .config import SEEDS, load_recipe, shipped_recipes
 from .errors import DftLoraError, Interrupted, RequestError, did_you_mean
+from .experiments import CONTINUES
 from .experiments import NAMES as EXPERIMENTS
 
 
@@ -33,11 +36,30 @@ class Commands(click.Group):
         try:
             return super().invoke(context)
         except DftLoraError as error:
-            click.echo(f"error: {error}", err=True)
-            context.exit(error.exit_code)
+            message, code = str(error), error.exit_code
         except KeyboardInterrupt:
-            click.echo("error: stopped by Ctrl-C", err=True)
-            context.exit(130)
+            message, code = "stopped by Ctrl-C", 130
+        except OSError as error:
+            if error.filename is None:  # not about a file of the user's
+                raise
+            message, code = f"{error.filename}: {error.strerror}", 1
+        click.echo(f"error: {' '.join(message.splitlines())}", err=True)
+        context.exit(code)
+
+
+class UserPath(click.Path):
+    """A path that the system can look up; it need not exist. The empty path is not the current folder."""
+
+    def convert(self, value, param, ctx):
+        text = os.fspath(value)
+        try:
+            os.stat(text)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if not text:
+                self.fail(error.strerror, param, ctx)
+        except (OSError, ValueError) as error:  # too long, a loop of links, not permitted; a NUL character
+            self.fail(f"{text[:80]!r}: {getattr(error, 'strerror', None) or error}", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -46,22 +68,32 @@ def main() -> None:
     """Fine-tune a 4-bit base with LoRA by Dynamic Fine-Tuning (DFT), and compare it with SFT."""
 
 
-set_option = click.option(
-    "--set",
-    "changes",
-    multiple=True,
-    metavar="FIELD=VALUE",
-    help="Change a recipe field, such as train.seed=1.",
-)
+def set_option(example: str, part: str = "a recipe") -> Callable[..., Any]:
+    """--set, with a change as its example that this command does take."""
+    return click.option(
+        "--set",
+        "changes",
+        multiple=True,
+        metavar="FIELD=VALUE",
+        help=f"Change {part} field, such as {example}; repeat for more.",
+    )
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-runs_argument = click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR...", type=click.Path())
+runs_argument = click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR...", type=UserPath())
 
 
 @main.command()
 @click.option(
-    "--out", default="runs/demo", show_default=True, type=click.Path(), help="Where everything is written."
+    "--out", default="runs/demo", show_default=True, type=UserPath(), help="Where everything is written."
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of training and sampling.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, SEEDS - 1),
+    help="Seed of training and sampling.",
+)
 @click.option("--quick", is_flag=True, help="A few steps and problems, to see that it works.")
 @json_option
 def demo(out: str, seed: int, quick: bool, as_json: bool) -> None:
@@ -79,10 +111,15 @@ def demo(out: str, seed: int, quick: bool, as_json: bool) -> None:
 
 @main.command()
 @click.argument("recipe", required=False)
-@set_option
+@set_option("train.seed=1")
 @click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint.")
 @click.option("--extend", is_flag=True, help="Go on, with a larger train.max_steps or train.epochs.")
-@click.option("--sweep", metavar="FILE", help="Train and judge all combinations that FILE names; goes on.")
+@click.option(
+    "--sweep",
+    metavar="FILE",
+    type=UserPath(),
+    help="Train and judge all combinations that FILE names; started again, it goes on where it stopped.",
+)
 def train(
     recipe: str | None, changes: tuple[str, ...], resume: bool, extend: bool, sweep: str | None
 ) -> None:
@@ -95,6 +132,8 @@ def train(
     if sweep is not None:
         if changes or extend:
             raise RequestError("--sweep: put changes into its file, under 'set'")
+        if resume:
+            raise RequestError("--resume: a sweep continues where it stopped by itself; leave the option out")
         from .experiments.sweep import Sweep, markdown, run_sweep
 
         click.echo(markdown(run_sweep(Sweep.load(sweep))), nl=False)
@@ -116,7 +155,7 @@ def train(
 @click.option("--limit", type=click.IntRange(1), help="Only the first N problems of each task.")
 @click.option("--checkpoints", is_flag=True, help="Also each checkpoint that was kept, below RUN_DIR/steps.")
 @click.option("--overwrite", is_flag=True, help="Replace answers of other settings or weights.")
-@set_option
+@set_option("max_new_tokens=1024", "an evaluate")
 @json_option
 def evaluate(run_dirs, tasks, samples, temperature, limit, checkpoints, overwrite, changes, as_json) -> None:
     """Answer and judge tasks with one or more runs of the same base.
@@ -153,7 +192,7 @@ def evaluate(run_dirs, tasks, samples, temperature, limit, checkpoints, overwrit
 
 @main.command()
 @runs_argument
-@click.option("--out", type=click.Path(), help="Write report.json, report.md and plots here.")
+@click.option("--out", type=UserPath(), help="Write report.json, report.md and plots here.")
 @click.option("--llm-comparator", is_flag=True, help="Also files for Google's LLM Comparator, below --out.")
 @json_option
 def compare(run_dirs, out, llm_comparator, as_json) -> None:
@@ -162,10 +201,12 @@ def compare(run_dirs, out, llm_comparator, as_json) -> None:
     Example: dft-lora compare runs/demo/sft runs/demo/dft --out runs/comparison
     """
     from .evaluation.report import write_report
-    from .runs.folder import open_runs
+    from .runs.folder import RunFolder, open_runs
 
     if llm_comparator and not out:
         raise RequestError("--llm-comparator: name a folder with --out")
+    if out and RunFolder(out).begun:
+        raise RequestError(f"--out: {out} is a run and keeps its own report; name another folder")
     folders = open_runs(run_dirs)
     show_report(write_report(folders, Path(out) if out else None, comparator=llm_comparator), as_json)
 
@@ -173,7 +214,7 @@ def compare(run_dirs, out, llm_comparator, as_json) -> None:
 @main.command()
 @click.argument("name", type=click.Choice(EXPERIMENTS))
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Where the runs and the result go; default: runs/NAME."
+    "--out", type=UserPath(path_type=Path), help="Where the runs and the result go; default: runs/NAME."
 )
 @click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of training, separated by commas.")
 @click.option(
@@ -198,7 +239,7 @@ def experiment(name: str, out: Path | None, seeds: str, only: tuple[str, ...]) -
 
 @main.command()
 @click.argument("recipe")
-@set_option
+@set_option("data.source=codebook")
 @click.option("--examples", default=256, show_default=True, type=click.IntRange(1), help="How many to score.")
 @json_option
 def diagnose(recipe: str, changes: tuple[str, ...], examples: int, as_json: bool) -> None:
@@ -215,7 +256,7 @@ def diagnose(recipe: str, changes: tuple[str, ...], examples: int, as_json: bool
 
 
 @main.command()
-@click.argument("run_dirs", nargs=-1, metavar="[RUN_DIR]...", type=click.Path())
+@click.argument("run_dirs", nargs=-1, metavar="[RUN_DIR]...", type=UserPath())
 @click.option(
     "--host",
     default="127.0.0.1",
@@ -241,7 +282,7 @@ def diagnose(recipe: str, changes: tuple[str, ...], examples: int, as_json: bool
     "--votes",
     default="runs/votes.jsonl",
     show_default=True,
-    type=click.Path(path_type=Path),
+    type=UserPath(path_type=Path),
     help="Where blind votes are kept.",
 )
 def app(run_dirs, **options) -> None:
@@ -283,7 +324,7 @@ def show(name: str) -> None:
 
 @recipes.command()
 @click.argument("name")
-@click.argument("path", type=click.Path())
+@click.argument("path", type=UserPath())
 def copy(name: str, path: str) -> None:
     """Copy a recipe to PATH, to change it there.
 
@@ -303,7 +344,7 @@ def copy(name: str, path: str) -> None:
 
 @main.command()
 @click.argument("recipe")
-@set_option
+@set_option("train.micro_batch_size=8")
 @click.option("--gpu-memory", metavar="SIZE", help="Fit a GPU of this size, such as 16GB, here or elsewhere.")
 @json_option
 def preflight(recipe: str, changes: tuple[str, ...], gpu_memory: str | None, as_json: bool) -> None:
@@ -315,16 +356,16 @@ def preflight(recipe: str, changes: tuple[str, ...], gpu_memory: str | None, as_
     from .training.preflight import preflight as run
     from .training.preflight import preflight_table, read_size
 
-    found = run(chosen, read_size(gpu_memory) if gpu_memory else None)
+    found = run(chosen, None if gpu_memory is None else read_size(gpu_memory))
     click.echo(json.dumps(found, indent=1) if as_json else preflight_table(found))
 
 
-run_argument = click.argument("run_dir", type=click.Path())
+run_argument = click.argument("run_dir", type=UserPath())
 
 
 @main.command()
 @run_argument
-@click.argument("out", type=click.Path())
+@click.argument("out", type=UserPath())
 @click.option("--dtype", default="bfloat16", type=click.Choice(["bfloat16", "float16"]), show_default=True)
 @json_option
 def merge(run_dir: str, out: str, dtype: str, as_json: bool) -> None:
@@ -346,7 +387,11 @@ def merge(run_dir: str, out: str, dtype: str, as_json: bool) -> None:
 @main.command()
 @run_argument
 @click.argument("repository")
-@click.option("--merged", type=click.Path(exists=True), help="Push this merged model instead of the adapter.")
+@click.option(
+    "--merged",
+    type=UserPath(exists=True, file_okay=False),
+    help="Push this merged model instead of the adapter.",
+)
 @click.option("--public", is_flag=True, help="Make the repository public; it is private otherwise.")
 def push(run_dir: str, repository: str, merged: str | None, public: bool) -> None:
     """Upload a run's adapter to the Hub, with a model card made from its figures.
@@ -362,10 +407,10 @@ def push(run_dir: str, repository: str, merged: str | None, public: bool) -> Non
 @main.command()
 @run_argument
 @click.option("--to", "target", required=True, type=click.Choice(["vllm", "gguf", "ollama"]))
-@click.option("--merged", type=click.Path(), help="The merged model (gguf, ollama).")
-@click.option("--out", type=click.Path(), help="The GGUF file; beside the merged model by default.")
+@click.option("--merged", type=UserPath(), help="The merged model (gguf, ollama).")
+@click.option("--out", type=UserPath(), help="The GGUF file; beside the merged model by default.")
 @click.option("--quantize", metavar="TYPE", help="Quantise with llama-quantize, such as Q4_K_M.")
-@click.option("--llama-cpp", type=click.Path(), help="A checkout of llama.cpp; LLAMA_CPP by default.")
+@click.option("--llama-cpp", type=UserPath(), help="A checkout of llama.cpp; LLAMA_CPP by default.")
 def export(run_dir, target, merged, out, quantize, llama_cpp) -> None:
     """Hand a run to another engine: vLLM's command line, a GGUF file, or a model in Ollama.
 
@@ -383,6 +428,8 @@ def export(run_dir, target, merged, out, quantize, llama_cpp) -> None:
     if merged is None:
         raise RequestError(f"--merged: {target} needs a merged model; dft-lora merge {run_dir} OUT makes one")
     file = Path(out) if out else Path(merged) / f"{run.name}.gguf"
+    if file.exists():
+        raise RequestError(f"--out: {file} exists; name another file")
     file = to_gguf(Path(merged), file, Path(llama_cpp) if llama_cpp else None, quantize)
     if target == "ollama":
         to_ollama(file, run.name.lower())
@@ -391,7 +438,7 @@ def export(run_dir, target, merged, out, quantize, llama_cpp) -> None:
 
 @main.command()
 @click.argument("recipe", required=False)
-@set_option
+@set_option("data.source=mine.jsonl")
 @json_option
 def doctor(recipe: str | None, changes: tuple[str, ...], as_json: bool) -> None:
     """Versions, device, dtype rules, what is missing; with RECIPE, what is wrong with its data.
@@ -400,6 +447,8 @@ def doctor(recipe: str | None, changes: tuple[str, ...], as_json: bool) -> None:
     """
     from .doctor import examine, examine_data
 
+    if recipe is None and changes:
+        raise RequestError("--set: give the RECIPE that it changes")
     found = examine() if recipe is None else examine_data(load_recipe(recipe, changes))
     if as_json:
         click.echo(json.dumps(found, indent=1))

@@ -8,20 +8,61 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .errors import RecipeError, did_you_mean
 
 RECIPES = Path(__file__).parent / "recipes"
+LONGEST_FILE = 2**20  # bytes of a YAML file; recipes have a few hundred
+SEEDS = 2**32  # seeds lie below: every library takes them, and seed * 1_000_003 + n fits torch's 64 bits
+
+Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    """A part of a recipe: numbers are finite, text can be written to a file, true is not 1."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise ValueError("must not be true or false")
+        check_text(value)
+        return value
+
+
+def check_text(value: Any) -> None:
+    """Raises ValueError for text, or a list of texts, that no file can hold; other values pass."""
+    for text in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(text, str) and ("\0" in text or not _encodable(text)):
+            raise ValueError("must not hold a NUL character or half of a surrogate pair")
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class ModelConfig(Part):
@@ -38,7 +79,7 @@ class ModelConfig(Part):
 class AdapterConfig(Part):
     """The LoRA adapter."""
 
-    r: int = Field(8, ge=1)
+    r: int = Field(8, ge=1, le=65_536)
     alpha: float = Field(16, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | tuple[str, ...] = "all-linear"
@@ -81,10 +122,10 @@ class TrainConfig(Part):
     """The optimizer step. `batch_size` counts examples of one step over all ranks."""
 
     learning_rate: float = Field(5e-5, gt=0)
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(256, ge=1, le=1_000_000)
     micro_batch_size: Literal["auto"] | int = "auto"
-    epochs: float = Field(1, gt=0)
-    max_steps: int | None = Field(None, ge=1)
+    epochs: float = Field(1, gt=0, le=1_000_000)
+    max_steps: int | None = Field(None, ge=1, le=1_000_000_000)
     warmup: float = Field(0.1, ge=0, le=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
@@ -96,7 +137,7 @@ class TrainConfig(Part):
     save_steps: int | None = Field(None, ge=1)
     """Steps between checkpoints; null: one every five minutes. The end and a signal always bring one."""
     keep_checkpoints: int = Field(2, ge=1)
-    loss_chunk_mb: int | None = Field(None, ge=1)
+    loss_chunk_mb: int | None = Field(None, ge=1, le=1_000_000)
     """Workspace of the loss; null: the loss engine's own choice."""
     shard: bool = False
     """Share the frozen base among several processes (FSDP), for one too large for a single GPU."""
@@ -104,7 +145,7 @@ class TrainConfig(Part):
     """Relative budget of loss rows to drop (`token_logps(skip=)`); only with a weighted objective."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where each step's figures go beside `metrics.jsonl` and `curves.png`."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
     @field_validator("micro_batch_size")
     @classmethod
@@ -125,12 +166,14 @@ class EvaluateConfig(Part):
     """How a run is judged."""
 
     tasks: tuple[str, ...] = ()
-    samples: int = Field(16, ge=1)
+    samples: int = Field(16, ge=1, le=1_000_000)
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
-    max_new_tokens: int = Field(4096, ge=1)
+    max_new_tokens: int = Field(4096, ge=1, le=1_000_000)
+    """The longest answer. Left at its default, a task may set a lower limit of its own; another value, or one
+    given with --set, is used as it stands."""
     template: str = "same"
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     engine: Literal["plain", "vllm"] = "plain"
     """What generates the answers; vllm is an optional part, for large runs on a GPU."""
 
@@ -156,6 +199,22 @@ class Recipe(Part):
             raise ValueError(f"train.shard: not with model.backend {self.model.backend!r}; plain has it")
         return self
 
+    @field_validator("name")
+    @classmethod
+    def _file_name(cls, value: str) -> str:
+        if not value.strip() or value in (".", "..") or "/" in value or not value.isprintable():
+            raise ValueError("must be usable as the name of a folder (no '/', not '..', not empty)")
+        if len(value.encode()) > 200:
+            raise ValueError("must not be longer than 200 bytes, since folders are named after it")
+        return value
+
+    @field_validator("output")
+    @classmethod
+    def _some_path(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must name a folder")
+        return value
+
     @property
     def output_dir(self) -> Path:
         return Path(self.output.replace("NAME", self.name))
@@ -165,22 +224,34 @@ class Recipe(Part):
         return self.model_dump(mode="json")
 
     def override(self, changes: Sequence[str]) -> Recipe:
-        """A copy with `a.b=value` changes applied; values are read as YAML."""
-        values = self.as_dict()
+        """A copy with `a.b=value` changes applied; values are read as YAML.
+
+        Of the result, `model_fields_set` of each part names what is not at its default or was changed here.
+        """
+        values = self.model_dump(mode="json", exclude_defaults=True)
         for change in changes:
             path, equals, text = change.partition("=")
             if not equals:
                 raise RecipeError(f"--set {change!r}: write it as field.name=value")
-            _assign(values, path.strip().split("."), yaml.safe_load(text) if text else None, path)
+            _assign(values, path.strip(), read_yaml(text, f"--set {_short(change)}"))
         return parse_recipe(values)
 
 
-def _assign(values: dict[str, Any], keys: list[str], value: Any, path: str) -> None:
-    *parents, leaf = keys
+def setting(field: str, value: Any) -> str:
+    """A change for `Recipe.override` that gives `field` this very value, whatever characters it holds."""
+    return f"{field}={json.dumps(value, default=str)}"
+
+
+def _assign(values: dict[str, Any], path: str, value: Any) -> None:
+    *parents, leaf = path.split(".")
+    part: Any = Recipe
     for key in parents:
-        values = values.get(key, {}) if key in values else _unknown(path, key, values)
-        if not isinstance(values, dict):
+        if key not in part.model_fields:
+            _unknown(path, key, part.model_fields)
+        part = part.model_fields[key].annotation
+        if not (isinstance(part, type) and issubclass(part, BaseModel)):
             raise RecipeError(f"recipe field {path!r} does not exist: {key!r} has no fields below it")
+        values = values.setdefault(key, {})
     values[leaf] = value
 
 
@@ -196,6 +267,10 @@ def parse_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
         raise RecipeError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
 
 
+PLAIN = {"tuple_type": "must be a list, such as [a, b]", "model_type": "must be a mapping of fields"}
+"""Pydantic's kinds of error that its own text tells in terms of Python."""
+
+
 def _explain(error: Mapping[str, Any]) -> str:
     path = [str(key) for key in error["loc"] if not str(key).startswith(("literal[", "function-"))]
     field = ".".join(path)
@@ -204,10 +279,51 @@ def _explain(error: Mapping[str, Any]) -> str:
         for key in path[:-1]:
             part = part.model_fields[key].annotation
         return f"field {field!r} does not exist{did_you_mean(path[-1], part.model_fields)}"
-    message = error["msg"].removeprefix("Value error, ")
+    message = PLAIN.get(error["type"], error["msg"]).removeprefix("Value error, ")
     if not field:
         return message
-    return f"field {field!r}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
+    return f"field {field!r}: {message[0].lower()}{message[1:]}, got {_short(error['input'])}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class _OneOfEach(yaml.SafeLoader):
+    """YAML without repeated keys: SafeLoader would keep the last one and say nothing."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if repeated := {name for name in names if names.count(name) > 1 and name != "<<"}:
+            what = f"{', '.join(sorted(repeated))} is given twice"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text. Raises RecipeError, opening with `where`, for what is not plain YAML."""
+    try:
+        return yaml.load(text, _OneOfEach)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        reason = f"{error.problem}, line {mark.line + 1}, column {mark.column + 1}" if mark else error.problem
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-45
+        reason = " ".join(str(error).split())
+    raise RecipeError(f"{where}: not readable as YAML: {reason}")
+
+
+def read_yaml_file(path: Path, where: str) -> Any:
+    """The value of a YAML file. Raises RecipeError where it cannot be read or is too large."""
+    try:
+        if (size := path.stat().st_size) > LONGEST_FILE:
+            raise RecipeError(f"{where}: {size:,} bytes are too many for a recipe (at most {LONGEST_FILE:,})")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{where}: not readable as YAML: it is not UTF-8 text ({error})") from None
+    except OSError as error:
+        raise RecipeError(f"{where}: {error.strerror}") from None
+    return read_yaml(text, where)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -222,17 +338,14 @@ def load_recipe(source: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """
     path = Path(source)
     shipped = shipped_recipes()
-    if not path.is_file():
+    if not os.path.isfile(path):
         if str(source) not in shipped:
             hint = did_you_mean(str(source), shipped) or f" (shipped: {', '.join(shipped)})"
-            raise RecipeError(f"no recipe file or shipped recipe {str(source)!r}{hint}")
+            raise RecipeError(f"no recipe file or shipped recipe {_short(str(source))}{hint}")
         path = shipped[str(source)]
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}") from None
+    values = read_yaml_file(path, str(path))
+    if values is None:  # nothing but comments: every field has a default
+        values = {}
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of fields, this is a {type(values).__name__}")
     return parse_recipe({"name": path.stem, **values}, where=str(path)).override(changes)

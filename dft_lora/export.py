@@ -20,25 +20,35 @@ import yaml
 
 from .config import ModelConfig
 from .errors import MissingPart, RequestError, RunError
-from .runs.folder import RunFolder, read_json, write_text
+from .hub import unreachable
+from .runs.folder import RunFolder, new_folder, read_json, write_text
 
 PROBES = 8
+
+
+def refuse_unfinished(run: RunFolder) -> None:
+    """Raises RequestError for a run that is a bare base, or was stopped before its end."""
+    if not run.has_adapter or "figures" not in run.run():
+        raise RequestError(f"{run.path}: no adapter of a finished run; train it, or go on with --resume")
 
 
 def merge(run: RunFolder, out: Path, dtype: str = "bfloat16") -> dict[str, Any]:
     """Write base + adapter as one 16-bit model, with tokenizer and card, to the new folder `out`.
 
     Returns its drift: how far its logits are from those of the model as it was trained (4-bit base and
-    adapter), and from the unmerged 16-bit one. Raises RequestError when `out` exists or there is no adapter.
+    adapter), and from the unmerged 16-bit one. Raises RequestError when `out` exists or
+    cannot be written, or there is no adapter.
     """
+    refuse_unfinished(run)
+    with new_folder(out, "OUT"):
+        return _merge(run, out, dtype)
+
+
+def _merge(run: RunFolder, out: Path, dtype: str) -> dict[str, Any]:
     import torch
 
     from .model.load import load_adapters, load_base, load_tokenizer
 
-    if not run.has_adapter:
-        raise RequestError(f"{run.path}: no adapter to merge; the run has not finished")
-    if out.exists():
-        raise RequestError(f"{out} exists; name another folder")
     config, cpu = run.recipe().model, torch.device("cpu")
     tokenizer = load_tokenizer(config)
     rows = probe_rows(tokenizer, run.run()["template"])
@@ -95,10 +105,16 @@ def push(run: RunFolder, repository: str, merged: Path | None = None, private: b
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.utils import validate_repo_id
 
-    if merged is None and not run.has_adapter:
-        raise RequestError(f"{run.path}: no adapter to push; the run has not finished")
+    if merged is None:
+        refuse_unfinished(run)
+    elif not (merged / "config.json").is_file():
+        raise RequestError(f"--merged: {merged} holds no merged model; dft-lora merge makes one")
     try:
+        validate_repo_id(repository)
+        if why := unreachable():
+            raise RunError(f"{repository} was not pushed: {why}; connect and push again")
         api = HfApi()
         address = api.create_repo(repository, private=private, exist_ok=True)
         if merged is not None:

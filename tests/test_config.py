@@ -2,7 +2,7 @@
 
 import pytest
 
-from dft_lora.config import digest, load_recipe, parse_recipe, shipped_recipes
+from dft_lora.config import SEEDS, digest, load_recipe, parse_recipe, setting, shipped_recipes
 from dft_lora.errors import RecipeError
 
 
@@ -54,12 +54,65 @@ def test_a_pair_differs_in_the_objective_alone(pair):
         ("train.betas=[0.9]", "train.betas"),
         ("data.skip_bad_rows=2", "data.skip_bad_rows"),
         ("output=", "output"),
+        ('output=" "', "must name a folder"),
+        ("name=[unclosed", "--set 'name=[unclosed': not readable as YAML"),
+        ("name=2024-13-45", "month must be in 1..12"),
+        ("name=" + "[" * 5000, "not readable as YAML"),
+        ("name=&a [*a]", "name"),
+        ("train={seed: 1, seed: 2}", "seed is given twice, line 1, column 1"),
+        ("train.batch_size=true", "field 'train.batch_size': must not be true or false"),
+        ("train.batch_size=1" + "0" * 20, "train.batch_size"),
+        ("evaluate.tasks=gsm8k", "field 'evaluate.tasks': must be a list"),
+        ('data.source="a\\0b"', "field 'data.source': must not hold a NUL character"),
+        ('evaluate.tasks=["a\\ud800"]', "half of a surrogate pair"),
+        ("train.=1", "field 'train.' does not exist"),
     ],
 )
 def test_a_wrong_change_is_refused_in_one_line(change, message):
     with pytest.raises(RecipeError) as error:
         parse_recipe({}).override([change])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_no_number_of_a_recipe_may_be_infinite_or_nan(value):
+    numbers = [
+        f"{part}.{field}"
+        for part, values in parse_recipe({}).as_dict().items()
+        if isinstance(values, dict)
+        for field, default in values.items()
+        if isinstance(default, int | float | list) and not isinstance(default, bool)
+    ]
+    assert {"train.learning_rate", "train.epochs", "train.betas", "evaluate.temperature"} <= set(numbers)
+    for field in numbers:
+        text = f"[{value}, {value}]" if field == "train.betas" else value
+        with pytest.raises(RecipeError, match=rf"field '{field}"):
+            parse_recipe({}).override([f"{field}={text}"])
+
+
+@pytest.mark.parametrize("field", ["train.seed", "evaluate.seed"])
+def test_seeds_are_what_every_library_takes(field):
+    parse_recipe({}).override([f"{field}={SEEDS - 1}"])
+    for wrong in (-1, SEEDS, 10**20):
+        with pytest.raises(RecipeError, match=field):
+            parse_recipe({}).override([f"{field}={wrong}"])
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "", " ", "a\0", "x" * 256, "a\tb", "\ud800"])
+def test_a_name_is_the_name_of_one_folder(name):
+    with pytest.raises(RecipeError, match="field 'name'"):
+        parse_recipe({"name": name})
+
+
+@pytest.mark.parametrize("text", ["plain", "my: dir", "a #1", "[x", "null", "5", "é, 1", '"', "a\nb"])
+def test_a_setting_gives_the_field_this_very_text(text):
+    assert parse_recipe({}).override([setting("output", text)]).output == text
+
+
+def test_what_was_set_is_known_after_a_round_trip():
+    """Fields at their default stay open to a task's own choice; run.json holds them all."""
+    recipe = parse_recipe(parse_recipe({"train": {"seed": 3}}).as_dict()).override(["evaluate.samples=16"])
+    assert recipe.train.model_fields_set == {"seed"} and recipe.evaluate.model_fields_set == {"samples"}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +124,10 @@ def test_a_wrong_change_is_refused_in_one_line(change, message):
         ("a: [1", "not readable as YAML"),
         ("train: 5", "train"),
         ("objective: {name: 3}", "objective.name"),
+        ("train: {seed: 1}\ntrain: {epochs: 2}", "train is given twice, line 1, column 1"),
+        ("1: 2", "'1'"),
+        ("name: 2024-01-01", "name"),
+        ("# comment\n" + "x" * 2**20, "bytes are too many for a recipe"),
     ],
 )
 def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, message):
@@ -79,6 +136,15 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, message):
     with pytest.raises(RecipeError) as error:
         load_recipe(file)
     assert message in str(error.value) and str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"name: \xff\xfe", "name: x".encode("utf-16"), b"name: \x00"])
+def test_a_file_that_is_no_utf8_text_is_refused_in_one_line(tmp_path, content):
+    file = tmp_path / "r.yaml"
+    file.write_bytes(content)
+    with pytest.raises(RecipeError, match="not readable as YAML") as error:
+        load_recipe(file)
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_recipe_names_the_nearest():

@@ -7,10 +7,38 @@ from pathlib import Path
 
 import click
 
+from ..cli import Commands, UserPath
+from ..errors import MissingPart, RequestError
+from ..run_folder import make_writable
 from .table import RESULTS, TABLES, loss_table, packing_table, tables, train_table
 
+POSITIVE = click.IntRange(1)
+
+
+def writable(_context: click.Context, _parameter: click.Parameter, out: Path | None) -> Path | None:
+    """--out, proven before anything is measured. Raises RequestError where no file can be written there."""
+    if out is not None:
+        if out.is_dir():
+            raise RequestError(f"--out: {out} is a folder; name the JSON file")
+        make_writable(out.parent, "--out")
+    return out
+
+
+def available(_context: click.Context, _parameter: click.Parameter, device: str) -> str:
+    """--device. Raises MissingPart for cuda where torch sees no GPU."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MissingPart("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    return device
+
+
 out_option = click.option(
-    "--out", type=click.Path(path_type=Path), default=None, help="the JSON; beside the bench by default"
+    "--out",
+    type=UserPath(path_type=Path),
+    default=None,
+    callback=writable,
+    help="the JSON; beside the bench by default",
 )
 
 
@@ -22,7 +50,7 @@ def keep(result: dict, out: Path | None, name: str) -> None:
     click.echo(f"{out}\n", err=True)
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Commands, invoke_without_command=True)
 @click.pass_context
 def main(context: click.Context) -> None:
     """Measure, print a table, write JSON with its birth certificate."""
@@ -32,13 +60,13 @@ def main(context: click.Context) -> None:
 
 @main.command()
 @click.option("--input", "source", default="prescribed", type=click.Choice(["prescribed", "forward"]))
-@click.option("--tokens", default=2048, help="N; about 60 % are supervised")
-@click.option("--hidden", default=896, help="D")
-@click.option("--vocabulary", default=151_936, help="V")
+@click.option("--tokens", default=2048, type=POSITIVE, help="N; about 60 % are supervised")
+@click.option("--hidden", default=896, type=POSITIVE, help="D")
+@click.option("--vocabulary", default=151_936, type=POSITIVE, help="V")
 @click.option("--dtype", default="bfloat16", type=click.Choice(["bfloat16", "float16", "float32"]))
-@click.option("--device", default="cpu", help="cpu or cuda")
-@click.option("--rounds", default=5, help="measured rounds; one more is thrown away")
-@click.option("--threads", default=1)
+@click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]), callback=available)
+@click.option("--rounds", default=5, type=POSITIVE, help="measured rounds; one more is thrown away")
+@click.option("--threads", default=1, type=POSITIVE)
 @click.option("--only", default="", help="only variants whose name contains this, and the floor")
 @out_option
 def loss(source, tokens, hidden, vocabulary, dtype, device, rounds, threads, only, out) -> None:
@@ -65,15 +93,15 @@ def loss(source, tokens, hidden, vocabulary, dtype, device, rounds, threads, onl
     "--ladder", is_flag=True, help="our techniques, each on top of the one before, instead of peers"
 )
 @click.option("--dtype", default="auto", type=click.Choice(["auto", "bfloat16", "float16", "float32"]))
-@click.option("--steps", default=3, help="measured steps of a round; one more is thrown away")
-@click.option("--rounds", default=3, help="rounds, each in fresh processes")
-@click.option("--threads", default=2)
+@click.option("--steps", default=3, type=POSITIVE, help="measured steps of a round; one more is thrown away")
+@click.option("--rounds", default=3, type=POSITIVE, help="rounds, each in fresh processes")
+@click.option("--threads", default=2, type=POSITIVE)
 @click.option("--only", default="", help="only variants whose name contains this")
-@click.option("--hidden", default=512, help="D of the random Qwen2")
-@click.option("--layers", default=8)
-@click.option("--vocabulary", default=151_936, help="V")
-@click.option("--batch", default=4, help="examples a step")
-@click.option("--max-length", default=512, help="longest example, tokens")
+@click.option("--hidden", default=512, type=POSITIVE, help="D of the random Qwen2")
+@click.option("--layers", default=8, type=POSITIVE)
+@click.option("--vocabulary", default=151_936, type=POSITIVE, help="V")
+@click.option("--batch", default=4, type=POSITIVE, help="examples a step")
+@click.option("--max-length", default=512, type=POSITIVE, help="longest example, tokens")
 @out_option
 def train_step(
     ladder, dtype, steps, rounds, threads, only, hidden, layers, vocabulary, batch, max_length, out
@@ -82,18 +110,21 @@ def train_step(
     from .train import COMPARISON, LADDER, Measurement, Shape, measure
 
     shape = Shape(hidden, layers, vocabulary, hidden * 11 // 2, batch, max_length)
-    chosen = tuple(variant for variant in (LADDER if ladder else COMPARISON) if only in variant.name)
+    variants = LADDER if ladder else COMPARISON
+    chosen = tuple(variant for variant in variants if only in variant.name)
+    if not chosen:
+        raise RequestError(f"--only {only!r}: in none of {', '.join(repr(v.name) for v in variants)}")
     result = measure(chosen, Measurement(shape, dtype, steps, rounds, threads))
     keep(result, out, f"train-{'ladder' if ladder else 'peers'}-{result['dtype']}")
     click.echo(train_table(result))
 
 
 @main.command()
-@click.option("--capacity", default=2048, help="tokens of a packed row")
-@click.option("--batch", default=256, help="examples a step")
-@click.option("--rows", default=4, help="rows of a micro-batch")
-@click.option("--examples", default=32, help="examples that are timed")
-@click.option("--threads", default=1)
+@click.option("--capacity", default=2048, type=POSITIVE, help="tokens of a packed row")
+@click.option("--batch", default=256, type=POSITIVE, help="examples a step")
+@click.option("--rows", default=4, type=POSITIVE, help="rows of a micro-batch")
+@click.option("--examples", default=32, type=POSITIVE, help="examples that are timed")
+@click.option("--threads", default=1, type=POSITIVE)
 @out_option
 def packing(capacity, batch, rows, examples, threads, out) -> None:
     """Padding waste and tokens a second of packed rows and padded ones."""

@@ -166,19 +166,33 @@ def measure(
     }
 
 
+def positive(text: str) -> int:
+    """A whole number from 1, for argparse."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1")
+    return int(text)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Time the decoding loop against transformers' generate, and record both."""
     parser = argparse.ArgumentParser(prog="python -m dft_lora.bench.generation", description=main.__doc__)
     parser.add_argument(
         "adapters", nargs="*", metavar="NAME=DIR", help="trained adapters instead of random ones"
     )
-    parser.add_argument("--problems", type=int, default=100)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--batch-rows", type=int, nargs="+", default=[64, 256, 1024])
-    parser.add_argument("--alone", type=int, default=1000, help="requests answered once more, one at a time")
+    parser.add_argument("--problems", type=positive, default=100)
+    parser.add_argument("--samples", type=positive, default=16)
+    parser.add_argument("--batch-rows", type=positive, nargs="+", default=[64, 256, 1024])
+    parser.add_argument(
+        "--alone", type=positive, default=1000, help="requests answered once more, one at a time"
+    )
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args(argv)
-    adapters = {name: Path(folder) for name, folder in (pair.split("=", 1) for pair in options.adapters)}
+    adapters = {name: Path(folder) for name, _, folder in (pair.partition("=") for pair in options.adapters)}
+    for name, folder in adapters.items():
+        if not (folder / "adapter_config.json").is_file():
+            parser.error(
+                f"{name}={folder}: no adapter there; write NAME=DIR, with adapter_config.json in DIR"
+            )
     result = measure(adapters, options.problems, options.samples, options.batch_rows, options.alone)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")

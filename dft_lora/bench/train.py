@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from ..config import Recipe, load_recipe, parse_recipe
+from ..config import ModelConfig, Recipe, load_recipe, parse_recipe
 from ..data.batches import Batch, step_indices
 from ..data.templates import Example
 from ..loss import TokenScores
 from ..model.hardware import choose
+from ..model.load import load_tokenizer
 from ..model.memory import MIB, LiveTensors, memory_of
 from ..runs.provenance import certificate, versions
 from ..training.plan import Plan, make_plan
@@ -282,10 +283,10 @@ def summary(runs: list[dict[str, Any]], tokens: float) -> dict[str, float]:
 
 def write_inputs(folder: Path, m: Measurement) -> Recipe:
     """A base of random weights with Qwen's tokenizer, and `recipe.json`: GSM8K rows of up to `max_length`."""
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
     text, tokenizer = gsm8k()
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder / "base")
+    load_tokenizer(ModelConfig(name=tokenizer)).save_pretrained(folder / "base")
     shape = m.shape
     config = Qwen2Config(
         vocab_size=shape.V,

@@ -22,6 +22,7 @@ from typing import Any
 
 from ..config import DataConfig
 from ..errors import DataError, did_you_mean
+from ..hub import unreachable
 from ..tasks import get_task, task_names
 from ..tasks.base import Problem
 from ..tasks.extraction import clean_gsm8k, gsm8k_answer
@@ -177,15 +178,21 @@ def _json_array(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _hub_rows(data: DataConfig) -> Iterator[tuple[int, Any]]:
+    offline = unreachable()
     from datasets import load_dataset
 
     try:
         rows = load_dataset(data.source, data.subset, split=data.split)
     except Exception as error:  # whatever the Hub client raises, the remedy is the same
         near = did_you_mean(data.source, task_names())
+        reason = f"{type(error).__name__}: {_one_line(error)}"
         raise DataError(
             f"data.source {data.source!r} is no task{near}, no {'/'.join(SUFFIXES)} file, and could not be "
-            f"loaded from the Hub ({type(error).__name__}: {_one_line(error)})"
+            + (
+                f"found in the local cache, and {offline}; connect, or name a local file"
+                if offline
+                else f"loaded from the Hub ({reason})"
+            )
         ) from None
     yield from enumerate(rows, start=1)
 

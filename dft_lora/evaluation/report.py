@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..runs.folder import RunFolder, write_json, write_text
+from ..runs.folder import RunFolder, make_writable, write_json, write_text
 from ..runs.provenance import certificate
 from . import statistics as st
 from .sampling import FORGETTING, WEIGHTS, Protocol
@@ -149,6 +149,7 @@ def write_report(
     if out is not None:
         from .. import plots
 
+        make_writable(out, "report")
         write_json(out / "report.json", report)
         plots.accuracy(report, out / "plots" / "accuracy.png")
         plots.curves(named, out / "plots" / "training.png")

@@ -477,7 +477,7 @@ def _protocol(
         samples=settings.samples,
         temperature=settings.temperature,
         top_p=settings.top_p,
-        max_new_tokens=min(settings.max_new_tokens, get_task(task).max_new_tokens),
+        max_new_tokens=answer_limit(task, settings),
         template=renderer.template.name,
         template_hash=renderer.fingerprint,
         seed=settings.seed,
@@ -485,6 +485,14 @@ def _protocol(
         adapter=adapter,
         base=base,
     )
+
+
+def answer_limit(task: str, settings: EvaluateConfig) -> int:
+    """Tokens of the longest answer: evaluate.max_new_tokens where it was set, else the task's own limit."""
+    longest = settings.max_new_tokens
+    if "max_new_tokens" in settings.model_fields_set:
+        return longest
+    return min(longest, get_task(task).max_new_tokens)
 
 
 def renderer_of(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> Renderer:

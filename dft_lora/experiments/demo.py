@@ -6,16 +6,17 @@ in the same order from the same initial weights and differ in the objective alon
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import Recipe, load_recipe
+from ..config import Recipe, load_recipe, setting
 from ..errors import RequestError
 from ..evaluation.report import write_own_report, write_report
 from ..evaluation.sampling import base_run, evaluate
-from ..runs.folder import RunFolder, read_json, write_json
+from ..runs.folder import RunFolder, make_writable, read_json, write_json
 from ..training.loop import train
 
 RUNS = ("base", "sft", "dft")
@@ -27,41 +28,45 @@ QUICK_LIMIT = 12
 def run_demo(out: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
     """Train SFT and DFT adapters on the embedded base, evaluate base, SFT and DFT, write the report.
 
-    Raises RequestError when `out` holds files that no demo wrote.
+    Raises RequestError when `out` holds files that no demo wrote, or cannot be written.
     """
-    clear(out)
     changes = (f"train.seed={seed}", f"evaluate.seed={seed}", *(QUICK if quick else ()))
     recipes = {name: demo_recipe(name, out, changes) for name in ("sft", "dft")}
+    clear(out)
+    make_writable(out, "--out")
+    keep_mark(out)
     folders = [base_run(recipes["sft"], out / "base"), *(train(recipe) for recipe in recipes.values())]
     evaluate([folder.path for folder in folders], limit=QUICK_LIMIT if quick else None)
     report = write_report(folders, out)
     for folder in folders:
         write_own_report(folder)
-    keep_mark(out)
     return report
 
 
 def demo_recipe(name: str, out: Path, changes: Sequence[str] = ()) -> Recipe:
     """The shipped recipe tiny_NAME with its output below `out`."""
-    return load_recipe(f"tiny_{name}", (*changes, f"name={name}", f"output={out / name}"))
+    return load_recipe(f"tiny_{name}", (*changes, setting("name", name), setting("output", str(out / name))))
 
 
 def clear(out: Path) -> None:
     """Remove what an earlier demo wrote to `out`; refuse when anything else lies there."""
-    if not out.exists():
-        keep_mark(out)
+    if not os.path.lexists(out):
         return
     if not out.is_dir():
-        raise RequestError(f"--out: {out} is a file")
-    ours = set(read_json(out / MARK)["wrote"]) | {MARK} if (out / MARK).is_file() else set()
-    strange = sorted({entry.name for entry in out.iterdir()} - ours)
-    if strange:
+        raise RequestError(f"--out: {out} is not a folder")
+    mark = read_json(out / MARK) if (out / MARK).is_file() else {"wrote": []}
+    wrote = mark.get("wrote") if isinstance(mark, dict) else None
+    ours = [*wrote, MARK] if isinstance(wrote, list) else []
+    entries = sorted(out.iterdir())
+    if strange := [entry.name for entry in entries if entry.name not in ours]:
         raise RequestError(
             f"--out: {out} holds what the demo did not write ({', '.join(strange[:3])}); name another"
         )
-    for name in ours - {MARK}:
-        path = out / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in entries:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARK:
+            path.unlink()
 
 
 def keep_mark(out: Path) -> None:

@@ -22,10 +22,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError
 
-from ..config import Part, Recipe, load_recipe
+from ..config import Part, Recipe, load_recipe, read_yaml_file, setting
 from ..errors import Interrupted, RecipeError
 from ..runs.folder import RunFolder, write_json, write_text
 from ..tasks import get_task
@@ -46,15 +45,9 @@ class Sweep(Part):
     @classmethod
     def load(cls, path: str | Path) -> Sweep:
         """Read a sweep file. Raises RecipeError naming the wrong field."""
+        values = read_yaml_file(Path(path), f"--sweep {path}")
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
             return cls.model_validate(values)
-        except OSError as error:
-            raise RecipeError(f"--sweep {path}: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(
-                f"--sweep {path}: not readable as YAML: {' '.join(str(error).split())}"
-            ) from None
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "the file"
@@ -69,13 +62,17 @@ class Sweep(Part):
                 raise RecipeError(f"grid.{field}: the runs of a sweep see the same data in the same order")
             if field.startswith("evaluate."):
                 raise RecipeError(f"grid.{field}: the runs of a sweep are judged alike; put it under 'set'")
-        fixed = [f"{field}={_yaml(value)}" for field, value in self.set.items()]
+        fixed = [setting(field, value) for field, value in self.set.items()]
         found: dict[str, Recipe] = {}
         for values in product(*self.grid.values()):
             chosen = dict(zip(self.grid, values, strict=True))
             name = "-".join(_label(field, value) for field, value in chosen.items())
-            changes = [f"{field}={_yaml(value)}" for field, value in chosen.items()]
-            where = [f"name={name}", f"output={Path(self.output, name)}", f"evaluate.tasks=[{self.task}]"]
+            changes = [setting(field, value) for field, value in chosen.items()]
+            where = [
+                setting("name", name),
+                setting("output", str(Path(self.output, name))),
+                setting("evaluate.tasks", [self.task]),
+            ]
             found[name] = load_recipe(self.recipe, [*fixed, *changes, *where])
         return found
 
@@ -232,7 +229,3 @@ def _value(recipe: Recipe, field: str) -> Any:
     for key in field.split("."):
         value = value[key]
     return value
-
-
-def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True).replace("\n...", "").strip()

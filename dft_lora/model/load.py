@@ -7,6 +7,7 @@ resumed run bit-exact. This is the one file that knows bitsandbytes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from ..config import AdapterConfig, ModelConfig
 from ..errors import ModelError
+from ..hub import unreachable
 from ..runs.atomic import MANIFEST, damage
 from .hardware import Hardware, choose
 from .head import bare
@@ -36,33 +38,57 @@ def resolve(config: ModelConfig) -> str:
     if config.name == "tiny":
         return str(TINY_DIR)
     path = Path(config.name)
-    if path.exists() and not (path / "config.json").is_file():
+    found = os.path.exists(path)
+    if found and not (path / "config.json").is_file():
         raise ModelError(f"model.name: {config.name!r} holds no config.json")
-    if not path.exists() and (config.name.startswith((".", "/", "~")) or config.name.count("/") != 1):
+    if not found and (config.name.startswith((".", "/", "~")) or config.name.count("/") != 1):
         raise ModelError(
             f"model.name: no folder {config.name!r}, and it is not a Hub id of the form owner/name"
         )
     return config.name
 
 
+def _origin(config: ModelConfig) -> dict[str, Any]:
+    """Where `from_pretrained` finds a model; to be called before transformers is imported (`hub.py`)."""
+    name = resolve(config)
+    return {
+        "pretrained_model_name_or_path": name,
+        "revision": config.revision,
+        "local_files_only": not os.path.isdir(name) and unreachable() is not None,
+        **NO_CODE,
+    }
+
+
+def _not_found(config: ModelConfig, what: str, error: Exception) -> ModelError:
+    """The error for a part of a model that could not be loaded."""
+    if os.path.isdir(resolve(config)) or not (why := unreachable()):
+        return ModelError(f"model.name: {what} {config.name!r} ({_first_line(error)})")
+    return ModelError(
+        f"model.name: {what} {config.name!r} in the local cache, and {why}; connect, or give a folder "
+        "that holds the model"
+    )
+
+
 def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer. Raises ModelError when there is none."""
+    origin = _origin(config)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(resolve(config), revision=config.revision, **NO_CODE)
+        return AutoTokenizer.from_pretrained(**origin)
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model.name: no tokenizer for {config.name!r} ({_first_line(error)})") from None
+        raise _not_found(config, "no tokenizer for", error) from None
 
 
 def load_model_config(config: ModelConfig) -> Any:
     """The transformers config of a model, read without its weights. Raises ModelError when there is none."""
+    origin = _origin(config)
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(resolve(config), revision=config.revision, **NO_CODE)
+        return AutoConfig.from_pretrained(**origin)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.name: no model {config.name!r} ({_first_line(error)})") from None
+        raise _not_found(config, "no model", error) from None
 
 
 def count_parameters(model_config: Any) -> int:
@@ -87,20 +113,16 @@ def load_base(
     _quieten()
     model_config = load_model_config(config)
     hardware = choose(config.dtype, count_parameters(model_config), device)
-    arguments: dict[str, Any] = {
-        "dtype": hardware.dtype,
-        "revision": config.revision,
-        **NO_CODE,
-    }
+    arguments: dict[str, Any] = {"dtype": hardware.dtype, **_origin(config)}
     if config.quantization == "nf4":
         storage = hardware.dtype if shardable else torch.uint8
         arguments |= {"quantization_config": _nf4(hardware.dtype, storage)}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            resolve(config), device_map={"": "cpu" if shardable else hardware.device}, **arguments
+            device_map={"": "cpu" if shardable else hardware.device}, **arguments
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.name: cannot load {config.name!r} ({_first_line(error)})") from None
+        raise _not_found(config, "no weights of", error) from None
     _keep_differentiable(model)
     model.requires_grad_(False)
     return model.eval(), hardware

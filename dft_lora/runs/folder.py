@@ -31,6 +31,9 @@ from .atomic import damage
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
+ALWAYS = ("recipe", "template", "template_hash")
+"""What `run.json` holds from the first time it is written."""
+
 
 class RunFolder:
     """One run's folder; attributes are paths and readers."""
@@ -93,12 +96,9 @@ class RunFolder:
                 raise RequestError(
                     f"output: {folder.path} exists; name another folder, or go on with --resume"
                 )
-            folder.path.mkdir(parents=True, exist_ok=True)
-            probe = folder.path / ".writable"
-            probe.touch()
-            probe.unlink()
         except OSError as error:
             raise RequestError(f"output: cannot write {folder.path}: {error.strerror}") from None
+        make_writable(folder.path, "output")
         return folder
 
     @classmethod
@@ -138,9 +138,12 @@ class RunFolder:
             write_json(file, before | facts)
 
     def run(self) -> dict[str, Any]:
-        facts = read_json(self.path / "run.json")
-        if not isinstance(facts, dict):
-            raise DataError(f"{self.path / 'run.json'}: broken (not a JSON object)")
+        """`run.json`. Raises DataError where it cannot be read or lacks what every run has from its start."""
+        file = self.path / "run.json"
+        facts = read_json(file)
+        missing = [key for key in ALWAYS if not isinstance(facts, dict) or key not in facts]
+        if missing:
+            raise DataError(f"{file}: not the record of a run ({', '.join(missing)} missing)")
         return facts
 
     def recipe(self) -> Recipe:
@@ -240,22 +243,60 @@ def writing(path: Path, then: str = "go on with --resume") -> Iterator[None]:
         ) from None
 
 
+def make_writable(path: Path, where: str) -> None:
+    """Make the folder `path` if need be, and prove that files can be written there.
+
+    Raises RequestError that opens with `where`, the flag or field that named it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RequestError(f"{where}: cannot write {path}: {error.strerror}; name another folder") from None
+
+
+@contextmanager
+def new_folder(path: Path, where: str) -> Iterator[None]:
+    """A new folder that is there when the work within is done, and gone when it fails.
+
+    Raises RequestError where it exists or cannot be made, RunError where the disk is full or broken.
+    """
+    if os.path.lexists(path):
+        raise RequestError(f"{where}: {path} exists; name another folder")
+    make_writable(path, where)
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(path, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise RunError(f"{path} could not be written ({error.strerror or error}); make room") from None
+        raise
+
+
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: broken JSON ({error})") from None
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}: line {number} is broken ({error})") from None
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{path}: line {number} is broken ({error})") from None
+                if not isinstance(value, dict):
+                    raise DataError(f"{path}: line {number} is a {type(value).__name__}, not an object")
+                yield value
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

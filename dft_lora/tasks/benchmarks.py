@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dft_lora.errors import DataError
+from dft_lora.hub import unreachable
 from dft_lora.tasks.base import Problem, Task
 from dft_lora.tasks.extraction import clean_gsm8k, extract, has_box
 
@@ -57,6 +58,7 @@ class Benchmark(Task):
         folder = os.environ.get("DFT_LORA_DATA")
         if folder and (path := Path(folder, file)).is_file():
             return _json_lines(path)
+        offline = unreachable()
         from datasets import load_dataset
 
         try:
@@ -65,7 +67,8 @@ class Benchmark(Task):
             where = f"no file {Path(folder, file)}" if folder else "DFT_LORA_DATA is not set"
             raise DataError(
                 f"{self.name}: {where}, and its source, the Hub dataset {self.hub!r}, could not be loaded "
-                f"({type(error).__name__}); connect to the Hub, or set DFT_LORA_DATA to a folder with {file}"
+                f"({offline or type(error).__name__}); connect to the Hub, or set DFT_LORA_DATA to a folder "
+                f"with {file}"
             ) from None
 
 

@@ -6,6 +6,7 @@ without checkpointing (`probe.py`), the run's longest micro-batch, one update of
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import asdict
 from typing import Any
@@ -61,7 +62,7 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
     learner.optimizer.zero_grad()
     resident = resident_bytes(learner)
     fit = fits[learner.checkpointing]
-    available = budget or memory_of_machine(device)
+    available = memory_of_machine(device) if budget is None else budget
     positions = _positions_per_step(learner, plan)
     a_step = timed.seconds / worst.positions * positions + update_seconds
     return {
@@ -143,12 +144,11 @@ def read_size(text: str) -> int:
     Raises RequestError for anything else.
     """
     units = {"MB": 2**20, "MIB": 2**20, "GB": 2**30, "GIB": 2**30}
-    number = text.strip().upper().rstrip("GMIB").strip()
-    unit = text.strip().upper()[len(number) :].strip()
-    try:
-        return int(float(number) * units[unit])
-    except (ValueError, KeyError):
-        raise RequestError(f"--gpu-memory {text!r}: write it as 16GB") from None
+    read = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,6})?)\s*(MI?B|GI?B)\s*", text.upper())
+    size = int(float(read[1]) * units[read[2]]) if read else 0
+    if size <= 0:
+        raise RequestError(f"--gpu-memory {text!r}: give a size above zero, such as 16GB or 8000MB")
+    return size
 
 
 def preflight_table(found: dict[str, Any]) -> str:
