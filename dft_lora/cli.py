@@ -55,19 +55,27 @@ runs_argument = click.argument("run_dirs", nargs=-1, required=True, metavar="RUN
 
 @main.command()
 @click.option(
-    "--out", default="runs/demo", show_default=True, type=click.Path(), help="Where everything is written."
+    "--out",
+    type=click.Path(),
+    help="Where everything is written.  [default: runs/demo, or runs/demo-clean with --clean]",
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of training and sampling.")
 @click.option("--quick", is_flag=True, help="A few steps and problems, to see that it works.")
+@click.option(
+    "--clean",
+    is_flag=True,
+    help="Train on demonstrations without wrong steps (otherwise 8 % of the steps are wrong).",
+)
 @json_option
-def demo(out: str, seed: int, quick: bool, as_json: bool) -> None:
+def demo(out: str | None, seed: int, quick: bool, clean: bool, as_json: bool) -> None:
     """Train SFT and DFT adapters on the embedded base and compare them.
 
     Example: dft-lora demo --out runs/demo
     """
     from .demo import run_demo
 
-    show_report(run_demo(Path(out), seed=seed, quick=quick), as_json)
+    folder = Path(out or ("runs/demo-clean" if clean else "runs/demo"))
+    show_report(run_demo(folder, seed=seed, quick=quick, clean=clean), as_json)
 
 
 @main.command()
