@@ -100,7 +100,7 @@ def default_runs(home: Path = Path("runs")) -> list[RunFolder]:
 
 
 def page_recipes(home: Path = Path("runs")) -> list[Recipe]:
-    """The demo's two recipes, for a page that has no runs yet: a minute or two on two CPU cores."""
+    """The demo's two recipes, for a page that has no runs yet."""
     from ..demo import RUNS, demo_recipe
 
     return [demo_recipe(name, home / "page") for name in RUNS[1:]]
