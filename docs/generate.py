@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,42 +22,85 @@ RESULTS = ROOT / "docs" / "results"
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
+SETS = {"train": "8 % wrong steps (`train`)", "train-clean": "no wrong steps (`train-clean`)"}
+
+
+def demo_reports() -> dict[str, list[dict[str, Any]]]:
+    """The recorded demos of each training set, by seed."""
+    reports: dict[str, list[dict[str, Any]]] = {split: [] for split in SETS}
+    for path in sorted(RESULTS.glob("demo-*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        reports[report["runs"]["dft"]["data"]["split"]].append(report)
+    return reports
+
+
 def demo() -> str:
-    """base, SFT and DFT of the demo, mean of its recorded seeds; paired differences seed by seed."""
-    reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("demo-seed-*.json"))]
-    first = reports[0]
+    """base, SFT and DFT of the demo on both training sets, mean of the recorded seeds; then each seed."""
+    reports = demo_reports()
+    first = reports["train"][0]
+    results = first["runs"]["base"]["tasks"]
+    columns = [(task, key) for task in results for key in ("avg", "greedy")]
+    head = " | ".join(f"{task}, {'greedy' if key == 'greedy' else 'T = 1'}" for task, key in columns)
 
-    def mean(run: str, task: str, key: str) -> str:
-        return f"{100 * np.mean([r['runs'][run]['tasks'][task][key] for r in reports]):.1f}"
+    def row(label: str, run: str, recorded: list[dict[str, Any]]) -> str:
+        values = [[r["runs"][run]["tasks"][task][key] for r in recorded] for task, key in columns]
+        return f"| {label} | {run} | " + " | ".join(f"{100 * np.mean(v):.1f}" for v in values) + " |"
 
-    lines = [
-        "| | "
-        + " | ".join(f"{task}, T = 1 | {task}, greedy" for task in first["runs"]["base"]["tasks"])
-        + " |",
-        "|---|" + "---|" * (2 * len(first["runs"]["base"]["tasks"])),
+    lines = [f"| trained on | | {head} |", "|---" * (2 + len(columns)) + "|"]
+    lines.append(row("nothing", "base", reports["train"]))
+    for split, recorded in reports.items():
+        lines += [row(SETS[split], "sft", recorded), row(SETS[split], "dft", recorded)]
+    seeds, samples = len(reports["train"]), results["arithmetic"]["samples"]
+    said = f"Percent correct, mean over {seeds} seeds; {results['arithmetic']['problems']} problems a set, "
+    lines += [
+        "",
+        f"{said}{samples} samples per problem. DFT minus SFT in points, with paired 95 % intervals:",
+        "",
     ]
-    for run, values in first["runs"].items():
-        cells = [mean(run, task, key) for task in values["tasks"] for key in ("avg", "greedy")]
-        lines.append(f"| {run} | " + " | ".join(cells) + " |")
-    differences = []
-    for task in first["runs"]["base"]["tasks"]:
-        pairs = [
-            e for r in reports for e in r["paired"] if (e["a"], e["b"], e["task"]) == ("sft", "dft", task)
-        ]
-        each = "; ".join(
-            f"{100 * e['difference']:+.1f} ({100 * e['ci95'][0]:+.1f} to {100 * e['ci95'][1]:+.1f})"
-            for e in pairs
-        )
-        differences.append(f"{task}: {each}")
-    problems, samples = (first["runs"]["base"]["tasks"]["arithmetic"][key] for key in ("problems", "samples"))
-    return (
-        "\n".join(lines)
-        + f"\n\nPercent correct, mean over {len(reports)} seeds; {problems} problems a set, "
-        + f"{samples} samples a problem. "
-        + "DFT minus SFT at T = 1, in points, each seed with its paired 95 % interval: "
-        + "; ".join(differences)
-        + "."
-    )
+    lines += [f"| trained on | seed | {head} |", "|---" * (2 + len(columns)) + "|"]
+    for split, recorded in reports.items():
+        for seed, report in enumerate(recorded):
+            cells = [lead(report, task, key) for task, key in columns]
+            lines.append(f"| {SETS[split]} | {seed} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def lead(report: dict[str, Any], task: str, key: str) -> str:
+    """DFT minus SFT on a task, in points, with its interval."""
+    (entry,) = (e for e in report["paired"] if (e["a"], e["b"], e["task"]) == ("sft", "dft", task))
+    prefix = "" if key == "avg" else "greedy_"
+    low, high = entry[f"{prefix}ci95"]
+    return f"{100 * entry[f'{prefix}difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def demo_training() -> str:
+    """The objective's own loss beside plain NLL, from the same recorded demos."""
+    lines = ["| trained on | | seeds | own loss | plain NLL | NLL / own loss |", "|---|---|---|---|---|---|"]
+    for split, recorded in demo_reports().items():
+        for run in ("sft", "dft"):
+            figures = [report["runs"][run]["training"] for report in recorded]
+            loss, nll = (np.mean([f[key] for f in figures]) for key in ("loss", "nll"))
+            lines.append(
+                f"| {SETS[split]} | {run} | {len(figures)} | {loss:.3f} | {nll:.3f} | {nll / loss:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def demo_sets() -> str:
+    """The two training sets, counted."""
+    from dft_lora.tasks import get_task
+
+    drawn = {split: get_task("arithmetic").problems(split) for split in SETS}
+    asked = {split: {problem.question for problem in problems} for split, problems in drawn.items()}
+    lines = [
+        "| set | examples | solutions that end wrong | questions also in the other set |",
+        "|---|---|---|---|",
+    ]
+    for split, problems in drawn.items():
+        wrong = sum(not p.solution.endswith(f"#### {p.answer}") for p in problems)
+        (other,) = (questions for name, questions in asked.items() if name != split)
+        lines.append(f"| `{split}` | {len(problems)} | {wrong} | {len(asked[split] & other)} |")
+    return "\n".join(lines)
 
 
 def recipes() -> str:
@@ -176,6 +220,8 @@ def findings() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "demo": demo,
+    "demo-training": demo_training,
+    "demo-sets": demo_sets,
     "recipes": recipes,
     "cli": cli,
     "findings": findings,

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from patience import HANG
+
 BASE = "tiny"
 HEAVY = ["torch", "transformers.models.qwen2.modeling_qwen2", "peft", "bitsandbytes", "accelerate", "tqdm"]
 SERVER = multiprocessing.get_context("forkserver")
@@ -57,7 +59,7 @@ def run(*arguments: str, setup=None) -> tuple[int, str]:
 
 
 def finish(child) -> tuple[int, str]:
-    child.join(600)
+    child.join(HANG)
     assert child.exitcode is not None, "the run hangs"
     text = child.log.read_text()
     child.log.unlink()
@@ -77,14 +79,6 @@ def _child(arguments, log, setup):
     from dft_lora.cli import main
 
     main(list(arguments))
-
-
-def wait_for(condition, seconds: float = 300) -> None:
-    """Until `condition()` holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.005)
 
 
 def lines(run_dir: Path) -> list[dict]:

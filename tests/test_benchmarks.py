@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import HANG
 
 from dft_lora.errors import DataError, RequestError
 from dft_lora.tasks import get_task, task_names
@@ -124,7 +125,7 @@ def test_a_missing_file_says_where_it_comes_from(tmp_path):
         "DFT_LORA_DATA": str(tmp_path),
     }
     done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=HANG
     )
     assert done.stdout.count("\n") == 1
     for part in ("olympiadbench", "Hothan/OlympiadBench", "eval/olympiadbench.jsonl", "DFT_LORA_DATA"):
@@ -142,5 +143,5 @@ def test_the_registry_knows_its_tasks_and_imports_them_late():
     with pytest.raises(RequestError, match=r"unknown task 'olympiad'.*did you mean 'olympiadbench'"):
         get_task("olympiad")
     script = "import sys, dft_lora.tasks; print([m for m in sys.modules if m.startswith('dft_lora.tasks.')])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=HANG)
     assert done.stdout.strip() == "['dft_lora.tasks.base']"

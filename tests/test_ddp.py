@@ -7,12 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from functools import partial
 
 import pytest
 import torch
 from fault_runs import finish, run, start, write_data, write_recipe
+from patience import HANG, wait_for
 from safetensors.torch import load_file
 
 from dft_lora.runs.folder import RunFolder
@@ -83,17 +83,13 @@ def test_when_one_is_killed_the_other_ends_with_a_valid_checkpoint(tmp_path, vic
     path = recipe(tmp_path, "two", max_steps=10_000, save_steps=2)
     children = start_two("train", str(path))
     checkpoints = Checkpoints(tmp_path / "two" / "checkpoints", keep=3)
-    deadline = time.monotonic() + 300
-    while len(checkpoints.all()) < 2:
-        assert time.monotonic() < deadline and all(child.is_alive() for child in children), "no checkpoint"
-        time.sleep(0.1)
+    wait_for(lambda: len(checkpoints.all()) >= 2 or not all(child.is_alive() for child in children))
+    assert all(child.is_alive() for child in children), "no checkpoint"
     os.kill(children[victim].pid, signal.SIGKILL)
-    killed = time.monotonic()
-    children[1 - victim].join(60)
-    seconds = time.monotonic() - killed
+    children[1 - victim].join(HANG)
     assert not children[1 - victim].is_alive(), "the other process hangs"
     code, log = finish(children[1 - victim])
-    assert code == 1 and seconds < 60
+    assert code == 1
     assert re.search(r"error: another process of this run is gone .*--resume", log), log
     assert "Traceback" not in log
     state, _ = checkpoints.newest()
@@ -106,7 +102,7 @@ def test_the_documented_launcher_starts_two_processes(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", str(free_port()), "-m", "dft_lora", "train", str(path)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=HANG, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "two" / "run.json").read_text())["provenance"]["processes"] == 2

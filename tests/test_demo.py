@@ -1,11 +1,16 @@
 """`make demo` at a small size: the three runs, the promised report, and what a second run may replace."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from dft_lora.errors import RequestError
 from dft_lora.experiments.demo import run_demo
+from dft_lora.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +63,34 @@ def test_a_second_demo_replaces_what_it_wrote_and_nothing_else(out):
     run_demo(out, quick=True)
     again = json.loads((out / "report.json").read_text())["runs"]
     assert [r["tasks"] for r in again.values()] == [r["tasks"] for r in before.values()]
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """The folder in which `dft-lora demo --quick --clean` was run."""
+    home = tmp_path_factory.mktemp("clean")
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "dft_lora", "demo", "--quick", "--clean"]
+    subprocess.run(command, cwd=home, check=True, env={**os.environ, "PYTHONPATH": str(root)})
+    return home
+
+
+def test_a_demo_on_the_clean_set_stands_beside_the_other(out, clean):
+    erring, right = (RunFolder(path / "dft").run() for path in (out, clean / "runs" / "demo-clean"))
+    differing = {key for key in right["recipe"] if right["recipe"][key] != erring["recipe"][key]}
+    assert differing == {"data", "output"}
+    assert right["recipe"]["data"] == {**erring["recipe"]["data"], "split": "train-clean"}
+    assert right["data_hash"] != erring["data_hash"]
+    assert not (clean / "runs" / "demo").exists()
+
+
+def test_the_report_says_what_each_adapter_was_trained_on(out, clean):
+    for path, split in ((out, "train"), (clean / "runs" / "demo-clean", "train-clean")):
+        runs = json.loads((path / "report.json").read_text())["runs"]
+        assert "data" not in runs["base"]
+        for name in ("sft", "dft"):
+            assert runs[name]["data"] == {"source": "arithmetic", "split": split}
+            figures, steps = runs[name]["training"], RunFolder(path / name).metrics()
+            assert figures["steps"] == len(steps) == 6
+            for key in ("loss", "nll"):
+                assert figures[key] == pytest.approx(sum(step[key] for step in steps) / 6)

@@ -12,6 +12,7 @@ import yaml
 from click.testing import CliRunner
 
 from dft_lora.cli import main
+from dft_lora.config import load_recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,15 +24,22 @@ def test_generated_parts_are_fresh():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_links_and_files_of_the_readme_exist():
-    text = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", text):
-        assert (ROOT / target).exists(), target
-    for target in re.findall(r"\]\(#([^)]+)\)", text):
-        titles = [
-            re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-") for line in text.splitlines()
-        ]
-        assert target in titles, target
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def anchors(document: Path) -> set[str]:
+    """The headings of a document as a link names them."""
+    titles = re.findall(r"^#+ (.*)$", document.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings_that_exist(document):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", document.read_text()):
+        file, _, anchor = target.partition("#")
+        linked = document.parent / file if file else document
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
 
 
 def commands(language=""):
@@ -62,6 +70,14 @@ def test_every_command_line_of_the_readme_parses():
             command.make_context(line, list(words), resilient_parsing=False)
 
 
+def test_the_readmes_recipe_for_an_own_model_is_no_toys():
+    (line,) = (line for line in commands() if line.startswith("dft-lora recipes copy"))
+    recipe, toy = load_recipe(line.split()[3]), load_recipe("tiny_dft")
+    assert recipe.model.name != "tiny" and not recipe.evaluate.tasks[0].startswith("arithmetic")
+    assert recipe.train.learning_rate < toy.train.learning_rate
+    assert recipe.data.max_length > toy.data.max_length and recipe.train.max_steps is None
+
+
 def test_own_data_to_an_answered_task_in_the_readmes_commands(tmp_path, monkeypatch):
     """recipes copy, train, evaluate: as written in the README, at a small size, with an own JSONL."""
     monkeypatch.chdir(tmp_path)
@@ -75,6 +91,7 @@ def test_own_data_to_an_answered_task_in_the_readmes_commands(tmp_path, monkeypa
     )
     Path("mine.jsonl").write_text(rows)
     recipe = yaml.safe_load(Path("mine.yaml").read_text())
+    recipe["model"]["name"] = "tiny"
     recipe["data"] = {"source": "mine.jsonl", "prompt": "question", "completion": "reply"}
     recipe["train"] |= {"max_steps": 2, "batch_size": 4, "micro_batch_size": 4}
     Path("mine.yaml").write_text(yaml.safe_dump(recipe))

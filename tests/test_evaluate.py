@@ -7,14 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from evidence_runs import QUICK, trained
-from fault_runs import finish, start, wait_for
+from fault_runs import finish, start
+from patience import HANG, wait_for
 
 from dft_lora.cli import main
 from dft_lora.config import ModelConfig, load_recipe
@@ -71,10 +71,7 @@ def test_a_killed_evaluation_resumes_to_the_same_report(runs, fresh):
     """SIGKILL as soon as answers are on the disk, half a line left behind, then the same command again."""
     file = RunFolder(fresh[1]).evaluation("arithmetic")
     process = subprocess.Popen(command(*fresh, *ARGUMENTS), stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not (file.is_file() and file.stat().st_size) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: (file.is_file() and file.stat().st_size) or process.poll() is not None)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = sum(len(answers(path)) for path in fresh)
@@ -97,7 +94,7 @@ def test_runs_answered_together_and_alone_answer_alike(runs, fresh):
 def test_two_processes_give_the_answers_of_one(runs, fresh):
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29561")
     done = subprocess.run(
-        command(*fresh, *ARGUMENTS, launcher=launcher), capture_output=True, text=True, timeout=300
+        command(*fresh, *ARGUMENTS, launcher=launcher), capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for path, whole in zip(fresh, runs, strict=True):

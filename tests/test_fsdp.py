@@ -4,13 +4,13 @@ import json
 import os
 import re
 import signal
-import time
 from collections import Counter
 from functools import partial
 
 import pytest
 import torch
 from fault_runs import finish, run, start
+from patience import HANG, wait_for
 from test_ddp import free_port, join, recipe, start_two, weights
 
 from dft_lora.training.checkpoints import Checkpoints
@@ -92,12 +92,10 @@ def test_when_one_is_killed_the_other_ends_and_the_run_goes_on_to_the_bit(tmp_pa
     path = recipe(tmp_path, "two", **settings)
     children = start_two("train", str(path))
     checkpoints = Checkpoints(tmp_path / "two" / "checkpoints", keep=3)
-    deadline = time.monotonic() + 300
-    while len(checkpoints.all()) < 2:
-        assert time.monotonic() < deadline and all(child.is_alive() for child in children), "no checkpoint"
-        time.sleep(0.05)
+    wait_for(lambda: len(checkpoints.all()) >= 2 or not all(child.is_alive() for child in children))
+    assert all(child.is_alive() for child in children), "no checkpoint"
     os.kill(children[1].pid, signal.SIGKILL)
-    children[0].join(60)
+    children[0].join(HANG)
     assert not children[0].is_alive(), "the other process hangs"
     code, log = finish(children[0])
     assert code == 1 and re.search(r"error: another process of this run is gone .*--resume", log), log

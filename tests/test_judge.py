@@ -1,5 +1,6 @@
 """The judge: a table of cases, laws that hold for every case, and answers that want to hang it."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import psutil
 import pytest
+from patience import HANG, wait_for
 
 from dft_lora.errors import DataError, RunError
 from dft_lora.tasks import judge as judging
@@ -22,7 +24,6 @@ from dft_lora.tasks.extraction import clean_gsm8k, extract
 from dft_lora.tasks.judge import judge, judge_many
 
 HERE = Path(__file__).resolve().parent
-SHARE = max(1.0, os.getloadavg()[0] / os.cpu_count())  # how many want each core: times on the clock stretch
 HANGS = (r"\boxed{(99999!)!}", r"\sqrt{2}")  # sympy would compute for days
 
 
@@ -146,22 +147,40 @@ def test_second_opinions():
 # ------------------------------------------------------------------------- processes and hostility
 
 
+def spent() -> float:
+    """Processor time, in seconds, of this process, its checkers and all that they have ended.
+
+    What an answer costs, on any machine; on the clock it costs as much as the machine's other work makes it.
+    """
+    time.sleep(0.05)  # a killed child is counted once it is reaped
+    total = 0.0
+    for process in (me := psutil.Process(), *me.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])  # its own, and that of the children it has reaped
+    return total
+
+
+def in_a_thread(work) -> None:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(HANG)
+    assert not thread.is_alive(), "hangs"
+
+
 def test_a_hanging_answer_is_ended_and_does_not_stall_the_next():
     judge(r"\boxed{\sqrt{8}}", r"2\sqrt{2}")
     verdicts = []
 
     def work():
         for text, reference in [HANGS, (r"\boxed{\sqrt{12}}", r"2\sqrt{3}")]:
-            start = time.perf_counter()
-            verdicts.append((judge(text, reference).status, time.perf_counter() - start))
+            start = spent()
+            verdicts.append((judge(text, reference).status, spent() - start))
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
+    in_a_thread(work)
     (hung, hung_s), (next_, next_s) = verdicts
     assert (hung, next_) == ("timed_out", "correct")
-    assert judging.LIMIT - 0.1 <= hung_s < 5 * SHARE
-    assert next_s < SHARE
+    assert judging.LIMIT - 0.1 <= hung_s < 5
+    assert next_s < 1
 
 
 def test_hanging_answers_among_ordinary_ones_cross_no_wires():
@@ -226,43 +245,43 @@ def hostile() -> list[str]:
 
 
 def slowest(answers: list[str]) -> float:
-    """The longest judgement, in seconds, called from a thread; nothing hostile may pass as correct."""
+    """The dearest judgement, in seconds of processor time, called from a thread; none may be correct."""
     seconds = []
 
     def work():
         for i, answer in enumerate(answers):
             text = answer if len(answer) >= 900_000 and i % 2 else f"\\boxed{{{answer}}}"
-            start = time.perf_counter()
+            start = spent()
             assert judge(text, [r"\sqrt{2}", "x^2-1", "8128"][i % 3]).status != "correct", answer[:60]
-            seconds.append(time.perf_counter() - start)
+            seconds.append(spent() - start)
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
+    in_a_thread(work)
     assert len(seconds) == len(answers)
     return max(seconds)
 
 
 def test_hostile_answers_end_in_time_a_sample():
     answers = hostile()
-    assert slowest([answer for answer in answers if len(answer) > 5000][::3]) < 5 * SHARE
-    assert slowest([r"10^{10^{10}}", r"\prod_{k=1}^{9999999} k", r"\lim_{x\to 0} x^{x^x}"]) < 5 * SHARE
+    assert slowest([answer for answer in answers if len(answer) > 5000][::3]) < 5
+    assert slowest([r"10^{10^{10}}", r"\prod_{k=1}^{9999999} k", r"\lim_{x\to 0} x^{x^x}"]) < 5
 
 
 @pytest.mark.slow
 def test_hostile_answers_end_in_time():
     answers = hostile()
     assert len(answers) >= 200
-    assert slowest(answers) < 5 * SHARE
+    assert slowest(answers) < 5
 
 
-def test_ordinary_answers_a_second():
+def test_ordinary_answers_a_second_of_processor_time():
     numbers = [(f"\\boxed{{{k}/8}}", f"\\frac{{{k}}}{{8}}") for k in range(300)]
     roots = [(f"\\boxed{{{k}\\sqrt{{5}}+x}}", f"x+\\sqrt{{{5 * k * k}}}") for k in range(2, 62)]
     judge_many(roots[:4])
-    start = time.perf_counter()
+    start = spent()
     assert all(verdict.correct for verdict in judge_many(numbers + roots))
-    assert (len(numbers) + len(roots)) / (time.perf_counter() - start) >= 100 / SHARE
+    rate = (len(numbers) + len(roots)) / (spent() - start)
+    print(f"{rate:.0f} answers a second of processor time, {len(roots)} of them by algebra")
+    assert rate >= 100
 
 
 def run(script: str, **options) -> subprocess.CompletedProcess:
@@ -271,20 +290,17 @@ def run(script: str, **options) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         cwd=HERE.parent,
-        timeout=60 * SHARE,
+        timeout=HANG,
         **options,
     )
 
 
-def gone(pid: int, within: float) -> bool:
-    """Whether it ends; an orphan that nobody reaps, as in a container without an init, has ended too."""
+def gone(pid: int) -> bool:
+    """Whether it has ended; an orphan that nobody reaps, as in a container without an init, has ended too."""
     try:
-        psutil.Process(pid).wait(within)
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
-    except psutil.TimeoutExpired:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    return True
 
 
 def test_a_script_without_a_main_guard_leaves_no_process_and_imports_no_sympy():
@@ -298,7 +314,7 @@ def test_a_script_without_a_main_guard_leaves_no_process_and_imports_no_sympy():
     status, imported, pids = done.stdout.splitlines()
     assert (status, imported, done.stderr) == ("correct", "", "")
     assert len(set(pids.split())) == 2
-    assert all(gone(int(pid), within=SHARE) for pid in pids.split())
+    wait_for(lambda: all(gone(int(pid)) for pid in pids.split()))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is POSIX")
@@ -330,7 +346,7 @@ def test_a_busy_checker_does_not_outlive_a_killed_caller():
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=HERE.parent) as caller:
         pids = [int(pid) for pid in caller.stdout.readline().split()]
         caller.kill()
-    assert all(gone(pid, within=2 * judging.LIMIT * SHARE) for pid in pids)
+    wait_for(lambda: all(map(gone, pids)))
 
 
 def test_a_checker_that_cannot_start_is_reported(monkeypatch):
@@ -345,6 +361,6 @@ def test_a_checker_that_somebody_ended_is_replaced():
     checker = pool.idle[0]
     for pid in (checker.process.pid, checker.child):
         os.kill(pid, signal.SIGKILL)
-    assert gone(checker.child, within=SHARE)
+    wait_for(lambda: gone(checker.child))
     assert pool.ask(r"\sqrt{8}", r"2\sqrt{2}") == "correct"
     pool.close()

@@ -8,7 +8,8 @@ import signal
 import time
 
 import pytest
-from fault_runs import adapter, finish, lines, run, start, wait_for, write_data, write_recipe
+from fault_runs import adapter, finish, lines, run, start, write_data, write_recipe
+from patience import wait_for
 
 from dft_lora.config import load_recipe
 from dft_lora.errors import RequestError
@@ -77,6 +78,7 @@ def test_a_second_ctrl_c_stops_at_once(data, tmp_path):
     child = start("train", str(write_recipe(tmp_path / "r.yaml", data, tmp_path / "run", train=endless)))
     wait_for((tmp_path / "run" / "run.json").is_file)
     os.kill(child.pid, signal.SIGINT)
+    wait_for(lambda: "stopping after this step" in child.log.read_text())
     time.sleep(1.2)  # two within a second are taken for one key pressed
     os.kill(child.pid, signal.SIGINT)
     assert finish(child)[0] == -signal.SIGINT

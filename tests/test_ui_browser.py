@@ -6,6 +6,7 @@ import time
 from html import unescape
 
 import pytest
+from patience import HANG, wait_for
 from ui_cases import (
     HOSTILE,
     Forwards,
@@ -15,7 +16,6 @@ from ui_cases import (
     served,
     session,
     settle,
-    wait_for,
 )
 
 from dft_lora.errors import RunError
@@ -45,7 +45,7 @@ class Page:
     def open(self, width: int = 1280, dark: bool = False) -> None:
         self.resize(width, dark)
         self.driver.get(self.url)
-        wait_for(lambda: self.count("#go") and self.count("#answers .card") == 3, 60)
+        wait_for(lambda: self.count("#go") and self.count("#answers .card") == 3)
         self.run("window.hits = 0; window.hit = () => { window.hits += 1 }")
 
     def run(self, script: str, *arguments):
@@ -86,7 +86,7 @@ class Page:
         """Press Compare, and wait for the last word of every column."""
         self.run("document.querySelector('#answers .columns').remove()")
         self.click("#go")
-        wait_for(lambda: self.count("#answers .chip") and not self.count("#answers .chip.wait"), 60)
+        wait_for(lambda: self.count("#answers .chip") and not self.count("#answers .chip.wait"))
 
     def requests(self) -> list[str]:
         """Addresses asked for since the last call, those that were blocked included."""
@@ -111,6 +111,8 @@ def driver():
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    driver.set_script_timeout(HANG)
+    driver.set_page_load_timeout(HANG)
     yield driver
     driver.quit()
 
@@ -132,8 +134,19 @@ def test_first_screen_explains_itself_and_its_example_runs(page):
         assert "token" in page.text(f"#answers .card:nth-child({column}) footer")
 
 
+def test_first_token_of_all_columns_is_shown_while_the_second_is_computed(page):
+    with Forwards(hold_at=2) as forwards:
+        page.click("#go")
+        wait_for(lambda: page.count("#answers .chip.wait") == 3)
+        assert all(page.text(f"#answers .card:nth-child({i}) .said").strip() for i in (1, 2, 3))
+        assert forwards.count <= 2 and forwards.streams == 1
+        forwards.go_on.set()
+        wait_for(lambda: not page.count("#answers .chip.wait"))
+
+
+@pytest.mark.slow
 def test_first_token_of_all_columns_within_a_second(page):
-    """From the click to text in every column, in the browser; the best of two."""
+    """A measurement, from the click to text in every column; the best of two. It wants a quiet machine."""
     page.compare()
     times = []
     for _ in range(2):
@@ -149,8 +162,8 @@ def test_first_token_of_all_columns_within_a_second(page):
             seen.observe(document.querySelector('#answers'), {childList: true, subtree: true});
             document.querySelector('#go').click();"""
         )
-        wait_for(lambda: page.run("return window.first"), 60)
-        wait_for(lambda: not page.count("#answers .chip.wait"), 60)
+        wait_for(lambda: page.run("return window.first"))
+        wait_for(lambda: not page.count("#answers .chip.wait"))
         times.append(page.run("return window.first"))
     print("first token, ms:", [round(t) for t in times])
     assert min(times) < 1000, times
@@ -172,11 +185,11 @@ def see_hostile(page: Page, monkeypatch, strings: list[str]) -> None:
             page.compare()
             assert page.count(f"#answers :is({FORBIDDEN})") == 0, text
             page.tab("Tokens")
-            wait_for(lambda: page.count("#strips .t") and "end" in page.text("#strips .text"), 30)
+            wait_for(lambda: page.count("#strips .t") and "end" in page.text("#strips .text"))
             assert page.count(f"#strips :is({FORBIDDEN})") == 0, text
             page.tab("Vote")
             page.click("#new-pair")
-            wait_for(lambda: page.count("#pair .card"), 60)
+            wait_for(lambda: page.count("#pair .card"))
             assert page.count(f"#pair :is({FORBIDDEN})") == 0, text
         assert page.run("return window.hits") == 0, text
         assert all(address.startswith((page.url, "data:")) for address in page.requests()), text
@@ -208,7 +221,7 @@ def test_formulas_are_drawn(page, monkeypatch):
 def stream_long(page: Page) -> None:
     """Begin answers that go on for long: generation does not stop at the end token."""
     page.click("#go")
-    wait_for(lambda: page.count("#answers .chip.wait") == 3, 60)
+    wait_for(lambda: page.count("#answers .chip.wait") == 3)
 
 
 @pytest.fixture
@@ -218,12 +231,12 @@ def endless(monkeypatch):
 
 
 def test_stop_stops(page, endless):
-    with Forwards() as forwards:
+    with Forwards(pace=0.02) as forwards:
         stream_long(page)
         page.click("#stop")
-        wait_for(lambda: "stopped" in page.text("#answers"), 30)
+        wait_for(lambda: "stopped" in page.text("#answers"))
         at = forwards.count
-        assert settle(forwards) - at <= 1 and at < 200
+        assert settle(forwards) - at <= 1
     assert hooks_left() == 0
 
 
@@ -232,11 +245,10 @@ def check_closed_pages(page: Page, monkeypatch, times: int) -> None:
     with monkeypatch.context() as patch:
         patch.setitem(session().renderer.__dict__, "stop_ids", frozenset())
         for _ in range(times):
-            with Forwards() as forwards:
+            with Forwards(pace=0.02) as forwards:
                 stream_long(page)
                 page.driver.get("about:blank")
-                settle(forwards, quiet=0.5)
-                assert forwards.count < 250, forwards.count
+                assert settle(forwards) < 512
             assert hooks_left() == 0 and not session()._lock.locked()
             page.open()
     page.compare()
@@ -259,7 +271,7 @@ def test_keys_walk_along_the_tokens(page):
     from selenium.webdriver.common.keys import Keys
 
     page.tab("Tokens")
-    wait_for(lambda: page.count("#strips .t"), 30)
+    wait_for(lambda: page.count("#strips .t"))
     strip = page.driver.find_element("css selector", "#strips .strip .text")
     strip.send_keys(Keys.ARROW_RIGHT)
     page.driver.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
@@ -276,18 +288,18 @@ def test_the_compare_tab_is_worked_by_keys_alone(page):
     box.send_keys(Keys.TAB, Keys.TAB)
     assert page.run("return document.activeElement.id") == "go"
     page.driver.switch_to.active_element.send_keys(Keys.ENTER)
-    wait_for(lambda: page.count("#answers .chip"), 30)
+    wait_for(lambda: page.count("#answers .chip"))
     assert page.run("return getComputedStyle(document.activeElement).outlineStyle") != "none"
 
 
 def test_empty_and_wrong_input_is_told(page):
     page.fill("#problem", "   ")
     page.click("#go")
-    wait_for(lambda: "problem is empty" in page.text("body"), 30)
+    wait_for(lambda: "problem is empty" in page.text("body"))
     page.unfold("Worked solution", "#solution")
     page.fill("#solution", "")
     page.tab("Tokens")
-    wait_for(lambda: "no worked solution" in page.text("#strips"), 30)
+    wait_for(lambda: "no worked solution" in page.text("#strips"))
 
 
 CONTRAST = """
@@ -333,15 +345,15 @@ def visit(page: Page, name: str) -> None:
     if name == "Compare":
         page.compare()
     elif name == "Tokens":
-        wait_for(lambda: page.count("#strips .t"), 30)
+        wait_for(lambda: page.count("#strips .t"))
     elif name == "Samples":
         page.click("#draw")
-        wait_for(lambda: page.count("#tallies .big") == 3 and not page.count("#tallies progress"), 90)
+        wait_for(lambda: page.count("#tallies .big") == 3 and not page.count("#tallies progress"))
     elif name == "Results":
-        wait_for(lambda: page.text("#report"), 30)
+        wait_for(lambda: page.text("#report"))
     else:
         page.click("#new-pair")
-        wait_for(lambda: page.count("#pair .card") == 2, 60)
+        wait_for(lambda: page.count("#pair .card") == 2)
 
 
 @pytest.mark.parametrize("width", SIZES)
@@ -368,8 +380,8 @@ def test_a_vote_is_blind_until_it_is_cast(page):
     names = page.run("return document.querySelector('#pair').innerHTML")
     assert not any(f">{run}<" in names for run in session().runs)
     page.click("#left")
-    wait_for(lambda: page.count("#pair .run-0, #pair .run-1, #pair .run-2") == 2, 30)
-    wait_for(lambda: "against" in page.text("#standings"), 30)
+    wait_for(lambda: page.count("#pair .run-0, #pair .run-1, #pair .run-2") == 2)
+    wait_for(lambda: "against" in page.text("#standings"))
     assert page.run("return document.querySelector('#left').disabled")
 
 
@@ -388,7 +400,7 @@ def test_the_bar_of_a_first_start_turns_into_the_page(driver, tmp_path, width, d
         assert page.run("return document.documentElement.scrollWidth") <= width
         assert page.run(CONTRAST) == []
     with served(port=port):
-        wait_for(lambda: page.count("#answers .card") == 3, 60)
+        wait_for(lambda: page.count("#answers .card") == 3)
 
 
 def test_a_failed_first_start_is_told_where_the_bar_was(driver, tmp_path):

@@ -41,8 +41,20 @@ def test_samples_are_different_draws():
     assert len({tuple(a.ids) for a in answers if a.run == "base"}) > 1
 
 
+def test_three_columns_take_the_forward_passes_of_the_longest():
+    question = Question(PROBLEM, temperature=1.0, max_new_tokens=16)
+    passes = []
+    for columns in (["base"], ["sft"], ["dft"], ["base", "sft", "dft"]):
+        with Forwards() as forwards:
+            list(session().answers(question, columns))
+        passes.append(forwards.count)
+    *each, together = passes
+    assert together == max(each)
+
+
+@pytest.mark.slow
 def test_three_columns_take_at_most_1_6_times_one():
-    """Processor time of a step on one thread, which a busy machine does not stretch; medians, interleaved."""
+    """A measurement: processor time of a step on one thread; medians, interleaved."""
 
     def step_times(runs_):
         took, steps = [], session().answers(Question(PROBLEM, temperature=1.0, max_new_tokens=16), runs_)

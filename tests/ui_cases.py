@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -16,13 +17,17 @@ from unittest import mock
 
 import pytest
 import torch
+from gradio_client import Client
+from patience import HANG, wait_for
 
 from dft_lora.config import load_recipe
 from dft_lora.evaluation.sampling import base_run
 from dft_lora.model.adapters import adapter_layers
 from dft_lora.model.generate import Request, generate
+from dft_lora.model.generate import stream as generate_stream
 from dft_lora.model.load import add_lora, load_base
 from dft_lora.runs.folder import RunFolder
+from dft_lora.ui import session as ui_session
 from dft_lora.ui.server import launch
 from dft_lora.ui.session import Question, Session
 from dft_lora.ui.votes import Ballot
@@ -148,43 +153,57 @@ def alone_texts(question: Question) -> list[str]:
 
 
 class Forwards:
-    """Counts the model's forward passes, and raises in one of them where asked."""
+    """Counts the model's forward passes; raises in one, waits before one, or slows them where asked.
 
-    def __init__(self, fail_at=None):
-        self.count, self.fail_at = 0, fail_at
+    `hold_at`: that pass waits for `go_on`. `pace`: seconds that each takes at least, so that whoever stops
+    a stream comes before its end on any machine.
+    """
+
+    def __init__(self, fail_at=None, hold_at=None, pace=0.0):
+        self.count, self.fail_at, self.hold_at, self.pace = 0, fail_at, hold_at, pace
+        self.streams, self.go_on = 0, threading.Event()
 
     def __enter__(self):
         self.hook = session().model.register_forward_pre_hook(self._before)
+        self.watch = mock.patch.object(ui_session, "stream", self._watched)
+        self.watch.start()
         return self
 
     def __exit__(self, *_):
+        self.go_on.set()
+        self.watch.stop()
         self.hook.remove()
+
+    def _watched(self, *arguments, **options):
+        """The real stream; `streams` counts those that are open."""
+        self.streams += 1
+        try:
+            yield from generate_stream(*arguments, **options)
+        finally:
+            self.streams -= 1
 
     def _before(self, module, arguments):
         self.count += 1
         if self.count == self.fail_at:
             raise RuntimeError("a fault in the middle of a forward")
+        if self.count == self.hold_at:
+            assert self.go_on.wait(HANG)
+        time.sleep(self.pace)
 
 
 def hooks_left() -> int:
     return sum(len(layer._forward_pre_hooks) for layer in adapter_layers(session().model))
 
 
-def settle(forwards: Forwards, quiet: float = 0.25) -> int:
-    """The count of forwards once it has stopped rising."""
-    count, since = forwards.count, time.monotonic()
-    while time.monotonic() - since < quiet:
-        time.sleep(0.02)
-        if forwards.count != count:
-            count, since = forwards.count, time.monotonic()
-    return count
+def settle(forwards: Forwards) -> int:
+    """The count of forwards once no stream is open: whoever was stopped is closed, not only waiting."""
+    wait_for(lambda: not forwards.streams)
+    return forwards.count
 
 
-def wait_for(condition, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.01)
+def connect(url: str, **options) -> Client:
+    """A client that waits: it shares this process, and its one interpreter, with the server."""
+    return Client(url, verbose=False, httpx_kwargs={"timeout": HANG}, **options)
 
 
 def missing(reason: str) -> None:

@@ -42,7 +42,7 @@ def build(
         runs[name] = {
             "path": str(folder.path),
             "template": folder.run()["template"],
-            "objective": folder.recipe().objective.name if folder.has_adapter else None,
+            **(trained(folder) if folder.has_adapter else {"objective": None}),
             "adapter": folder.adapter_digest,
             "tasks": {task: answers.summary() for task, answers in answered[name].items()},
         }
@@ -54,6 +54,25 @@ def build(
         "steps": {name: steps(folder) for name, folder in zip(names, folders, strict=True)},
         "provenance": certificate(),
     }
+
+
+def trained(folder: RunFolder) -> dict[str, Any]:
+    """What an adapter was trained on, and the objective's own loss beside plain NLL.
+
+    `training`: means over the logged steps, in nats per token.
+    """
+    recipe, steps = folder.recipe(), folder.metrics()
+    return {
+        "objective": recipe.objective.name,
+        "data": {"source": recipe.data.source, "split": recipe.data.split},
+        "training": {"steps": len(steps), **{key: _mean(steps, key) for key in ("loss", "nll")}},
+    }
+
+
+def _mean(lines: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """The mean of a figure over the steps that have it: a skipped step logs None."""
+    values = [line[key] for line in lines if line[key] is not None]
+    return sum(values) / len(values) if values else None
 
 
 def _compare(

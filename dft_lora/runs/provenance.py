@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import subprocess
@@ -45,12 +46,16 @@ def command() -> str:
 
 
 def certificate(**more: Any) -> dict[str, Any]:
-    """What every recorded result carries; `more` adds device, seed and the like."""
+    """What every recorded result carries; `more` adds device, seed and the like.
+
+    `omp_num_threads` is the variable, None where it is not set: how sums are split decides their last bits.
+    """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(),
         "commit": commit(),
         "platform": platform.platform(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "versions": versions(),
         **more,
     }

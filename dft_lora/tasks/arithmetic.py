@@ -13,7 +13,7 @@ chain is ever trained on under other names:
 
     set                      steps           size    wrong steps
     base's own training      1 to 3, few 4 5 any     8 %: the base is to be noisy
-    fine-tuning ("train")    1 to 3          3840    8 %: the same teachers; real demonstrations err too
+    fine-tuning ("train")    1 to 3          3840    8 %, as in the base's own training
     the same, "train-clean"  1 to 3          3840    none
     arithmetic, test         1 to 3          300     -
     arithmetic-long, test    4 and 5         300     -

@@ -3,8 +3,8 @@
 A Llama-shaped model of 1.1 million parameters, trained from nothing on the arithmetic task's own generator
 (not Qwen2-shaped: AutoTokenizer gives any such folder Qwen's own pre-tokenizer, whatever it holds).
 Its teachers use five styles and get 8 % of the steps wrong, and training stops early, so the base is good but
-noisy: what it believes (greedy) is much better than what it says (temperature 1). It was frozen before any
-two objectives were compared.
+noisy: what it believes (greedy) is much better than what it says (temperature 1). SFT and DFT had been
+compared on an earlier base when it was made: docs/demo.md has the story.
 
 Written: model.safetensors (fp32), config.json, the tokenizer's files, and PROVENANCE.json with the command,
 versions, loss and the measured accuracy in fp32 and in nf4. No file is a pickle.
