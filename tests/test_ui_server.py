@@ -307,13 +307,13 @@ def test_the_space_has_what_a_space_needs():
 
 
 def test_a_function_is_itself_where_no_gpu_is_lent():
-    from dft_lora.ui.page import on_gpu
+    from dft_lora.ui.events import on_gpu
 
     assert on_gpu(front_matter) is front_matter
 
 
 def test_a_function_is_handed_to_spaces_where_one_is(monkeypatch):
-    from dft_lora.ui.page import on_gpu
+    from dft_lora.ui.events import on_gpu
 
     spaces = types.ModuleType("spaces")
     spaces.GPU = lambda function: ("lent", function)

@@ -185,7 +185,8 @@ def launch(
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     from starlette.middleware import Middleware
 
-    from .page import THEME, build
+    from .page import build
+    from .theme import THEME
 
     page = build(folders, session, ballot).queue(max_size=max_waiting)
     try:
