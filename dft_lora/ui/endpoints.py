@@ -6,9 +6,9 @@ from typing import Any
 
 import gradio as gr
 
-from ..tasks.judge import judge
+from ..tasks.base import Problem
 from .events import MODEL, on_gpu, told
-from .session import Question, Session, check_text
+from .session import Question, Session, check_text, verdicts_on
 
 
 def endpoints(session: Session) -> None:
@@ -42,7 +42,8 @@ def endpoints(session: Session) -> None:
         """correct, wrong, unparsable or timed_out."""
         check_text("answer", answer)
         check_text("reference", reference)
-        return judge(answer, reference).status
+        (verdict,) = verdicts_on([(answer, Problem.ask("score", "", answer=reference))])
+        return verdict.status
 
     gr.api(compare, api_name="compare", **MODEL)
     gr.api(tokens, api_name="tokens", **MODEL)

@@ -27,8 +27,8 @@ from ..model.generate import Request, stream
 from ..model.head import check_head, hidden_states
 from ..model.load import load_adapters, load_base
 from ..runs.folder import RunFolder
-from ..tasks.base import Verdict
-from ..tasks.judge import judge
+from ..tasks.base import Problem, Verdict
+from ..tasks.judge import judge_many
 
 MAX_COLUMNS = 4
 MAX_CHARACTERS = 8_000
@@ -61,6 +61,10 @@ class Question:
         check_number("max_new_tokens", self.max_new_tokens, 1, 4096, whole=True)
         check_number("seed", self.seed, 0, 2**31 - 1, whole=True)
         check_number("samples", self.samples, 1, MAX_SAMPLES, whole=True)
+
+    def as_problem(self) -> Problem:
+        """The question as a task's problem, without an answer where there is no reference."""
+        return Problem.ask("page", self.problem, answer=self.reference if self.reference.strip() else None)
 
 
 def check_text(name: str, value: Any) -> None:
@@ -185,6 +189,7 @@ class Session:
             )
             for answer in answers
         ]
+        problem = question.as_problem()
         started = time.perf_counter()
         renderer = self.renderer
         with closing(
@@ -192,19 +197,12 @@ class Session:
         ) as steps:
             while (step := self._next(steps)) is not None:
                 written = dict(step)
-                for i, answer in enumerate(answers):
-                    if answer.state != "writing":
-                        continue
+                growing = {i: answer for i, answer in enumerate(answers) if answer.state == "writing"}
+                for i, answer in growing.items():
                     answer.seconds = time.perf_counter() - started
-                    if i in written:
-                        answer.ids.append(written[i])
-                        answer.text = renderer.decode(answer.ids)
-                        full = len(answer.ids) == question.max_new_tokens
-                        answer.state = "cut" if full else "writing"
-                    else:
-                        answer.state = "done"
-                    if answer.state != "writing" and question.reference.strip():
-                        answer.verdict = judge(answer.text, question.reference)
+                    self._extend(answer, written.get(i), question.max_new_tokens)
+                if problem.answer is not None:
+                    _judge([answer for answer in growing.values() if answer.state != "writing"], problem)
                 yield answers
 
     def tokens(self, problem: str, rows: Sequence[tuple[str, Sequence[int]]]) -> list[list[Token]]:
@@ -236,6 +234,16 @@ class Session:
     def answer_ids(self, answer: Answer) -> list[int]:
         """The ids of an answer as it was sampled, its end token included unless it was cut."""
         return [*answer.ids, self.renderer.eos_id] if answer.state == "done" else list(answer.ids)
+
+    def _extend(self, answer: Answer, token: int | None, max_new_tokens: int) -> None:
+        """Add one token to an answer; None: it ended by itself."""
+        if token is None:
+            answer.state = "done"
+            return
+        answer.ids.append(token)
+        answer.text = self.renderer.decode(answer.ids)
+        if len(answer.ids) == max_new_tokens:
+            answer.state = "cut"
 
     def _next(self, steps: Iterator[list[tuple[int, int]]]) -> list[tuple[int, int]] | None:
         with self._lock:
@@ -296,6 +304,18 @@ class Session:
             before, after = (decode(ids[start:stop]).rstrip("\ufffd") for stop in (end - 1, end))
             pieces.append(after[len(before) :])
         return pieces
+
+
+def verdicts_on(pairs: Sequence[tuple[str, Problem]]) -> list[Verdict]:
+    """The verdict on each (text, problem) pair: the page's one way to the judge."""
+    return judge_many((text, problem.answer or "") for text, problem in pairs)
+
+
+def _judge(answers: Sequence[Answer], problem: Problem) -> None:
+    """Give each of the `answers` to one problem its verdict."""
+    pairs = [(answer.text, problem) for answer in answers]
+    for answer, verdict in zip(answers, verdicts_on(pairs), strict=True):
+        answer.verdict = verdict
 
 
 def identity(folder: RunFolder) -> str:
