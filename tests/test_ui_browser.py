@@ -12,18 +12,13 @@ from ui_cases import (
     alone_texts,
     hooks_left,
     missing,
-    served,
     session,
     settle,
     wait_for,
 )
 
-from dft_lora.errors import RunError
-from dft_lora.runs.folder import RunFolder
-from dft_lora.ui.server import page_recipes
 from dft_lora.ui.session import Question
 from dft_lora.ui.text import plain
-from dft_lora.ui.waiting import waiting
 
 TABS = ("Compare", "Tokens", "Samples", "Results", "Vote")
 SIZES = {1280: 900, 390: 844}
@@ -371,31 +366,3 @@ def test_a_vote_is_blind_until_it_is_cast(page):
     wait_for(lambda: page.count("#pair .run-0, #pair .run-1, #pair .run-2") == 2, 30)
     wait_for(lambda: "against" in page.text("#standings"), 30)
     assert page.run("return document.querySelector('#left').disabled")
-
-
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
-def test_the_bar_of_a_first_start_turns_into_the_page(driver, tmp_path, width, dark):
-    """Who waits there is shown the page once it stands on the bar's port, without a reload by hand."""
-    recipes = page_recipes(tmp_path)
-    with waiting(recipes, "127.0.0.1", None) as port:
-        page = Page(driver, f"http://127.0.0.1:{port}/")
-        page.resize(width, dark)
-        driver.get(page.url)
-        wait_for(lambda: "loading the base" in page.text("#where"))
-        RunFolder.create(recipes[0].output_dir).log({"step": 1, "seconds": 0.5})
-        wait_for(lambda: page.text("#where") == "sft: step 1 of 120, about 120 s left")
-        assert page.run("return document.querySelector('#bar').position") == pytest.approx(1 / 240)
-        assert page.run("return document.documentElement.scrollWidth") <= width
-        assert page.run(CONTRAST) == []
-    with served(port=port):
-        wait_for(lambda: page.count("#answers .card") == 3, 60)
-
-
-def test_a_failed_first_start_is_told_where_the_bar_was(driver, tmp_path):
-    with pytest.raises(RunError), waiting(page_recipes(tmp_path), "127.0.0.1", None) as port:
-        page = Page(driver, f"http://127.0.0.1:{port}/")
-        driver.get(page.url)
-        wait_for(lambda: "loading the base" in page.text("#where"))
-        raise RunError("the disk is full: make room")
-    assert page.text("#where") == "the disk is full: make room"
-    assert page.run("return document.querySelector('#bar').hidden")

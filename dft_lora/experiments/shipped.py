@@ -1,8 +1,8 @@
 """The demo's runs that come with the package, so that the page starts at once without a run of one's own.
 
-`python -m dft_lora.experiments.shipped` makes them again, in place of those in `shipped_runs/`: needed after a
-change to the tiny recipes, the embedded base, the chat template, or the files of a run folder. It is the demo
-with seed 0. On the same machine and versions, only dates and times differ from one making to the next.
+`python -m dft_lora.experiments.shipped` makes them again and replaces `shipped_runs/`. Do this after a change
+to the tiny recipes, the embedded base, the chat template, or the files of a run folder. It runs the demo with
+seed 0. On the same machine and versions, only dates and times differ from one making to the next.
 """
 
 from __future__ import annotations

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import Recipe
 from ..errors import RequestError
 from ..runs.folder import RunFolder
-from .waiting import waiting
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -92,35 +89,12 @@ def credentials() -> tuple[str, str]:
 
 
 def default_runs(home: Path = Path("runs")) -> list[RunFolder]:
-    """The demo's runs below `home`, or those that an earlier start of the page made; [] without either."""
+    """The demo's runs below `home`; without them those that come with the package."""
     from ..experiments.demo import RUNS, runs
+    from ..experiments.shipped import shipped_runs
 
-    made = (at for at in (home / "demo", home / "page") if RunFolder(at / RUNS[-1]).has_adapter)
-    return next(map(runs, made), [])
-
-
-def page_recipes(home: Path = Path("runs")) -> list[Recipe]:
-    """The demo's two recipes, for a page that has no runs yet: a minute or two on two CPU cores."""
-    from ..experiments.demo import RUNS, demo_recipe
-
-    return [demo_recipe(name, home / "page") for name in RUNS[1:]]
-
-
-def make_runs(recipes: Sequence[Recipe]) -> list[RunFolder]:
-    """Base, SFT and DFT of `page_recipes`; a start that was stopped goes on where it was.
-
-    Raises Interrupted after SIGTERM or Ctrl-C, with a checkpoint kept.
-    """
-    from ..evaluation.sampling import base_run
-    from ..experiments.demo import RUNS, keep_mark
-    from ..experiments.sweep import train_once
-
-    home = recipes[0].output_dir.parent
-    keep_mark(home)
-    base = RunFolder(home / RUNS[0])
-    if not base.begun:
-        base_run(recipes[0], base.path)
-    return [base, *map(train_once, recipes)]
+    made = home / "demo"
+    return runs(made) if RunFolder(made / RUNS[-1]).has_adapter else shipped_runs()
 
 
 def serve(
@@ -133,29 +107,14 @@ def serve(
     results_only: bool = False,
     votes: Path = Path("runs/votes.jsonl"),
 ) -> None:
-    """Load the runs and serve their page until it is interrupted.
-
-    Without `run_dirs` they are the demo's; where there are none either, the same adapters are trained now,
-    with a bar on the page and on stderr, and kept in runs/page.
+    """Load the runs and serve their page until it is interrupted; without `run_dirs`, `default_runs`.
 
     It binds to this machine alone, shares nothing and reports nothing unless told otherwise. Raises
     RequestError, before a model is loaded, for a request that is wrong.
     """
     login = credentials() if auth else None
     folders = [RunFolder.open(path) for path in run_dirs] or default_runs()
-    if results_only:
-        if not folders:
-            raise RequestError("RUN_DIR: name the runs to show, or make runs/demo with dft-lora demo")
-        launch(folders, None, None, host=host, port=port, share=share, login=login).block_thread()
-        return
-    if folders:
-        session, ballot = _open(folders, votes)
-    else:
-        recipes = page_recipes()
-        with waiting(recipes, host, port) as port:
-            print(f"no runs yet: making some; http://{host}:{port} shows how far that is", file=sys.stderr)
-            folders = make_runs(recipes)
-            session, ballot = _open(folders, votes)
+    session, ballot = (None, None) if results_only else _open(folders, votes)
     launch(folders, session, ballot, host=host, port=port, share=share, login=login).block_thread()
 
 
