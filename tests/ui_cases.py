@@ -1,6 +1,6 @@
-"""What the tests of the page share: runs over the embedded base, their answers alone, a page, hostile text.
+"""What the page's tests share: runs on the embedded base, reference answers, a served page, hostile text.
 
-The adapters are random: what is tested is that each column has its own, not that it is right.
+The adapters are random: the tests check that each column uses its own, not that it answers well.
 """
 
 import atexit
@@ -94,7 +94,7 @@ HOSTILE = [
 
 @cache
 def runs() -> list[RunFolder]:
-    """base, sft and dft over the embedded base, with random adapters of different ranks."""
+    """base, sft and dft on the embedded base, with random adapters of different ranks."""
     home = Path(tempfile.mkdtemp(prefix="dft-lora-page-"))
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     folders = []
@@ -119,7 +119,7 @@ def session() -> Session:
 
 @contextlib.contextmanager
 def served(max_waiting: int = 64, **options) -> Iterator[str]:
-    """The page of `runs`, really served; its address. (gradio_client asks the Hub who calls: not here.)"""
+    """Serve the page of `runs`; yields its address. (gradio_client would ask the Hub who is calling.)"""
     votes = runs()[0].path.parent / "votes.jsonl"
     page = launch(runs(), session(), Ballot(votes, session().identities), max_waiting=max_waiting, **options)
     try:
@@ -130,7 +130,7 @@ def served(max_waiting: int = 64, **options) -> Iterator[str]:
 
 
 def alone(question: Question, run: str) -> list[int]:
-    """The naive twin: one request in a batch of its own, through `generate`."""
+    """The naive twin: one request, in a batch of its own."""
     it = session()
     request = Request(
         it._prompt(question.problem, 1),
@@ -148,7 +148,7 @@ def alone_texts(question: Question) -> list[str]:
 
 
 class Forwards:
-    """Counts the model's forward passes, and raises in one of them where asked."""
+    """Counts the model's forward passes; raises in pass `fail_at`."""
 
     def __init__(self, fail_at=None):
         self.count, self.fail_at = 0, fail_at
@@ -170,8 +170,8 @@ def hooks_left() -> int:
     return sum(len(layer._forward_pre_hooks) for layer in adapter_layers(session().model))
 
 
-def settle(forwards: Forwards, quiet: float = 0.25) -> int:
-    """The count of forwards once it has stopped rising."""
+def settle(forwards: Forwards, quiet: float = 0.5) -> int:
+    """The number of forward passes, once it has stopped rising."""
     count, since = forwards.count, time.monotonic()
     while time.monotonic() - since < quiet:
         time.sleep(0.02)
@@ -180,7 +180,8 @@ def settle(forwards: Forwards, quiet: float = 0.25) -> int:
     return count
 
 
-def wait_for(condition, seconds: float = 20) -> None:
+def wait_for(condition, seconds: float = 300) -> None:
+    """`seconds` guards against a hang; it is no claim about speed."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
@@ -188,7 +189,7 @@ def wait_for(condition, seconds: float = 20) -> None:
 
 
 def missing(reason: str) -> None:
-    """What a test cannot do without: a skip for a person, an error in CI."""
+    """Something the test needs is missing: skip on a developer's machine, fail in CI."""
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)

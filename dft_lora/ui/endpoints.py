@@ -1,4 +1,4 @@
-"""The three functions of the page for gradio_client."""
+"""The page's three functions for gradio_client."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 import gradio as gr
 
 from ..tasks.base import Problem
-from .events import MODEL, on_gpu, told
+from .events import MODEL, on_gpu, one_line_errors
 from .session import Question, Session, check_text, verdicts_on
 
 
 def endpoints(session: Session) -> None:
-    """The three functions of the page for gradio_client; arguments are checked, for no component does it."""
+    """Register the functions. They check their own arguments, since no component does."""
 
-    @told
+    @one_line_errors
     @on_gpu
     def compare(
         problem: str,
@@ -23,23 +23,23 @@ def endpoints(session: Session) -> None:
         max_new_tokens: int = 256,
         seed: int = 0,
     ) -> list[dict[str, Any]]:
-        """Stream the columns' answers: run, text, verdict (null without a reference), tokens, seconds."""
+        """Stream every run's answer: run, text, verdict (null without a reference), tokens, seconds."""
         question = Question(problem, reference, temperature, max_new_tokens, seed)
         for written in session.answers(question):
             yield [answer.as_dict() for answer in written]
 
-    @told
+    @one_line_errors
     @on_gpu
     def tokens(run: str, problem: str, text: str) -> list[dict[str, Any]]:
-        """Each token of a text under one run: probability, DFT's weight, likeliest alternatives."""
+        """Score each token of a text under one run: probability, DFT weight, most likely alternatives."""
         check_text("problem", problem)
         check_text("text", text)
         (scored,) = session.tokens(problem, [(run, session.text_ids(text))])
         return [token.as_dict() for token in scored]
 
-    @told
+    @one_line_errors
     def score(answer: str, reference: str) -> str:
-        """correct, wrong, unparsable or timed_out."""
+        """Judge an answer: correct, wrong, unparsable or timed_out."""
         check_text("answer", answer)
         check_text("reference", reference)
         (verdict,) = verdicts_on([(answer, Problem.ask("score", "", answer=reference))])

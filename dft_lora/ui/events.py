@@ -1,4 +1,4 @@
-"""What the page's events share: a place in the queue, a borrowed GPU, and errors as one line."""
+"""What the page's events share: a place in the queue, a GPU on loan, and errors as one line."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import gradio as gr
 from ..errors import DftLoraError, RequestError
 from .session import Question
 
-FRAME = 0.05  # seconds between two pictures of a stream; the model is not held back by the browser
+FRAME = 0.05  # seconds between two updates of a stream, so that the browser does not slow the model down
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1}
 
 
 def on_gpu(function: Callable) -> Callable:
-    """`spaces.GPU` on a ZeroGPU Space, where a GPU is lent for a call; elsewhere the function itself."""
+    """`spaces.GPU(function)` on a ZeroGPU Space, which lends a GPU per call; otherwise `function` itself."""
     try:
         import spaces
     except ImportError:
@@ -24,8 +24,8 @@ def on_gpu(function: Callable) -> Callable:
     return spaces.GPU(function)
 
 
-def told(function: Callable) -> Callable:
-    """Our errors as one line on the page; others keep their traceback on the server."""
+def one_line_errors(function: Callable) -> Callable:
+    """Show our errors as one line on the page; other errors keep their traceback on the server."""
 
     @wraps(function)
     def call(*arguments):
@@ -44,8 +44,8 @@ def told(function: Callable) -> Callable:
     return steps if inspect.isgeneratorfunction(function) else call
 
 
-def valid(*asked) -> list:
-    """Before the queue: the first field that cannot be used, by name."""
+def validate(*asked) -> list:
+    """Check a question before it enters the queue: mark the first field that is wrong."""
     fields = list(Question.__dataclass_fields__)[: len(asked)]
     try:
         Question(*asked)

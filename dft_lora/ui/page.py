@@ -1,8 +1,8 @@
-"""The page: its heading, and the tabs from left to right.
+"""The page: its heading and its tabs, from left to right.
 
-What they show is made in `views` and `results`, what they ask is asked of `session`. Model events share one
-place in the queue (`events.MODEL`): one runs at a time, others wait their turn and are told how long.
-A generator event that is cancelled, or whose page is closed, is closed at its `yield`.
+`views` and `results` make the HTML; `session` runs the models. Events that run a model share one slot of the
+queue (`events.MODEL`): one runs at a time, and the page tells the others how long they will wait. When an
+event is cancelled or its page is closed, Gradio closes its generator at the `yield`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ SENTENCE = (
 
 
 def build(folders: Sequence[RunFolder], session: Session | None, ballot: Ballot | None) -> gr.Blocks:
-    """The page; with no session only the recorded results."""
+    """The page; without a session it shows only the recorded results."""
     with gr.Blocks(title="dft-lora: SFT and DFT side by side", analytics_enabled=False) as page:
         gr.HTML(f'<div class="top"><h1>dft-lora</h1><p>{SENTENCE}</p></div>', elem_id="top")
         with gr.Tabs(elem_id="tabs"):
             if session and ballot:
-                asked = compare_tab(session)
-                tokens_tab(session, asked)
-                samples_tab(session, asked)
+                compare = compare_tab(session)
+                tokens_tab(session, compare)
+                samples_tab(session, compare)
             results_tab(folders)
             if session and ballot:
                 vote_tab(session, ballot)

@@ -1,4 +1,4 @@
-"""Serving the page: what is refused unparsed, what the browser may do, and who may come in."""
+"""Serve the page: request limits, browser policy, and login."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from .votes import Ballot
 
 HERE = Path(__file__).parent
-MAX_BODY = 256 * 1024  # bytes of a request; a comparison's own state is far below
-DRAINED = 16 * 1024 * 1024  # bytes of a refused body that are taken off the wire, so that the answer is read
-MAX_WAITING = 64  # events in the queue; the next one is told that it is full
-POLICY = (  # the page talks to its own server and to nobody else, whatever it is made to show
+MAX_BODY = 256 * 1024  # bytes per request; a comparison's own state is far smaller
+DRAINED = 16 * 1024 * 1024  # bytes of a refused body that are read, so that the client reads the answer
+MAX_WAITING = 64  # events in the queue; the next one is refused
+POLICY = (  # whatever the page shows, it talks only to its own server
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; object-src 'none'; "
     "frame-src 'none'; base-uri 'self'; form-action 'self'"
@@ -33,8 +33,8 @@ HEADERS = (
 
 
 class Guard:
-    """ASGI middleware: a body that is too long, or of unknown length, is refused unparsed (413, 411);
-    every answer carries the content security policy."""
+    """ASGI middleware: refuses a body that is too long (413) or of unknown length (411) before it is parsed,
+    and adds the content security policy to every response."""
 
     def __init__(self, app):
         self.app = app
@@ -54,7 +54,7 @@ class Guard:
             await self.app(scope, receive, send_guarded)
             return
         await _drain(receive)
-        body = f'{{"detail":"a request holds at most {MAX_BODY} bytes, and says how many"}}'.encode()
+        body = f'{{"detail":"a request must state its length, at most {MAX_BODY} bytes"}}'.encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send_guarded({"type": "http.response.start", "status": status, "headers": headers})
         await send_guarded({"type": "http.response.body", "body": body})
@@ -68,7 +68,7 @@ class Guard:
 
 
 async def _drain(receive) -> None:
-    """Let a refused body pass by unkept: a client that is still sending would not read the answer."""
+    """Read a refused body and drop it: a client that is still sending would not read the answer."""
     passed, more = 0, True
     while more and passed < DRAINED:
         message = await receive()
@@ -77,9 +77,9 @@ async def _drain(receive) -> None:
 
 
 def credentials() -> tuple[str, str]:
-    """User and password of the page, from DFT_LORA_USER and DFT_LORA_PASSWORD.
+    """The page's user and password, from DFT_LORA_USER and DFT_LORA_PASSWORD.
 
-    Raises RequestError where one is not set: a page that asks for a password must have one.
+    Raises RequestError when one of them is not set.
     """
     names = ("DFT_LORA_USER", "DFT_LORA_PASSWORD")
     user, password = (os.environ.get(name, "") for name in names)
@@ -89,7 +89,7 @@ def credentials() -> tuple[str, str]:
 
 
 def default_runs(home: Path = Path("runs")) -> list[RunFolder]:
-    """The demo's runs below `home`; without them those that come with the package."""
+    """The demo's runs below `home`, or the ones that come with the package."""
     from ..experiments.demo import RUNS, runs
     from ..experiments.shipped import shipped_runs
 
@@ -109,8 +109,8 @@ def serve(
 ) -> None:
     """Load the runs and serve their page until it is interrupted; without `run_dirs`, `default_runs`.
 
-    It binds to this machine alone, shares nothing and reports nothing unless told otherwise. Raises
-    RequestError, before a model is loaded, for a request that is wrong.
+    By default it listens on this machine only, makes no public link and sends no statistics. Raises
+    RequestError for a wrong request, before a model is loaded.
     """
     login = credentials() if auth else None
     folders = [RunFolder.open(path) for path in run_dirs] or default_runs()
@@ -137,9 +137,9 @@ def launch(
     login: tuple[str, str] | None = None,
     max_waiting: int = MAX_WAITING,
 ) -> gr.Blocks:
-    """Start serving a page in the background; the port is 7860 or the next free one unless given.
+    """Serve a page in the background; the default port is 7860, or the next free one.
 
-    Raises RequestError where the address cannot be used.
+    Raises RequestError when the address cannot be used.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     from starlette.middleware import Middleware

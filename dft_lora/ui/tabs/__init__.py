@@ -1,1 +1,1 @@
-"""One file per tab: its components and its events."""
+"""One file per tab: its components and events."""

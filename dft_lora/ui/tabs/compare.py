@@ -1,4 +1,4 @@
-"""Compare: one problem, answered by every run at once."""
+"""Compare: every run answers one problem at the same time."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 import gradio as gr
 
 from ...tasks import get_task
-from ..events import FRAME, MODEL, on_gpu, told, valid
+from ..events import FRAME, MODEL, on_gpu, one_line_errors, validate
 from ..session import Answer, Question, Session
 from ..text import DELIMITERS
 from ..views import answers_view
-from .picker import pick_events, picker
+from .picker import connect_picker, picker
 
-EXAMPLE = 20  # of the test set: with the demo's adapters, at the page's own settings, their answers differ
+EXAMPLE = 20  # in the test set; at the page's default settings the demo's runs answer it differently
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The last comparison of a visitor: what the token view looks into."""
+    """A visitor's last comparison; the Tokens tab shows its answers."""
 
     question: Question
     answers: list[Answer]
@@ -30,8 +30,8 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The components of the compare tab that other tabs read."""
+class CompareInputs:
+    """The components of the Compare tab that other tabs read."""
 
     problem: gr.Textbox
     reference: gr.Textbox
@@ -41,7 +41,7 @@ class Asked:
     comparison: gr.State
 
 
-def compare_tab(session: Session) -> Asked:
+def compare_tab(session: Session) -> CompareInputs:
     example = get_task("arithmetic").problems()[EXAMPLE]
     with gr.Tab("Compare", id="compare"), gr.Row(elem_classes="split"):
         comparison = gr.State(None)
@@ -49,7 +49,7 @@ def compare_tab(session: Session) -> Asked:
             problem = gr.Textbox(
                 example.question,
                 label="Problem",
-                info="The first one is picked: the demo’s runs differ on it. How often they do: Results.",
+                info="Chosen because the demo’s runs disagree on it; Results shows how often they do.",
                 lines=5,
                 max_lines=12,
                 max_length=8000,
@@ -58,7 +58,7 @@ def compare_tab(session: Session) -> Asked:
             reference = gr.Textbox(
                 example.answer,
                 label="Reference answer",
-                placeholder="optional: judges the answers",
+                placeholder="Optional. Answers are judged against it.",
                 max_length=2000,
                 elem_id="reference",
             )
@@ -68,16 +68,18 @@ def compare_tab(session: Session) -> Asked:
             with gr.Accordion("Pick a problem", open=False):
                 task, level, pick = picker()
             with gr.Accordion("Sampling", open=False):
-                temperature = gr.Slider(0, 1.5, 1.0, step=0.1, label="Temperature", info="0 is greedy")
-                samples = gr.Slider(1, 8, 1, step=1, label="Samples", info="answers a column")
+                temperature = gr.Slider(0, 1.5, 1.0, step=0.1, label="Temperature", info="0 means greedy")
+                samples = gr.Slider(1, 8, 1, step=1, label="Samples per run")
                 most = max(16, min(4096, session.positions // 2))
-                max_new_tokens = gr.Slider(16, most, min(most, 512), step=16, label="Longest answer, tokens")
+                max_new_tokens = gr.Slider(
+                    16, most, min(most, 512), step=16, label="Maximum length in tokens"
+                )
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-            with gr.Accordion("Worked solution", open=False):
+            with gr.Accordion("Reference solution", open=False):
                 solution = gr.Textbox(
                     example.solution,
                     label="Reference solution",
-                    info="what the token view colours",
+                    info="The Tokens tab colours this text.",
                     lines=4,
                     max_length=8000,
                     elem_id="solution",
@@ -92,7 +94,7 @@ def compare_tab(session: Session) -> Asked:
 
     inputs = [problem, reference, temperature, max_new_tokens, seed, samples]
 
-    @told
+    @one_line_errors
     @on_gpu
     def ask(*asked) -> Iterator[tuple]:
         question = Question(*asked)
@@ -115,7 +117,7 @@ def compare_tab(session: Session) -> Asked:
         ask,
         inputs,
         [answers, comparison],
-        validator=valid,
+        validator=validate,
         show_progress="hidden",
         trigger_mode="once",
         api_visibility="private",
@@ -124,5 +126,5 @@ def compare_tab(session: Session) -> Asked:
     stop.click(None, cancels=[run], api_visibility="private").then(
         stopped, comparison, answers, show_progress="hidden", api_visibility="private"
     )
-    pick_events(task, level, pick, [problem, reference, solution])
-    return Asked(problem, reference, solution, max_new_tokens, seed, comparison)
+    connect_picker(task, level, pick, [problem, reference, solution])
+    return CompareInputs(problem, reference, solution, max_new_tokens, seed, comparison)

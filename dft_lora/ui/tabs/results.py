@@ -1,4 +1,4 @@
-"""Results: what the run folders have recorded; needs no model."""
+"""Results: the results recorded in the run folders. This tab needs no model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import gradio as gr
 
 from ...runs.folder import RunFolder
-from ..events import told
+from ..events import one_line_errors
 from ..results import results_view
 
 
@@ -15,7 +15,7 @@ def results_tab(folders: Sequence[RunFolder]) -> None:
     with gr.Tab("Results", id="results") as tab:
         view = gr.HTML(elem_id="report", js_on_load=None)
 
-    @told
+    @one_line_errors
     def read() -> str:
         return results_view(folders)
 

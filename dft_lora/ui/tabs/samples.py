@@ -9,19 +9,22 @@ from typing import Any
 import gradio as gr
 
 from ..counts import Tally
-from ..events import FRAME, MODEL, on_gpu, told, valid
+from ..events import FRAME, MODEL, on_gpu, one_line_errors, validate
 from ..session import Question, Session
 from ..views import samples_view
-from .compare import Asked
+from .compare import CompareInputs
 
-NO_SAMPLES = '<p class="nothing">Share correct, distinct answers and the majority appear here.</p>'
+NO_SAMPLES = (
+    '<p class="nothing">The share of correct answers, the distinct answers and the majority answer '
+    "will appear here.</p>"
+)
 
 
-def samples_tab(session: Session, asked: Asked) -> None:
+def samples_tab(session: Session, compare: CompareInputs) -> None:
     with gr.Tab("Samples", id="samples"):
-        gr.HTML("<p>The problem of the Compare tab, answered many times by every run.</p>")
+        gr.HTML("<p>Every run answers the problem from the Compare tab many times.</p>")
         with gr.Row(elem_classes="controls"):
-            samples = gr.Slider(2, 64, 16, step=1, label="Samples a column", elem_id="samples", scale=2)
+            samples = gr.Slider(2, 64, 16, step=1, label="Samples per run", elem_id="samples", scale=2)
             temperature = gr.Slider(0, 1.5, 1.0, step=0.1, label="Temperature", scale=2)
             go = gr.Button("Draw samples", variant="primary", elem_id="draw", min_width=120)
             stop = gr.Button("Stop", min_width=80)
@@ -31,7 +34,7 @@ def samples_tab(session: Session, asked: Asked) -> None:
             js_on_load=None,
         )
 
-    @told
+    @one_line_errors
     @on_gpu
     def draw(*values) -> Iterator[Any]:
         question, shown, n_runs = Question(*values), 0.0, len(session.runs)
@@ -49,9 +52,9 @@ def samples_tab(session: Session, asked: Asked) -> None:
 
     event = go.click(
         draw,
-        [asked.problem, asked.reference, temperature, asked.max_new_tokens, asked.seed, samples],
+        [compare.problem, compare.reference, temperature, compare.max_new_tokens, compare.seed, samples],
         view,
-        validator=valid,
+        validator=validate,
         show_progress="hidden",
         trigger_mode="once",
         api_visibility="private",

@@ -1,23 +1,23 @@
-"""Tokens: a text coloured by the probability of its tokens under every run."""
+"""Tokens: a text coloured by the probability of its tokens under each run."""
 
 from __future__ import annotations
 
 import gradio as gr
 
-from ..events import MODEL, on_gpu, told
+from ..events import MODEL, on_gpu, one_line_errors
 from ..session import Session, check_text
 from ..views import tokens_view
-from .compare import Asked, Comparison
+from .compare import CompareInputs, Comparison
 
-NO_ANSWERS = '<p class="nothing">No answers yet: press Compare on the first tab.</p>'
+NO_ANSWERS = '<p class="nothing">No answers yet. Press Compare on the Compare tab first.</p>'
 NO_SOLUTION = (
-    '<p class="nothing">This problem has no worked solution: write one on the Compare tab, or look at an '
-    "answer.</p>"
+    '<p class="nothing">This problem has no reference solution. Write one on the Compare tab, or choose '
+    "an answer above.</p>"
 )
 OWN, EACH = "Reference solution", "Each run’s own answer"
 
 
-def tokens_tab(session: Session, asked: Asked) -> None:
+def tokens_tab(session: Session, compare: CompareInputs) -> None:
     runs = session.runs
     with gr.Tab("Tokens", id="tokens") as tab:
         with gr.Row(elem_classes="controls"):
@@ -29,11 +29,11 @@ def tokens_tab(session: Session, asked: Asked) -> None:
                 scale=3,
                 min_width=300,
             )
-            first = gr.Dropdown(runs, value=runs[-min(2, len(runs))], label="Difference from", min_width=120)
-            second = gr.Dropdown(runs, value=runs[-1], label="to", min_width=120)
+            first = gr.Dropdown(runs, value=runs[-min(2, len(runs))], label="Compare run", min_width=120)
+            second = gr.Dropdown(runs, value=runs[-1], label="with run", min_width=120)
         view = gr.HTML("", elem_id="strips", js_on_load=None)
 
-    @told
+    @one_line_errors
     @on_gpu
     def look(which: str, a: str, b: str, problem: str, solution: str, last: Comparison | None) -> str:
         if which == OWN:
@@ -53,7 +53,7 @@ def tokens_tab(session: Session, asked: Asked) -> None:
         rows = [(run, ids) for run in runs]
         return tokens_view(runs, _with_runs(rows, session.tokens(problem, rows)), (a, b))
 
-    inputs = [which, first, second, asked.problem, asked.solution, asked.comparison]
+    inputs = [which, first, second, compare.problem, compare.solution, compare.comparison]
     gr.on(
         [tab.select, which.change, first.change, second.change],
         look,

@@ -1,4 +1,4 @@
-"""Vote: two answers without names, and the count of all votes."""
+"""Vote: two answers without run names, and the count of all votes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import gradio as gr
 
 from ...errors import RequestError
 from ...tasks import task_names
-from ..events import MODEL, on_gpu, told
+from ..events import MODEL, on_gpu, one_line_errors
 from ..session import Question, Session
 from ..text import DELIMITERS
 from ..views import pair_view, standings_view
 from ..votes import Ballot, Pair
-from .picker import ANY, drawn
+from .picker import ANY, random_problem
 
 
 def vote_tab(session: Session, ballot: Ballot) -> None:
     with gr.Tab("Vote", id="vote") as tab:
-        held = gr.State(None)  # the pair, on the server: the browser learns the names after the vote
+        held = gr.State(None)  # the pair stays on the server: the browser learns the names after the vote
         with gr.Row(elem_classes="controls"):
-            task = gr.Dropdown(task_names(), value="arithmetic-long", label="Problems from", min_width=160)
+            task = gr.Dropdown(task_names(), value="arithmetic-long", label="Problem set", min_width=160)
             new = gr.Button("New pair", variant="primary", elem_id="new-pair", min_width=120)
         pair_shown = gr.Markdown(pair_view(None), latex_delimiters=[*DELIMITERS], elem_id="pair")
         with gr.Row(elem_classes="controls"):
@@ -34,11 +34,11 @@ def vote_tab(session: Session, ballot: Ballot) -> None:
     def switched(on: bool) -> list:
         return [gr.Button(interactive=on) for _ in choices]
 
-    @told
+    @one_line_errors
     @on_gpu
     def answer(name: str) -> Iterator[tuple]:
         sides = random.SystemRandom().sample(session.runs, 2)
-        problem = drawn(name, ANY)
+        problem = random_problem(name, ANY)
         seed = random.SystemRandom().randrange(2**31)
         question = Question(problem.question, temperature=1.0, seed=seed, max_new_tokens=_longest(session))
         for written in session.answers(question, sides):
@@ -49,7 +49,7 @@ def vote_tab(session: Session, ballot: Ballot) -> None:
         yield pair_view(pair), pair, *switched(True)
 
     def cast(choice: str) -> Callable:
-        @told
+        @one_line_errors
         def vote(pair: Pair | None):
             if pair is None:
                 raise RequestError("there is no pair to vote on: press New pair")
@@ -78,7 +78,7 @@ def vote_tab(session: Session, ballot: Ballot) -> None:
             api_visibility="private",
         )
     tab.select(
-        told(lambda: standings_view(session.runs, ballot.standings())),
+        one_line_errors(lambda: standings_view(session.runs, ballot.standings())),
         None,
         standings,
         show_progress="hidden",
