@@ -1,4 +1,4 @@
-"""The page: `python app.py [RUN_DIR ...]`, which is `dft-lora app`; and the entry of a Hugging Face Space."""
+"""Open the page: `python app.py [RUN_DIR ...]` is the same as `dft-lora app`. A Space starts here."""
 
 import sys
 

@@ -294,9 +294,9 @@ def diagnose(recipe: str, changes: tuple[str, ...], examples: int, as_json: bool
     help="Where blind votes are kept.",
 )
 def app(run_dirs, **options) -> None:
-    """The page: the runs' answers side by side, token by token.
+    """Open the page: compare the runs' answers side by side, token by token.
 
-    Without RUN_DIR it shows the demo's runs, and first trains their adapters where there are none.
+    Without RUN_DIR it shows the runs of dft-lora demo, or the ones that come with the package.
 
     Example: dft-lora app runs/demo/base runs/demo/sft runs/demo/dft
     """

@@ -7,11 +7,12 @@ from click.testing import CliRunner
 
 from dft_lora.cli import main
 from dft_lora.config import load_recipe
-from dft_lora.errors import RequestError
+from dft_lora.errors import Interrupted, RequestError
 from dft_lora.experiments.own_samples import own_samples
-from dft_lora.experiments.sweep import Sweep, run_sweep
+from dft_lora.experiments.sweep import Sweep, run_sweep, train_once
 from dft_lora.runs.folder import RunFolder, read_lines
 from dft_lora.tasks.judge import judge
+from dft_lora.training import loop
 
 FILE = """
 recipe: tiny_dft
@@ -95,6 +96,18 @@ def test_what_cannot_be_is_refused_before_training(tmp_path, change, said):
     with pytest.raises(RequestError, match=said):
         run_sweep(Sweep.model_validate({**values, **change, "output": str(tmp_path / "runs")}))
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_interrupted_run_says_how_to_continue(tmp_path, monkeypatch):
+    """A sweep has no --resume: starting it again continues it."""
+
+    def stopped(recipe, resume):
+        raise Interrupted("runs/sweep/sft: stopped after step 3 of 120", 2)
+
+    monkeypatch.setattr(loop, "train", stopped)
+    with pytest.raises(Interrupted, match="step 3 of 120; start it again, it goes on from there") as raised:
+        train_once(load_recipe("tiny_sft", [f"output={tmp_path / 'sft'}"]))
+    assert raised.value.exit_code == 130 and "--resume" not in str(raised.value)
 
 
 @pytest.mark.parametrize("text", ["grid: {}\nrecipe: tiny_dft\ntask: x", "- 1", "gird: 3", "a: [", ""])

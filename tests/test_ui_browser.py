@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from html import unescape
 
 import pytest
@@ -13,25 +12,21 @@ from ui_cases import (
     alone_texts,
     hooks_left,
     missing,
-    served,
     session,
     settle,
 )
 
-from dft_lora.errors import RunError
-from dft_lora.runs.folder import RunFolder
-from dft_lora.ui.server import page_recipes
 from dft_lora.ui.session import Question
 from dft_lora.ui.text import plain
-from dft_lora.ui.waiting import waiting
 
 TABS = ("Compare", "Tokens", "Samples", "Results", "Vote")
 SIZES = {1280: 900, 390: 844}
+FRAMES = "requestAnimationFrame(() => requestAnimationFrame(arguments[0]))"
 FORBIDDEN = "img, iframe, object, embed, script, style, link, meta, base, form, video, audio, a[href]"
 
 
 class Page:
-    """A tab of Chromium on the page."""
+    """A Chromium tab that shows the page."""
 
     def __init__(self, driver, url: str):
         self.driver, self.url = driver, url
@@ -74,22 +69,27 @@ class Page:
         )
 
     def unfold(self, title: str, box: str) -> None:
-        """Open an accordion: what is in it enters the document now, and listens a frame later."""
+        """Open an accordion: its contents enter the document now and listen for events a frame later."""
         if not self.count(box):
             buttons = "[...document.querySelectorAll('button.label-wrap')]"
             self.run(f"{buttons}.find(b => b.innerText.includes(arguments[0])).click()", title)
             wait_for(lambda: self.count(box + " textarea"))
-            frames = "requestAnimationFrame(() => requestAnimationFrame(arguments[0]))"
-            self.driver.execute_async_script(frames)
+            self.driver.execute_async_script(FRAMES)
+
+    def settle(self) -> None:
+        """Wait until colours have faded in."""
+        self.driver.execute_async_script(FRAMES)
+        finite = "document.getAnimations().filter(a => a.effect.getTiming().iterations !== Infinity)"
+        wait_for(lambda: self.run(f"return {finite}.length == 0"))
 
     def compare(self) -> None:
-        """Press Compare, and wait for the last word of every column."""
+        """Press Compare and wait until every column is complete."""
         self.run("document.querySelector('#answers .columns').remove()")
         self.click("#go")
         wait_for(lambda: self.count("#answers .chip") and not self.count("#answers .chip.wait"))
 
     def requests(self) -> list[str]:
-        """Addresses asked for since the last call, those that were blocked included."""
+        """Addresses requested since the last call, including blocked ones."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
         return [params["request"]["url"] for params in sent]
@@ -170,7 +170,7 @@ def test_first_token_of_all_columns_within_a_second(page):
 
 
 def see_hostile(page: Page, monkeypatch, strings: list[str]) -> None:
-    """Each string as problem and solution, and as what the model says: nothing runs, nothing is sent."""
+    """Each string as the problem, the solution and the model's output: nothing runs, nothing is sent."""
     decode = type(session().renderer).decode
     for text in strings:
         problem = text if text.strip() else "x"
@@ -180,7 +180,7 @@ def see_hostile(page: Page, monkeypatch, strings: list[str]) -> None:
             page.tab("Compare")
             page.fill("#problem", problem)
             page.fill("#reference", text)
-            page.unfold("Worked solution", "#solution")
+            page.unfold("Reference solution", "#solution")
             page.fill("#solution", problem)
             page.compare()
             assert page.count(f"#answers :is({FORBIDDEN})") == 0, text
@@ -198,17 +198,17 @@ def see_hostile(page: Page, monkeypatch, strings: list[str]) -> None:
 
 
 @pytest.mark.parametrize("part", range(3))
-def test_hostile_strings_do_nothing(page, monkeypatch, part):
+def test_hostile_strings_have_no_effect(page, monkeypatch, part):
     see_hostile(page, monkeypatch, HOSTILE[6 + part :: 20])
 
 
 @pytest.mark.slow
-def test_all_hostile_strings_do_nothing(page, monkeypatch):
+def test_all_hostile_strings_have_no_effect(page, monkeypatch):
     assert len(HOSTILE) == 60
     see_hostile(page, monkeypatch, HOSTILE)
 
 
-def test_formulas_are_drawn(page, monkeypatch):
+def test_formulas_are_rendered(page, monkeypatch):
     monkeypatch.setattr(
         type(session().renderer), "decode", lambda self, ids: r"so $\frac12$ and \[x^2 < 3\] cost $5"
     )
@@ -219,18 +219,18 @@ def test_formulas_are_drawn(page, monkeypatch):
 
 
 def stream_long(page: Page) -> None:
-    """Begin answers that go on for long: generation does not stop at the end token."""
+    """Start long answers: see `endless`."""
     page.click("#go")
     wait_for(lambda: page.count("#answers .chip.wait") == 3)
 
 
 @pytest.fixture
 def endless(monkeypatch):
-    """Answers that end only at max_new_tokens."""
+    """Generation ignores the end token: answers end only at max_new_tokens."""
     monkeypatch.setitem(session().renderer.__dict__, "stop_ids", frozenset())
 
 
-def test_stop_stops(page, endless):
+def test_stop_button_stops_generation(page, endless):
     with Forwards(pace=0.02) as forwards:
         stream_long(page)
         page.click("#stop")
@@ -241,7 +241,7 @@ def test_stop_stops(page, endless):
 
 
 def check_closed_pages(page: Page, monkeypatch, times: int) -> None:
-    """Leave the page in mid-stream: the server stops, keeps nothing, and the next answer is the reference."""
+    """Leave the page mid-stream: generation stops, nothing is left behind, and the next answer is correct."""
     with monkeypatch.context() as patch:
         patch.setitem(session().renderer.__dict__, "stop_ids", frozenset())
         for _ in range(times):
@@ -258,16 +258,16 @@ def check_closed_pages(page: Page, monkeypatch, times: int) -> None:
     assert shown == [unescape(plain(text)).split() for text in alone_texts(question)]
 
 
-def test_a_closed_page_stops_its_stream(page, monkeypatch):
+def test_closing_the_page_stops_its_stream(page, monkeypatch):
     check_closed_pages(page, monkeypatch, 2)
 
 
 @pytest.mark.slow
-def test_a_hundred_closed_pages_stop_their_streams(page, monkeypatch):
+def test_closing_a_hundred_pages_stops_their_streams(page, monkeypatch):
     check_closed_pages(page, monkeypatch, 100)
 
 
-def test_keys_walk_along_the_tokens(page):
+def test_arrow_keys_move_along_the_tokens(page):
     from selenium.webdriver.common.keys import Keys
 
     page.tab("Tokens")
@@ -278,10 +278,10 @@ def test_keys_walk_along_the_tokens(page):
     tokens = "[...document.querySelectorAll('#strips .t')]"
     assert page.run(f"return {tokens}.indexOf(document.activeElement)") == 1
     tip = page.run("return getComputedStyle(document.activeElement, '::after').content")
-    assert "likeliest here" in tip
+    assert "most likely tokens" in tip
 
 
-def test_the_compare_tab_is_worked_by_keys_alone(page):
+def test_compare_works_with_the_keyboard_alone(page):
     from selenium.webdriver.common.keys import Keys
 
     box = page.driver.find_element("css selector", "#problem textarea")
@@ -292,14 +292,14 @@ def test_the_compare_tab_is_worked_by_keys_alone(page):
     assert page.run("return getComputedStyle(document.activeElement).outlineStyle") != "none"
 
 
-def test_empty_and_wrong_input_is_told(page):
+def test_empty_input_is_reported(page):
     page.fill("#problem", "   ")
     page.click("#go")
     wait_for(lambda: "problem is empty" in page.text("body"))
-    page.unfold("Worked solution", "#solution")
+    page.unfold("Reference solution", "#solution")
     page.fill("#solution", "")
     page.tab("Tokens")
-    wait_for(lambda: "no worked solution" in page.text("#strips"))
+    wait_for(lambda: "no reference solution" in page.text("#strips"))
 
 
 CONTRAST = """
@@ -340,7 +340,7 @@ return poor;
 
 
 def visit(page: Page, name: str) -> None:
-    """A tab with something on it."""
+    """Open a tab and fill it."""
     page.tab(name)
     if name == "Compare":
         page.compare()
@@ -358,16 +358,16 @@ def visit(page: Page, name: str) -> None:
 
 @pytest.mark.parametrize("width", SIZES)
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_every_tab_fits_and_has_contrast_aa(driver, url, width, dark):
-    """No sideways scrolling, all tabs in reach, text at 4.5 : 1 (3 : 1 from 24 px), no other host asked."""
+def test_every_tab_fits_and_meets_contrast_aa(driver, url, width, dark):
+    """No sideways scrolling, all tabs in reach, text at 4.5 : 1 (3 : 1 from 24 px), no foreign host."""
     page = Page(driver, url)
-    driver.get("about:blank")  # what earlier pages had to say is not this page's
+    driver.get("about:blank")  # drops what earlier pages logged
     driver.get_log("performance"), driver.get_log("browser")
     page.open(width, dark)
     assert page.count("[role=tab]") == len(TABS)
     for name in TABS:
         visit(page, name)
-        time.sleep(0.3)  # colours fade in
+        page.settle()
         assert page.run("return document.documentElement.scrollWidth") <= width, name
         assert page.run(CONTRAST) == [], name
     assert all(address.startswith((url, "data:", "blob:")) for address in page.requests())
@@ -383,31 +383,3 @@ def test_a_vote_is_blind_until_it_is_cast(page):
     wait_for(lambda: page.count("#pair .run-0, #pair .run-1, #pair .run-2") == 2)
     wait_for(lambda: "against" in page.text("#standings"))
     assert page.run("return document.querySelector('#left').disabled")
-
-
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
-def test_the_bar_of_a_first_start_turns_into_the_page(driver, tmp_path, width, dark):
-    """Who waits there is shown the page once it stands on the bar's port, without a reload by hand."""
-    recipes = page_recipes(tmp_path)
-    with waiting(recipes, "127.0.0.1", None) as port:
-        page = Page(driver, f"http://127.0.0.1:{port}/")
-        page.resize(width, dark)
-        driver.get(page.url)
-        wait_for(lambda: "loading the base" in page.text("#where"))
-        RunFolder.create(recipes[0].output_dir).log({"step": 1, "seconds": 0.5})
-        wait_for(lambda: page.text("#where") == "sft: step 1 of 120, about 120 s left")
-        assert page.run("return document.querySelector('#bar').position") == pytest.approx(1 / 240)
-        assert page.run("return document.documentElement.scrollWidth") <= width
-        assert page.run(CONTRAST) == []
-    with served(port=port):
-        wait_for(lambda: page.count("#answers .card") == 3)
-
-
-def test_a_failed_first_start_is_told_where_the_bar_was(driver, tmp_path):
-    with pytest.raises(RunError), waiting(page_recipes(tmp_path), "127.0.0.1", None) as port:
-        page = Page(driver, f"http://127.0.0.1:{port}/")
-        driver.get(page.url)
-        wait_for(lambda: "loading the base" in page.text("#where"))
-        raise RunError("the disk is full: make room")
-    assert page.text("#where") == "the disk is full: make room"
-    assert page.run("return document.querySelector('#bar').hidden")

@@ -1,5 +1,6 @@
-"""The page as it is served: who gets in and how much, the endpoints, many clients at once, the Space."""
+"""The served page: access and request limits, endpoints, many clients at once, the Space."""
 
+import asyncio
 import json
 import os
 import re
@@ -21,7 +22,17 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from patience import HANG, wait_for
-from ui_cases import PROBLEM, Forwards, alone_texts, connect, hooks_left, runs, served, session, settle
+from ui_cases import (
+    PROBLEM,
+    Forwards,
+    alone_texts,
+    connect,
+    hooks_left,
+    runs,
+    served,
+    session,
+    settle,
+)
 
 from dft_lora.cli import main
 from dft_lora.ui.server import MAX_BODY, Guard
@@ -49,7 +60,7 @@ def ask(url: str, path: str, data: bytes | None = None, headers: dict | None = N
         return error.code, error.read()
 
 
-def test_it_listens_on_this_machine_alone_and_reports_nothing(url):
+def test_it_listens_on_this_machine_only_and_sends_no_statistics(url):
     assert url.startswith("http://127.0.0.1:")
     port = int(url.rstrip("/").rpartition(":")[2])
     outside = socket.gethostbyname(socket.gethostname())
@@ -60,7 +71,7 @@ def test_it_listens_on_this_machine_alone_and_reports_nothing(url):
     assert config["analytics_enabled"] is False
 
 
-def test_every_answer_forbids_other_hosts(url):
+def test_every_response_forbids_other_hosts(url):
     with urllib.request.urlopen(url) as answer:
         policy = answer.headers["content-security-policy"]
     assert "connect-src 'self'" in policy and "default-src 'self'" in policy
@@ -91,7 +102,27 @@ def test_a_megabyte_is_refused_within_200_ms(url):
     assert min(times) < 0.2, times
 
 
-def test_what_fits_a_request_but_no_page_is_refused_by_name(client):
+def test_a_refused_body_is_dropped_unparsed():
+    """The page never sees the request, and the Guard keeps no part of its body."""
+    reached, sent = [], []
+    parts = iter([{"body": b"x" * MAX_BODY, "more_body": True}] * 4 + [{"body": b"x", "more_body": False}])
+
+    async def page(scope, receive, send):
+        reached.append(scope)
+
+    async def receive():
+        return next(parts)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "headers": [(b"content-length", str(4 * MAX_BODY + 1).encode())]}
+    asyncio.run(Guard(page)(scope, receive, send))
+    assert not reached and next(parts, None) is None
+    assert [message.get("status") for message in sent] == [413, None]
+
+
+def test_an_over_long_problem_is_refused_by_name(client):
     with pytest.raises(Exception, match=r"problem has 200,000 characters; at most 8,000"):
         client.predict("x" * 200_000, "", api_name="/compare")
 
@@ -147,7 +178,7 @@ def test_probes_get_a_client_error(url, path):
     assert b"root:" not in body and b"import " not in body
 
 
-def test_a_user_and_password_are_asked_for(monkeypatch):
+def test_auth_asks_for_user_and_password(monkeypatch):
     for name in ("DFT_LORA_USER", "DFT_LORA_PASSWORD"):
         monkeypatch.delenv(name, raising=False)
     missing = CliRunner().invoke(main, ["app", "--auth"])
@@ -205,7 +236,7 @@ def test_tokens_and_score(client):
         (("4", "x" * 9000), "/score", "reference has 9,000 characters"),
     ],
 )
-def test_a_wrong_call_is_told_what_is_wrong(client, arguments, endpoint, message):
+def test_a_wrong_call_says_what_is_wrong(client, arguments, endpoint, message):
     with pytest.raises(Exception, match=re.escape(message)):
         client.predict(*arguments, api_name=endpoint)
 
@@ -216,7 +247,7 @@ def test_only_three_endpoints_are_public(client):
 
 
 def canary(i: int) -> Question:
-    """A problem of client i alone."""
+    """A problem that only client i asks."""
     return Question(
         f"Mia has {100 + i} apples. Mia buys {i} more. How many now?",
         temperature=1.0,
@@ -226,7 +257,7 @@ def canary(i: int) -> Question:
 
 
 def crowd(url: str, clients: int) -> tuple[dict[int, list[str]], dict[int, str]]:
-    """`clients` connected clients that ask at the same moment: (columns by client, errors by client)."""
+    """`clients` clients that ask at the same moment: (columns by client, errors by client)."""
     with ThreadPoolExecutor(clients) as threads:
         connected = [connect(url) for _ in range(clients)]
         barrier, answers, errors = threading.Barrier(clients), {}, {}
@@ -253,12 +284,12 @@ def check_crowd(url: str, clients: int) -> None:
     assert not errors and answers == expected
 
 
-def test_clients_at_once_get_their_own_answers(url):
+def test_concurrent_clients_get_their_own_answers(url):
     check_crowd(url, 8)
 
 
 @pytest.mark.slow
-def test_fifty_clients_at_once_get_their_own_answers(url):
+def test_fifty_concurrent_clients_get_their_own_answers(url):
     check_crowd(url, 50)
 
 
@@ -271,7 +302,7 @@ def test_a_full_queue_says_so_and_nothing_breaks():
 
 
 def check_cancels(url: str, times: int) -> None:
-    """Cancel in mid-stream: generation ends before its 400 tokens, nothing is left; then the reference."""
+    """Cancel mid-stream: generation ends early, nothing is left behind, and the next answer is correct."""
     client, question = connect(url), Question(PROBLEM, max_new_tokens=12)
     reference = alone_texts(question)
     for _ in range(times):
@@ -294,7 +325,7 @@ def test_a_hundred_cancels_leave_nothing_behind(url):
     check_cancels(url, 100)
 
 
-def test_a_fault_in_generation_reaches_one_client_and_no_other(url, client):
+def test_a_fault_in_generation_reaches_only_its_client(url, client):
     with Forwards(fail_at=4), pytest.raises(Exception, match=r".") as raised:
         client.predict(PROBLEM, "", 0.0, 24, 0, api_name="/compare")
     assert "Traceback" not in str(raised.value)
@@ -310,7 +341,7 @@ def front_matter() -> dict:
     return yaml.safe_load(head)
 
 
-def test_the_space_has_what_a_space_needs():
+def test_the_space_has_the_fields_that_spaces_require():
     """The fields that Hugging Face's Spaces configuration reference asks of a Gradio Space."""
     facts = front_matter()
     assert facts["sdk"] == "gradio" and facts["sdk_version"] == gradio.__version__
@@ -324,14 +355,14 @@ def test_the_space_has_what_a_space_needs():
     assert required == project["dependencies"]
 
 
-def test_a_function_is_itself_where_no_gpu_is_lent():
-    from dft_lora.ui.page import on_gpu
+def test_without_spaces_a_function_stays_itself():
+    from dft_lora.ui.events import on_gpu
 
     assert on_gpu(front_matter) is front_matter
 
 
-def test_a_function_is_handed_to_spaces_where_one_is(monkeypatch):
-    from dft_lora.ui.page import on_gpu
+def test_with_spaces_a_function_gets_a_gpu(monkeypatch):
+    from dft_lora.ui.events import on_gpu
 
     spaces = types.ModuleType("spaces")
     spaces.GPU = lambda function: ("lent", function)
@@ -339,26 +370,27 @@ def test_a_function_is_handed_to_spaces_where_one_is(monkeypatch):
     assert on_gpu(front_matter) == ("lent", front_matter)
 
 
-def test_the_space_starts_as_a_space_does(tmp_path):
-    """Only what the page's document says to copy, started as `python app.py`, in another process."""
+def test_the_space_starts_with_the_files_it_is_made_of(tmp_path):
+    """Only the files that docs/page.md copies, started as `python app.py`: the shipped runs answer."""
     shutil.copytree(ROOT / "dft_lora", tmp_path / "dft_lora", ignore=shutil.ignore_patterns("__pycache__"))
     for file in (ROOT / "app.py", *(ROOT / "space").iterdir()):
         shutil.copy(file, tmp_path)
-    shutil.copytree(runs()[0].path.parent, tmp_path / "runs" / "demo")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "DFT_LORA_RESULTS_ONLY": "1"}
-    space = subprocess.Popen(
-        [sys.executable, "app.py"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE
-    )
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "PYTHONPATH": str(tmp_path)}
+    with (tmp_path / "log").open("w") as log:
+        space = subprocess.Popen([sys.executable, "app.py"], cwd=tmp_path, env=environment, stderr=log)
     try:
         wait_for(lambda: answers_there(port) or space.poll() is not None)
-        assert space.poll() is None, space.stderr.read().decode()
-        assert b"Results" in ask(f"http://127.0.0.1:{port}", "/config")[1]
+        assert space.poll() is None, (tmp_path / "log").read_text()
+        client = connect(f"http://127.0.0.1:{port}")
+        columns = client.predict(PROBLEM, "19", 0.0, 8, 0, api_name="/compare")
+        assert [column["run"] for column in columns] == ["base", "sft", "dft"]
     finally:
         space.terminate()
         space.wait(HANG)
+    assert not (tmp_path / "runs").exists()
 
 
 def answers_there(port: int) -> bool:

@@ -1,4 +1,4 @@
-"""What the page asks of the models: answers in step, token probabilities, nothing left behind."""
+"""The page's session: answers in step, token probabilities, nothing left behind."""
 
 import re
 import shutil
@@ -21,21 +21,21 @@ from dft_lora.ui.views import tokens_view
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_columns_in_one_batch_answer_as_each_run_alone(temperature):
+def test_columns_in_one_batch_match_each_run_alone(temperature):
     question = Question(PROBLEM, "19", temperature, max_new_tokens=24, seed=3)
     steps = []
     for answers in session().answers(question):
         steps.append([len(a.ids) for a in answers])
     assert [a.ids for a in answers] == [alone(question, run) for run in session().runs]
     assert all(y - x in (0, 1) for a, b in pairwise(steps) for x, y in zip(a, b, strict=True))
-    assert all(a.state in ("done", "cut") and a.verdict for a in answers)
-    assert all((a.state == "cut") == (len(a.ids) == 24) for a in answers)
+    assert all(a.state in ("done", "truncated") and a.verdict for a in answers)
+    assert all((a.state == "truncated") == (len(a.ids) == 24) for a in answers)
     assert len({tuple(a.ids) for a in answers}) == 3, (
         "the adapters must differ for this test to mean anything"
     )
 
 
-def test_samples_are_different_draws():
+def test_samples_differ():
     *_, answers = session().answers(Question(PROBLEM, temperature=1.0, samples=4, max_new_tokens=12))
     assert len(answers) == 12
     assert len({tuple(a.ids) for a in answers if a.run == "base"}) > 1
@@ -109,7 +109,7 @@ def test_two_streams_may_alternate_and_an_abandoned_one_holds_nothing():
             assert answer.ids == expected[: len(answer.ids)]
 
 
-def test_after_a_fault_the_next_answer_is_the_reference():
+def test_the_answer_after_a_fault_is_correct():
     question = Question(PROBLEM, max_new_tokens=16)
     *_, reference = session().answers(question)
     with Forwards(fail_at=5), pytest.raises(RuntimeError, match="fault"):
@@ -152,12 +152,12 @@ def test_a_run_over_other_weights_of_the_base_is_not_shown(tmp_path):
         ("samples", True),
     ],
 )
-def test_a_wrong_question_is_refused_by_the_name_of_its_field(field, value):
+def test_a_wrong_question_is_refused_and_its_field_named(field, value):
     with pytest.raises(RequestError, match=f"^{field}"):
         Question(**{"problem": PROBLEM, field: value})
 
 
-def test_a_problem_beyond_the_models_positions_is_refused():
+def test_a_problem_longer_than_the_models_positions_is_refused():
     with pytest.raises(RequestError, match="positions"):
         next(session().answers(Question("7 " * 3000, max_new_tokens=16)))
     with pytest.raises(RequestError, match=r"run 'sftt' is not on this page.*did you mean 'sft'"):
@@ -167,8 +167,8 @@ def test_a_problem_beyond_the_models_positions_is_refused():
 # --- tokens ----------------------------------------------------------------------------------------
 
 
-def test_token_probabilities_are_those_of_the_whole_softmax():
-    """Against the naive version: all logits of one run alone, softmax over the vocabulary."""
+def test_token_probabilities_match_the_full_softmax():
+    """The naive version: all logits of one run alone, softmax over the vocabulary."""
     it, text = session(), "12+7=19\n#### 19"
     ids = it.text_ids(text)
     prompt = it._prompt(PROBLEM, len(ids))
@@ -192,11 +192,11 @@ def test_token_probabilities_are_those_of_the_whole_softmax():
             values = [value for _, value in token.top]
             torch.testing.assert_close(torch.tensor(values), p_V.topk(5).values, rtol=1e-4, atol=1e-6)
             assert token.weight == token.probability
-            assert token.dft_pull <= 0.5 and token.sft_pull <= 2
+            assert token.dft_gradient <= 0.5 and token.sft_gradient <= 2
     assert "".join(token.text for token in scored[0][:-1]) == text
 
 
-def test_rows_of_different_lengths_score_as_alone():
+def test_rows_of_different_lengths_score_as_they_do_alone():
     it = session()
     rows = [
         ("sft", it.text_ids("12+7=19\n#### 19")),
@@ -209,14 +209,14 @@ def test_rows_of_different_lengths_score_as_alone():
         assert [t.probability for t in tokens] == pytest.approx([t.probability for t in expected], rel=1e-4)
 
 
-def test_a_character_of_several_tokens_comes_whole():
+def test_a_character_of_several_tokens_stays_whole():
     it = session()
     ids = it.text_ids("naïve 🙂 x")
     pieces = it._pieces(ids)
     assert "".join(pieces[:-1]) == "naïve 🙂 x" and "\ufffd" not in "".join(pieces)
 
 
-def test_the_token_view_sorts_by_what_moved_most():
+def test_the_token_view_lists_the_largest_differences_first():
     it = session()
     ids = it.text_ids("12+7=19\n#### 19")
     rows = list(zip(it.runs, it.tokens(PROBLEM, [(run, ids) for run in it.runs]), strict=True))

@@ -1,4 +1,4 @@
-"""What the page shows, without a model or a server: text, counts, votes, recorded results."""
+"""The page's HTML, without a model or a server: text, counts, votes, recorded results."""
 
 import html
 import json
@@ -25,7 +25,7 @@ from dft_lora.ui.votes import Ballot, Pair
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_text_is_only_characters(text):
+def test_hostile_text_becomes_plain_characters(text):
     """No tag but our own empty-handed <span>, no line break, and the same characters once decoded."""
     for made in (rich(text), plain(text)):
         assert set(re.findall(r"<[^>]*>?", made)) <= {"<span>", "</span>"}
@@ -101,7 +101,7 @@ def test_a_tally_counts_answers_and_names_the_majority():
     assert tally.answers == (("5", 3), ("4", 2)) and tally.majority == "5" and tally.right == {"4"}
 
 
-def test_votes_are_kept_with_the_runs_identities_and_counted_blind(tmp_path):
+def test_votes_are_recorded_with_the_runs_identities_and_counted(tmp_path):
     ballot = Ballot(tmp_path / "v" / "votes.jsonl", {"base": "tiny", "sft": "aaa", "dft": "bbb"})
     pair = Pair("p", "dft", "sft", "x", "y")
     for choice in ("left", "left", "right", "tie"):
@@ -136,7 +136,7 @@ def report(**runs_):
     }
 
 
-def test_results_are_read_from_the_folders_alone(tmp_path):
+def test_results_come_from_the_run_folders_alone(tmp_path):
     def line(i: int, sample: int) -> str:
         verdict = "correct" if sample < i else "wrong"
         return json.dumps({"problem": f"p{i}", "sample": sample, "verdict": verdict}) + "\n"
@@ -187,7 +187,7 @@ def test_results_of_another_adapter_are_named_and_not_shown(tmp_path):
     assert f"dft-lora evaluate {tmp_path / 'dft'} --overwrite" in view
 
 
-def test_results_draw_how_likely_each_token_is(tmp_path):
+def test_results_plot_token_probabilities(tmp_path):
     """Stairs on a logarithmic scale, from the runs' own reports as well as from one that compares them."""
     for name, counts in (("sft", [1] * 20), ("dft", [100, *[1] * 18, 1000])):
         folder = RunFolder(tmp_path / name / name)
@@ -205,7 +205,7 @@ def test_results_draw_how_likely_each_token_is(tmp_path):
     assert bimodal[-1] < bimodal[0] < bimodal[20]  # y grows downwards: two peaks, the right one higher
 
 
-def test_a_page_of_results_loads_no_model():
+def test_a_results_only_page_loads_no_model():
     from dft_lora.ui.page import build
 
     page = build(runs(), None, None)

@@ -1,6 +1,6 @@
-"""What the tests of the page share: runs over the embedded base, their answers alone, a page, hostile text.
+"""What the page's tests share: runs on the embedded base, reference answers, a served page, hostile text.
 
-The adapters are random: what is tested is that each column has its own, not that it is right.
+The adapters are random: the tests check that each column uses its own, not that it answers well.
 """
 
 import atexit
@@ -99,7 +99,7 @@ HOSTILE = [
 
 @cache
 def runs() -> list[RunFolder]:
-    """base, sft and dft over the embedded base, with random adapters of different ranks."""
+    """base, sft and dft on the embedded base, with random adapters of different ranks."""
     home = Path(tempfile.mkdtemp(prefix="dft-lora-page-"))
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     folders = []
@@ -124,7 +124,7 @@ def session() -> Session:
 
 @contextlib.contextmanager
 def served(max_waiting: int = 64, **options) -> Iterator[str]:
-    """The page of `runs`, really served; its address. (gradio_client asks the Hub who calls: not here.)"""
+    """Serve the page of `runs`; yields its address. (gradio_client would ask the Hub who is calling.)"""
     votes = runs()[0].path.parent / "votes.jsonl"
     page = launch(runs(), session(), Ballot(votes, session().identities), max_waiting=max_waiting, **options)
     try:
@@ -135,7 +135,7 @@ def served(max_waiting: int = 64, **options) -> Iterator[str]:
 
 
 def alone(question: Question, run: str) -> list[int]:
-    """The naive twin: one request in a batch of its own, through `generate`."""
+    """The naive twin: one request, in a batch of its own."""
     it = session()
     request = Request(
         it._prompt(question.problem, 1),
@@ -207,7 +207,7 @@ def connect(url: str, **options) -> Client:
 
 
 def missing(reason: str) -> None:
-    """What a test cannot do without: a skip for a person, an error in CI."""
+    """Something the test needs is missing: skip on a developer's machine, fail in CI."""
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)

@@ -1,7 +1,7 @@
-"""`make demo`: the whole way on the embedded base and the embedded task.
+"""`make demo`: train, evaluate and compare on the embedded base and the embedded task.
 
-base, sft and dft are three run folders over one 4-bit base: the two adapters see the same data
-in the same order from the same initial weights and differ in the objective alone.
+base, sft and dft are three run folders over one 4-bit base. The two adapters see the same data in the same
+order, start from the same weights and differ only in the objective.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..runs.folder import RunFolder, make_writable, read_json, write_json
 from ..training.loop import train
 
 RUNS = ("base", "sft", "dft")
-MARK = "demo.json"  # lists what a demo wrote, so that the next one replaces that and nothing else
+MARK = "demo.json"  # lists what a demo wrote: the next demo replaces that and nothing else
 QUICK = ("train.max_steps=6", "evaluate.samples=1")
 QUICK_LIMIT = 12
 CLEAN = ("data.split=train-clean",)  # without the 8 % of wrong steps in "train"
@@ -37,12 +37,23 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, clean: bool = False)
         *(QUICK if quick else ()),
         *(CLEAN if clean else ()),
     )
-    recipes = {name: demo_recipe(name, out, changes) for name in ("sft", "dft")}
+    for name in RUNS[1:]:
+        demo_recipe(name, out, changes)  # a wrong value is refused before anything is removed
     clear(out)
     make_writable(out, "--out")
     keep_mark(out)
-    folders = [base_run(recipes["sft"], out / "base"), *(train(recipe) for recipe in recipes.values())]
-    evaluate([folder.path for folder in folders], limit=QUICK_LIMIT if quick else None)
+    return evaluate_runs(train_runs(out, changes), out, QUICK_LIMIT if quick else None)
+
+
+def train_runs(out: Path, changes: Sequence[str] = ()) -> list[RunFolder]:
+    """The runs of RUNS below `out`: the bare base, and an adapter per objective."""
+    recipes = [demo_recipe(name, out, changes) for name in RUNS[1:]]
+    return [base_run(recipes[0], out / RUNS[0]), *map(train, recipes)]
+
+
+def evaluate_runs(folders: Sequence[RunFolder], out: Path, limit: int | None = None) -> dict[str, Any]:
+    """Evaluate the runs and write a report in each folder, and the one that compares them in `out`."""
+    evaluate([folder.path for folder in folders], limit=limit)
     report = write_report(folders, out)
     for folder in folders:
         write_own_report(folder)
@@ -55,7 +66,7 @@ def demo_recipe(name: str, out: Path, changes: Sequence[str] = ()) -> Recipe:
 
 
 def clear(out: Path) -> None:
-    """Remove what an earlier demo wrote to `out`; refuse when anything else lies there."""
+    """Remove what an earlier demo wrote to `out`. Raises RequestError when `out` holds anything else."""
     if not os.path.lexists(out):
         return
     if not out.is_dir():
@@ -66,7 +77,8 @@ def clear(out: Path) -> None:
     entries = sorted(out.iterdir())
     if strange := [entry.name for entry in entries if entry.name not in ours]:
         raise RequestError(
-            f"--out: {out} holds what the demo did not write ({', '.join(strange[:3])}); name another"
+            f"--out: {out} holds files that the demo did not write ({', '.join(strange[:3])}); "
+            "name another folder"
         )
     for path in entries:
         if path.is_dir() and not path.is_symlink():
@@ -76,11 +88,11 @@ def clear(out: Path) -> None:
 
 
 def keep_mark(out: Path) -> None:
-    """Note what this demo writes: the three runs, and the report's files."""
+    """List what the demo writes: the three runs and the report's files."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / MARK, {"wrote": [*RUNS, "report.json", "report.md", "plots"]})
 
 
 def runs(out: Path) -> list[RunFolder]:
-    """The demo's run folders. Raises RequestError when there is none."""
+    """The demo's run folders below `out`. Raises RequestError when one is missing."""
     return [RunFolder.open(out / name) for name in RUNS]

@@ -1,9 +1,14 @@
-"""The page: SFT and DFT side by side, token by token. `page.py` and `server.py` alone import gradio.
+"""The page: SFT and DFT side by side, token by token. Start reading at `page.py`.
 
-session.py    the models: one base in memory, answers streamed in step, probabilities of tokens
-text.py       text that others wrote, as HTML that can do nothing
-views.py      what is seen: answers, coloured tokens, samples
-results.py    the report of recorded runs, drawn without a model
-votes.py      the blind vote's file and its count
-page.py       components and events;  server.py  limits, headers, launch;  style.css, keys.js
+page.py       the page: its heading and its tabs;  server.py  limits, headers, launch
+tabs/         one file per tab: components and events;  endpoints.py  the functions for gradio_client
+events.py     what the events share;  theme.py, style.css, keys.js  how the page looks and which keys it knows
+
+These import gradio; the ones below do not.
+
+session.py    the models: one base in memory, answers streamed in step, token probabilities
+text.py       untrusted text as harmless HTML
+views.py      answers, coloured tokens, samples and votes as HTML
+results.py    the recorded results as HTML and SVG
+counts.py     shares with intervals;  votes.py  the file of blind votes
 """

@@ -1,4 +1,4 @@
-"""What many answers to one problem, or many votes, add up to: shares with intervals."""
+"""Summaries of many answers to one problem, or of many votes: shares with intervals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .session import Answer
 
 
 def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927): never outside [0, 1], never of width 0."""
+    """The 95 % score interval of a share (Wilson 1927). It lies within [0, 1] and never has width 0."""
     if n == 0:
         return 0.0, 1.0
     p, q = hits / n, z * z / n
@@ -24,7 +24,7 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Tally:
-    """The samples of one run: `answers` counts the extracted ones, most frequent first."""
+    """The samples of one run. `answers` counts the extracted answers, most frequent first."""
 
     run: str
     samples: int
@@ -32,7 +32,7 @@ class Tally:
     correct: int
     right: frozenset[str]
     answers: tuple[tuple[str, int], ...]
-    cut: int
+    truncated: int
 
     @classmethod
     def of(cls, run: str, answers: Sequence[Answer]) -> Tally:
@@ -46,7 +46,7 @@ class Tally:
             correct=sum(verdict.correct for verdict in verdicts),
             right=frozenset(name for name, answer in named if answer.verdict and answer.verdict.correct),
             answers=tuple(Counter(name for name, _ in named).most_common()),
-            cut=sum(answer.state == "cut" for answer in answers),
+            truncated=sum(answer.state == "truncated" for answer in answers),
         )
 
     @property
@@ -60,5 +60,5 @@ class Tally:
 
     @property
     def majority(self) -> str | None:
-        """The most frequent answer, on a tie the first one (self-consistency, arXiv 2203.11171)."""
+        """The most frequent answer, the first of them on a tie (self-consistency, arXiv 2203.11171)."""
         return self.answers[0][0] if self.answers else None

@@ -1,4 +1,4 @@
-// Arrow keys walk along a strip of tokens; the focused token shows what hovering shows.
+// The arrow keys move along a strip of tokens; the focused token shows the same tooltip as hovering.
 () => {
   document.addEventListener("keydown", (event) => {
     const strip = event.target.closest?.(".strip .text");

@@ -1,7 +1,7 @@
-"""The recorded results of some runs, drawn from their folders: no model, no plotting library.
+"""The recorded results of runs, read from their folders without a model or a plotting library.
 
-Accuracy with intervals, paired differences, probabilities of the reference solutions' tokens, how often each
-problem was solved, training curves: SVG in the page's own colours, for gr.HTML.
+Accuracy with intervals, paired differences, token probabilities of the reference solutions, how often each
+problem was solved, and training curves: tables and SVG for gr.HTML, in the page's own colours.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .text import plain
 from .views import Legend, interval_bar, table
 
 CURVES = (
-    ("nll", "NLL, nats a token"),
-    ("mean_probability", "mean probability of the target"),
+    ("nll", "NLL, nats per token"),
+    ("mean_probability", "mean probability of the target token"),
     ("entropy", "entropy, nats"),
 )
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 320, 170, 40, 24, 8
-BINS = 5  # at most, of the share of a problem's samples that are right
-LEAST = 1e-4  # share of the tokens at the foot of the logarithmic scale
+BINS = 5  # at most, for the share of a problem's samples that are correct
+LEAST = 1e-4  # share of tokens at the bottom of the log scale
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Recorded:
 
     @classmethod
     def read(cls, folders: Sequence[RunFolder]) -> Recorded | None:
-        """The report that compares the runs, written beside them; else their own, side by side; else None.
+        """The report beside the runs that compares them; else their own reports together; else None.
 
         Raises DataError for a broken file.
         """
@@ -85,13 +85,14 @@ def _runs(report: Any, file: Path) -> dict[str, Any]:
 
 
 def results_view(folders: Sequence[RunFolder]) -> str:
-    """For gr.HTML: all that the folders' reports and logs say; how to make them where there are none."""
+    """For gr.HTML: the folders' reports and training logs, or the command that makes a report."""
     recorded = Recorded.read(folders)
     label = Legend([folder.name for folder in folders])
     curves = _curves(label, {folder.name: folder.metrics() for folder in folders})
     if recorded is None:
         command = f"dft-lora evaluate {' '.join(str(folder.path) for folder in folders)}"
-        return f'<p class="nothing">No results yet: <code>{plain(command)}</code> makes them.</p>{curves}'
+        how = f"To make them, run <code>{plain(command)}</code>."
+        return f'<p class="nothing">No results yet. {how}</p>{curves}'
     report = recorded.report
     return "".join(
         (
@@ -115,7 +116,7 @@ def _outdated(folder: RunFolder) -> str:
 
 
 def _entries(recorded: Recorded) -> list[tuple[str, list[tuple[str, Mapping[str, Any]]]]]:
-    """[(task, [(run, its figures)])], in the order of the report."""
+    """[(task, [(run, its figures)])], in the report's order."""
     found = [
         (task, name, figures)
         for name in recorded.folders
@@ -130,7 +131,15 @@ def _entries(recorded: Recorded) -> list[tuple[str, list[tuple[str, Mapping[str,
 
 
 def _accuracy(label: Legend, recorded: Recorded) -> str:
-    head = ["run", "correct, 0 to 100 %", "sampled", "95 % interval", "greedy", "truncated", "unparsable"]
+    head = [
+        "run",
+        "accuracy, 0 to 100 %",
+        "sampled",
+        "95 % interval",
+        "greedy",
+        "truncated",
+        "no answer",
+    ]
     blocks = []
     for task, entries in _entries(recorded):
         rows = []
@@ -169,7 +178,7 @@ def _paired(label: Legend, paired: Sequence[Mapping[str, Any]], known: set[str])
     if not rows:
         return ""
     head = ["runs", "task", "difference", "95 % interval", "p"]
-    title = '<h3>Differences on the same problems <span class="small">in points</span></h3>'
+    title = '<h3>Differences on the same problems <span class="small">in percentage points</span></h3>'
     return title + table(head, rows, numbers=range(2, 5))
 
 
@@ -181,14 +190,14 @@ def _birth(provenance: Mapping[str, Any] | None) -> str:
     if not provenance:
         return ""
     facts = [provenance.get("command"), provenance.get("date"), f"commit {provenance.get('commit')}"]
-    return f'<p class="small">Made by {plain(", ".join(map(str, facts)))}.</p>'
+    return f'<p class="small">Produced by {plain(", ".join(map(str, facts)))}.</p>'
 
 
 # --- charts ---------------------------------------------------------------------------------------
 
 
 def _probabilities(label: Legend, recorded: Recorded) -> str:
-    """The paper's bimodal figure: tokens of the reference solutions by their probability, run by run."""
+    """The paper's bimodal figure: the reference solutions' tokens by probability, for each run."""
     charts, tables = [], recorded.report.get("tokens", {})
     for task, _ in _entries(recorded):
         figures = tables.get(task, {})
@@ -197,12 +206,12 @@ def _probabilities(label: Legend, recorded: Recorded) -> str:
     if not charts:
         return ""
     legend = " ".join(map(label, recorded.folders))
-    note = f'<span class="small">{legend} · share of the reference solutions’ tokens, logarithmic</span>'
+    note = f'<span class="small">{legend} · share of the reference solutions’ tokens, log scale</span>'
     return f'<h3>How likely each token is {note}</h3><div class="charts">{"".join(charts)}</div>'
 
 
 def _shares(label: Legend, histograms: Mapping[str, Sequence[int]]) -> str:
-    """Shares of the tokens in equal steps of probability from 0 to 1, as stairs."""
+    """The share of tokens in each of equal steps of probability, as stairs."""
     across, down = _axes((0, 1), (math.log10(LEAST), 0))
     stairs = ""
     for run, counts in histograms.items():
@@ -225,7 +234,7 @@ def _shares(label: Legend, histograms: Mapping[str, Sequence[int]]) -> str:
 
 
 def _solved(label: Legend, recorded: Recorded) -> str:
-    """A histogram a run and task: problems by the share of their samples that were right."""
+    """One histogram per run and task: problems by their share of correct samples."""
     charts = []
     for task, entries in _entries(recorded):
         counted = {run: _by_share(recorded.folders[run].evaluation(task)) for run, _ in entries}
@@ -236,23 +245,24 @@ def _solved(label: Legend, recorded: Recorded) -> str:
                 charts.append(_figure(f"{label(run)} {plain(task)}", chart))
     if not charts:
         return ""
-    note = '<span class="small">problems, by the share of their samples that are right</span>'
+    note = '<span class="small">number of problems by share of correct samples</span>'
     return f'<h3>How often each problem was solved {note}</h3><div class="charts">{"".join(charts)}</div>'
 
 
 def _by_share(file: Path) -> list[int]:
-    """Problems in equal steps of their share of right samples, as many as can be filled; [] without file."""
+    """Number of problems per step of their share of correct samples; [] without a file. No more steps than
+    samples can fill."""
     if not file.is_file():
         return []
-    right: Counter[str] = Counter()
+    correct: Counter[str] = Counter()
     samples: Counter[str] = Counter()
     for line in read_lines(file):
         if line["sample"] >= 0:
             samples[line["problem"]] += 1
-            right[line["problem"]] += line["verdict"] == "correct"
+            correct[line["problem"]] += line["verdict"] == "correct"
     bins = [0] * min(BINS, max(samples.values(), default=0) + 1)
     for problem, n in samples.items():
-        bins[min(len(bins) - 1, len(bins) * right[problem] // n)] += 1
+        bins[min(len(bins) - 1, len(bins) * correct[problem] // n)] += 1
     return bins
 
 
@@ -268,7 +278,7 @@ def _bars(bins: Sequence[int], most: int, colour: str) -> str:
     ticks = "".join(
         _text(across(i / len(bins)), HEIGHT - 6, f"{100 * i // len(bins)} %") for i in range(len(bins) + 1)
     )
-    return _svg(bars + ticks, "problems by share of right samples")
+    return _svg(bars + ticks, "problems by share of correct samples")
 
 
 def _curves(label: Legend, metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -277,7 +287,7 @@ def _curves(label: Legend, metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -
         return ""
     legend = " ".join(label(run) for run in metrics)
     charts = "".join(_figure(plain(title), _lines(label, key, metrics)) for key, title in CURVES)
-    note = f'<span class="small">{legend} · the same plain figures whatever the objective</span>'
+    note = f'<span class="small">{legend} · the same metrics for every objective</span>'
     return f'<h3>Training, step by step {note}</h3><div class="charts">{charts}</div>'
 
 
@@ -289,7 +299,7 @@ def _lines(label: Legend, key: str, metrics: Mapping[str, Sequence[Mapping[str, 
     values = [y for series in points.values() for _, y in series]
     steps = [x for series in points.values() for x, _ in series]
     if not values:
-        return _svg("", "no figures")
+        return _svg("", "no data")
     low, high = min(0.0, *values), max(values) or 1.0
     across, down = _axes((min(steps), max(steps)), (low, high))
     paths = "".join(

@@ -1,17 +1,17 @@
-"""Serving the page: what is refused unparsed, what the browser may do, and who may come in."""
+"""Serve the page: request limits, browser policy, and login."""
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import Recipe
 from ..errors import RequestError
 from ..runs.folder import RunFolder, open_runs
-from .waiting import free_port, waiting
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from .votes import Ballot
 
 HERE = Path(__file__).parent
-MAX_BODY = 256 * 1024  # bytes of a request; a comparison's own state is far below
-DRAINED = 16 * 1024 * 1024  # bytes of a refused body that are taken off the wire, so that the answer is read
-MAX_WAITING = 64  # events in the queue; the next one is told that it is full
-POLICY = (  # the page talks to its own server and to nobody else, whatever it is made to show
+PORTS = range(7860, 7960)  # as Gradio chooses: the first one that is free
+MAX_BODY = 256 * 1024  # bytes per request; a comparison's own state is far smaller
+DRAINED = 16 * 1024 * 1024  # bytes of a refused body that are read, so that the client reads the answer
+MAX_WAITING = 64  # events in the queue; the next one is refused
+POLICY = (  # whatever the page shows, it talks only to its own server
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; object-src 'none'; "
     "frame-src 'none'; base-uri 'self'; form-action 'self'"
@@ -36,8 +37,8 @@ HEADERS = (
 
 
 class Guard:
-    """ASGI middleware: a body that is too long, or of unknown length, is refused unparsed (413, 411);
-    every answer carries the content security policy."""
+    """ASGI middleware: refuses a body that is too long (413) or of unknown length (411) before it is parsed,
+    and adds the content security policy to every response."""
 
     def __init__(self, app):
         self.app = app
@@ -57,7 +58,7 @@ class Guard:
             await self.app(scope, receive, send_guarded)
             return
         await _drain(receive)
-        body = f'{{"detail":"a request holds at most {MAX_BODY} bytes, and says how many"}}'.encode()
+        body = f'{{"detail":"a request must state its length, at most {MAX_BODY} bytes"}}'.encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send_guarded({"type": "http.response.start", "status": status, "headers": headers})
         await send_guarded({"type": "http.response.body", "body": body})
@@ -71,7 +72,7 @@ class Guard:
 
 
 async def _drain(receive) -> None:
-    """Let a refused body pass by unkept: a client that is still sending would not read the answer."""
+    """Read a refused body and drop it: a client that is still sending would not read the answer."""
     passed, more = 0, True
     while more and passed < DRAINED:
         message = await receive()
@@ -80,9 +81,9 @@ async def _drain(receive) -> None:
 
 
 def credentials() -> tuple[str, str]:
-    """User and password of the page, from DFT_LORA_USER and DFT_LORA_PASSWORD.
+    """The page's user and password, from DFT_LORA_USER and DFT_LORA_PASSWORD.
 
-    Raises RequestError where one is not set: a page that asks for a password must have one.
+    Raises RequestError when one of them is not set.
     """
     names = ("DFT_LORA_USER", "DFT_LORA_PASSWORD")
     user, password = (os.environ.get(name, "") for name in names)
@@ -92,35 +93,40 @@ def credentials() -> tuple[str, str]:
 
 
 def default_runs(home: Path = Path("runs")) -> list[RunFolder]:
-    """The demo's runs below `home`, or those that an earlier start of the page made; [] without either."""
+    """The demo's runs below `home`, or the ones that come with the package."""
     from ..experiments.demo import RUNS, runs
+    from ..experiments.shipped import shipped_runs
 
-    made = (at for at in (home / "demo", home / "page") if RunFolder(at / RUNS[-1]).finished)
-    return next(map(runs, made), [])
-
-
-def page_recipes(home: Path = Path("runs")) -> list[Recipe]:
-    """The demo's two recipes, for a page that has no runs yet: a minute or two on two CPU cores."""
-    from ..experiments.demo import RUNS, demo_recipe
-
-    return [demo_recipe(name, home / "page") for name in RUNS[1:]]
+    made = home / "demo"
+    return runs(made) if RunFolder(made / RUNS[-1]).finished else shipped_runs()
 
 
-def make_runs(recipes: Sequence[Recipe]) -> list[RunFolder]:
-    """Base, SFT and DFT of `page_recipes`; a start that was stopped goes on where it was.
+def free_port(host: str, port: int | None) -> int:
+    """The port to serve on: `port`, or the first free one of PORTS, said on stderr where that is not 7860.
 
-    Raises Interrupted after SIGTERM or Ctrl-C, with a checkpoint kept.
+    Raises RequestError where there is none: before a model is loaded, which may take minutes.
     """
-    from ..evaluation.sampling import base_run
-    from ..experiments.demo import RUNS, keep_mark
-    from ..experiments.sweep import train_once
+    refused: OSError | None = None
+    for candidate in [port] if port else PORTS:
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            socket.create_server((host.strip("[]"), candidate), family=family).close()
+        except OSError as error:
+            refused = error
+            if error.errno != errno.EADDRINUSE:
+                break  # another port would not help
+        else:
+            if candidate != (port or PORTS[0]):
+                print(f"port {PORTS[0]} is in use; the page will be at port {candidate}", file=sys.stderr)
+            return candidate
+    raise _cannot_serve(host, port, refused)
 
-    home = recipes[0].output_dir.parent
-    keep_mark(home)
-    base = RunFolder(home / RUNS[0])
-    if not base.begun:
-        base_run(recipes[0], base.path)
-    return [base, *map(train_once, recipes)]
+
+def _cannot_serve(host: str, port: int | None, error: OSError | None) -> RequestError:
+    wanted = port or f"{PORTS[0]} to {PORTS[-1]}"
+    if error and error.errno == errno.EADDRINUSE:
+        return RequestError(f"--host, --port: {wanted} at {host} is in use; name another with --port")
+    return RequestError(f"--host, --port: cannot serve at {host}, port {wanted} ({error})")
 
 
 def serve(
@@ -133,30 +139,15 @@ def serve(
     results_only: bool = False,
     votes: Path = Path("runs/votes.jsonl"),
 ) -> None:
-    """Load the runs and serve their page until it is interrupted.
+    """Load the runs and serve their page until it is interrupted; without `run_dirs`, `default_runs`.
 
-    Without `run_dirs` they are the demo's; where there are none either, the same adapters are trained now,
-    with a bar on the page and on stderr, and kept in runs/page.
-
-    It binds to this machine alone, shares nothing and reports nothing unless told otherwise. Raises
-    RequestError, before a model is loaded, for a request that is wrong.
+    By default it listens on this machine only, makes no public link and sends no statistics. Raises
+    RequestError for a wrong request, before a model is loaded.
     """
     login = credentials() if auth else None
     folders = open_runs(run_dirs) or default_runs()
-    if results_only and not folders:
-        raise RequestError("RUN_DIR: name the runs to show, or make runs/demo with dft-lora demo")
     port = free_port(host, port)
-    if results_only:
-        launch(folders, None, None, host=host, port=port, share=share, login=login).block_thread()
-        return
-    if folders:
-        session, ballot = _open(folders, votes)
-    else:
-        recipes = page_recipes()
-        with waiting(recipes, host, port) as port:
-            print(f"no runs yet: making some; http://{host}:{port} shows how far that is", file=sys.stderr)
-            folders = make_runs(recipes)
-            session, ballot = _open(folders, votes)
+    session, ballot = (None, None) if results_only else _open(folders, votes)
     launch(folders, session, ballot, host=host, port=port, share=share, login=login).block_thread()
 
 
@@ -179,14 +170,15 @@ def launch(
     login: tuple[str, str] | None = None,
     max_waiting: int = MAX_WAITING,
 ) -> gr.Blocks:
-    """Start serving a page in the background; the port is 7860 or the next free one unless given.
+    """Serve a page in the background; the default port is 7860, or the next free one.
 
-    Raises RequestError where the address cannot be used.
+    Raises RequestError when the address cannot be used.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     from starlette.middleware import Middleware
 
-    from .page import THEME, build
+    from .page import build
+    from .theme import THEME
 
     page = build(folders, session, ballot).queue(max_size=max_waiting)
     try:

@@ -1,8 +1,8 @@
-"""What the page asks of the models: answers streamed in step, and the probability of every token.
+"""Runs the page's models: streams answers in step, and computes the probability of every token.
 
-One base is loaded once, with the adapters of all runs over it; answers of all columns are one batch.
-The lock is held for one forward pass and never across a `yield`: a generator that a closed page
-leaves behind holds nothing, and two of them may alternate, since no hook outlives a forward.
+The base is loaded once, with the adapters of all runs on it; the answers of all columns are one batch. The
+lock is held for one forward pass and never across a `yield`, so a generator that a closed page leaves behind
+holds nothing. No hook outlives a forward pass, so two generators may alternate.
 
 Legend: R rows, L positions, T scored tokens, D hidden width, V vocabulary, K alternatives.
 """
@@ -27,22 +27,22 @@ from ..model.generate import Request, stream
 from ..model.head import check_head, hidden_states
 from ..model.load import load_adapters, load_base
 from ..runs.folder import RunFolder
-from ..tasks.base import Verdict
-from ..tasks.judge import judge
+from ..tasks.base import Problem, Verdict
+from ..tasks.judge import judge_many
 
 MAX_COLUMNS = 4
 MAX_CHARACTERS = 8_000
 MAX_LINES = 400
 MAX_SAMPLES = 64
 ALTERNATIVES = 5
-SCORED_AT_ONCE = 64  # positions whose logits [T, V] exist at a time: 39 MB at V = 152k
+SCORED_AT_ONCE = 64  # positions whose logits [T, V] exist at the same time: 39 MB at V = 152k
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a person, or a client of the endpoints, asks. Every field is checked: it comes from outside.
+    """A question from the page or an endpoint. Every field is checked, since it comes from outside.
 
-    `samples` answers a column; `reference` is the short answer that they are judged by, if any.
+    `samples` is the number of answers per run; they are judged against `reference` unless it is blank.
     """
 
     problem: str
@@ -55,16 +55,20 @@ class Question:
     def __post_init__(self):
         check_text("problem", self.problem)
         if not self.problem.strip():
-            raise RequestError("problem is empty: write one, or pick one")
+            raise RequestError("problem is empty: enter one, or pick one")
         check_text("reference", self.reference)
         check_number("temperature", self.temperature, 0, 2)
         check_number("max_new_tokens", self.max_new_tokens, 1, 4096, whole=True)
         check_number("seed", self.seed, 0, 2**31 - 1, whole=True)
         check_number("samples", self.samples, 1, MAX_SAMPLES, whole=True)
 
+    def as_problem(self) -> Problem:
+        """The question as a task's problem; it has no answer when there is no reference."""
+        return Problem.ask("page", self.problem, answer=self.reference if self.reference.strip() else None)
+
 
 def check_text(name: str, value: Any) -> None:
-    """Raises RequestError for what is not text, or is longer than a page of problems can be."""
+    """Raises RequestError unless `value` is text of at most MAX_CHARACTERS and MAX_LINES."""
     if not isinstance(value, str):
         raise RequestError(f"{name} is {type(value).__name__}, not text")
     if len(value) > MAX_CHARACTERS:
@@ -74,7 +78,7 @@ def check_text(name: str, value: Any) -> None:
 
 
 def check_number(name: str, value: Any, least: float, most: float, whole: bool = False) -> None:
-    """Raises RequestError outside [least, most]; NaN lies outside."""
+    """Raises RequestError unless `value` is a number in [least, most]; NaN is not."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not least <= value <= most or (whole and value != int(value)):
         raise RequestError(f"{name}: give a{' whole' if whole else ''} number from {least} to {most}")
@@ -82,16 +86,16 @@ def check_number(name: str, value: Any, least: float, most: float, whole: bool =
 
 @dataclass
 class Answer:
-    """One row of the batch while it is written.
+    """One row of the batch, complete or still being generated.
 
-    `state`: writing; done (it ended by itself); cut (at max_new_tokens); stopped (by the person).
+    `state`: writing; done (the model ended it); truncated (at max_new_tokens); stopped (by the visitor).
     """
 
     run: str
     sample: int
     ids: list[int] = field(default_factory=list)
     text: str = ""
-    state: Literal["writing", "done", "cut", "stopped"] = "writing"
+    state: Literal["writing", "done", "truncated", "stopped"] = "writing"
     verdict: Verdict | None = None
     seconds: float = 0.0
 
@@ -108,7 +112,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Token:
-    """A token of a text under one run: the text it adds, its probability, the likeliest alternatives."""
+    """A token of a text under one run: the text it adds, its probability, the most likely alternatives."""
 
     text: str
     probability: float
@@ -116,18 +120,18 @@ class Token:
 
     @property
     def weight(self) -> float:
-        """DFT's weight on the token's loss: sg(p) (arXiv 2508.05629, eq. 9); plain SFT's is 1."""
+        """The weight of the token's loss in DFT: sg(p) (arXiv 2508.05629, eq. 9). In plain SFT it is 1."""
         return self.probability
 
     @property
-    def sft_pull(self) -> float:
-        """L1 norm of the token's logit gradient under SFT, 2 (1 - p): at most 2."""
+    def sft_gradient(self) -> float:
+        """L1 norm of the gradient with respect to the token's logits in SFT: 2 (1 - p), at most 2."""
         return 2 * (1 - self.probability)
 
     @property
-    def dft_pull(self) -> float:
-        """The same under DFT, 2 p (1 - p): at most 1/2, and near 0 where the token is a surprise."""
-        return self.weight * self.sft_pull
+    def dft_gradient(self) -> float:
+        """The same in DFT: 2 p (1 - p), at most 1/2, and near 0 for a very unlikely token."""
+        return self.weight * self.sft_gradient
 
     def as_dict(self) -> dict[str, Any]:
         """One entry of the `/tokens` endpoint."""
@@ -140,7 +144,7 @@ class Token:
 
 
 class Session:
-    """The runs of a page over one base. Raises RequestError when they do not fit on one page."""
+    """The runs of a page over one base. Raises RequestError when one page cannot show them together."""
 
     def __init__(self, folders: Sequence[RunFolder]):
         if not 1 <= len(folders) <= MAX_COLUMNS:
@@ -168,10 +172,10 @@ class Session:
         return list(self.adapters)
 
     def answers(self, question: Question, runs: Sequence[str] | None = None) -> Iterator[list[Answer]]:
-        """The answers of `runs` (default: all), yielded after every token: the same list, further on.
+        """The answers of `runs` (default: all). The same list is yielded after every token, one token longer.
 
-        Closing the generator stops the work within one token. Raises RequestError for an unknown run
-        or a problem that does not fit the model's positions.
+        Closing the generator stops the work within one token. Raises RequestError for an unknown run,
+        or for a problem that is too long for the model's positions.
         """
         runs = self.runs if runs is None else runs
         prompt = self._prompt(question.problem, question.max_new_tokens)
@@ -186,6 +190,7 @@ class Session:
             )
             for answer in answers
         ]
+        problem = question.as_problem()
         started = time.perf_counter()
         renderer = self.renderer
         with closing(
@@ -193,26 +198,19 @@ class Session:
         ) as steps:
             while (step := self._next(steps)) is not None:
                 written = dict(step)
-                for i, answer in enumerate(answers):
-                    if answer.state != "writing":
-                        continue
+                growing = {i: answer for i, answer in enumerate(answers) if answer.state == "writing"}
+                for i, answer in growing.items():
                     answer.seconds = time.perf_counter() - started
-                    if i in written:
-                        answer.ids.append(written[i])
-                        answer.text = renderer.decode(answer.ids)
-                        full = len(answer.ids) == question.max_new_tokens
-                        answer.state = "cut" if full else "writing"
-                    else:
-                        answer.state = "done"
-                    if answer.state != "writing" and question.reference.strip():
-                        answer.verdict = judge(answer.text, question.reference)
+                    self._extend(answer, written.get(i), question.max_new_tokens)
+                if problem.answer is not None:
+                    _judge([answer for answer in growing.values() if answer.state != "writing"], problem)
                 yield answers
 
     def tokens(self, problem: str, rows: Sequence[tuple[str, Sequence[int]]]) -> list[list[Token]]:
-        """Each (run, ids) row of an answer to `problem`, token by token under that run, in one forward.
+        """Score each (run, ids) row, an answer to `problem`, token by token under its run; one forward pass.
 
-        The probabilities are those of the model at temperature 1, computed in float32 from its last
-        hidden states; logits exist for SCORED_AT_ONCE positions at a time.
+        Probabilities are at temperature 1, computed in float32 from the last hidden states. Logits exist
+        for SCORED_AT_ONCE positions at a time.
         """
         prompt = self._prompt(problem, max(len(ids) for _, ids in rows))
         longest = len(prompt) + max(len(ids) for _, ids in rows)
@@ -231,12 +229,22 @@ class Session:
         return scored
 
     def text_ids(self, text: str) -> list[int]:
-        """A text as an answer's ids, its end token included."""
+        """The ids of a text as an answer, end token included."""
         return self.renderer.completion_ids(text)
 
     def answer_ids(self, answer: Answer) -> list[int]:
-        """The ids of an answer as it was sampled, its end token included unless it was cut."""
+        """The ids of an answer as it was sampled, with its end token if the model ended it."""
         return [*answer.ids, self.renderer.eos_id] if answer.state == "done" else list(answer.ids)
+
+    def _extend(self, answer: Answer, token: int | None, max_new_tokens: int) -> None:
+        """Add one token to an answer; None means that the model ended it."""
+        if token is None:
+            answer.state = "done"
+            return
+        answer.ids.append(token)
+        answer.text = self.renderer.decode(answer.ids)
+        if len(answer.ids) == max_new_tokens:
+            answer.state = "truncated"
 
     def _next(self, steps: Iterator[list[tuple[int, int]]]) -> list[tuple[int, int]] | None:
         with self._lock:
@@ -281,11 +289,10 @@ class Session:
         return scored
 
     def _pieces(self, ids: list[int], window: int = 8) -> list[str]:
-        """The text that each token adds, special tokens by name.
+        """The text that each token adds; special tokens by name.
 
-        A character may be spread over several tokens: it comes with the last of them. Each piece is
-        a difference of two decodings that begin at the same token, so that tokenizers which drop a
-        leading space do so in both.
+        A character may take several tokens: it belongs to the last one. Each piece is the difference of two
+        decodings that start at the same token, so a tokenizer that drops a leading space drops it in both.
         """
         decode, special = self.renderer.tokenizer.decode, set(self.renderer.tokenizer.all_special_ids)
         pieces = []
@@ -299,8 +306,20 @@ class Session:
         return pieces
 
 
+def verdicts_on(pairs: Sequence[tuple[str, Problem]]) -> list[Verdict]:
+    """The verdict on each (text, problem) pair. This is the page's only call of the judge."""
+    return judge_many((text, problem.answer or "") for text, problem in pairs)
+
+
+def _judge(answers: Sequence[Answer], problem: Problem) -> None:
+    """Give each of the `answers` to one problem its verdict."""
+    pairs = [(answer.text, problem) for answer in answers]
+    for answer, verdict in zip(answers, verdicts_on(pairs), strict=True):
+        answer.verdict = verdict
+
+
 def identity(folder: RunFolder) -> str:
-    """What names a run in a vote for good: its adapter's digest, or its base where it has none."""
+    """What identifies a run in a vote: the digest of its adapter, or the name of its base without one."""
     if not folder.has_adapter:
         return folder.recipe().model.name
     digest = hashlib.sha256()

@@ -1,9 +1,9 @@
-r"""Text that others wrote (problems, references, model output) as HTML that can do nothing.
+r"""Untrusted text (problems, references, model output) as harmless HTML.
 
-`plain` is for gr.HTML, which shows what it is given. `rich` is for gr.Markdown, which renders LaTeX between
-\( \) and \[ \]: it keeps formulas and turns everything else into characters, on one line that
-Markdown takes as a block of HTML and leaves alone. Nothing of the text reaches the browser as markup: no
-tag, no link, no image, whatever the order in which Markdown, sanitizer and KaTeX then run.
+`plain` is for gr.HTML, which shows its input as it is. `rich` is for gr.Markdown, which renders LaTeX between
+\( \) and \[ \]: it keeps formulas and escapes everything else, on one line that Markdown takes for a block of
+HTML and does not touch. In whatever order Markdown, the sanitizer and KaTeX run, nothing in the text reaches
+the browser as markup: no tag, no link, no image.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def rich(text: str) -> str:
 
 
 def _characters(text: str) -> str:
-    """All that Markdown or HTML could read as markup, as character references; `$` and `\\` also in an
-    element of their own, so that KaTeX finds no delimiter across them."""
+    """Escape everything that Markdown or HTML could read as markup. `$` and `\\` also get an element of their
+    own, so that KaTeX finds no delimiter that spans them."""
 
     def reference(match: re.Match[str]) -> str:
         character = f"&#{ord(match[0])};"
@@ -54,7 +54,7 @@ def _characters(text: str) -> str:
 
 
 def _formula(match: re.Match[str]) -> str:
-    """A formula between the delimiters that the page renders, without a character of HTML or Markdown."""
+    """A formula between the delimiters that the page renders, free of HTML and Markdown characters."""
     block, bracket, paren, dollar = match.groups()
     body = " ".join((block or bracket or paren or dollar).split())
     body = body.replace("<", r"\lt ").replace(">", r"\gt ").replace("![", "!{}[").replace("](", "]{}(")

@@ -1,7 +1,7 @@
-"""What is seen, as HTML: answers beside each other, coloured tokens, many samples, votes.
+"""The page's HTML: answers side by side, coloured tokens, many samples, votes.
 
-Pure functions of values. Whatever was written by a model or a person goes through `text.plain` or
-`text.rich`; what reaches gr.Markdown is one line without a blank one, which Markdown leaves alone.
+Pure functions of values. Text from a model or a person goes through `text.plain` or `text.rich`. HTML for
+gr.Markdown is a single line, which Markdown does not touch.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ CHIPS = {  # status -> (class, mark, words)
     "unparsable": ("open", "?", "no answer found"),
     "timed_out": ("open", "?", "could not be judged"),
 }
-LISTED = 12  # tokens in the list of those that moved most
+LISTED = 12  # tokens in the list of those that differ most
 ANSWERS_LISTED = 6
 
 
 class Legend:
-    """The runs of a page: each has one colour, everywhere."""
+    """The runs of a page; each has the same colour everywhere."""
 
     def __init__(self, runs: Sequence[str]):
         self.runs = list(runs)
 
     def colour(self, run: str) -> str:
-        """The class that carries the run's colour."""
+        """The CSS class of the run's colour."""
         return f"run-{self.runs.index(run)}"
 
     def __call__(self, run: str) -> str:
@@ -42,12 +42,12 @@ class Legend:
 
 
 def answers_view(runs: Sequence[str], answers: Sequence[Answer]) -> str:
-    """For gr.Markdown: a column a run, its samples below each other; placeholders without answers."""
+    """For gr.Markdown: one column per run with its samples, or a placeholder when there are none."""
     label = Legend(runs)
     columns = []
     for run in runs:
         mine = [answer for answer in answers if answer.run == run]
-        body = "".join(map(_sample, mine)) or '<p class="nothing">The answer is written here.</p>'
+        body = "".join(map(_sample, mine)) or '<p class="nothing">The answer will appear here.</p>'
         columns.append(f'<section class="card"><header>{label(run)}{_score(mine)}</header>{body}</section>')
     return f'<div class="columns n{len(runs)}">{"".join(columns)}</div>'
 
@@ -70,19 +70,19 @@ def _sample(answer: Answer) -> str:
 
 
 def chip(answer: Answer) -> str:
-    """The verdict with the answer that was judged; the state where there is no verdict."""
+    """The verdict with the answer that was judged, or the state when there is no verdict."""
     if answer.state == "writing":
         return '<span class="chip wait">writing …</span>'
-    cut = "" if answer.state == "done" else f'<span class="chip open">{answer.state}</span>'
+    ended = "" if answer.state == "done" else f'<span class="chip open">{answer.state}</span>'
     if answer.verdict is None:
-        return cut or '<span class="chip wait">done</span>'
+        return ended or '<span class="chip wait">done</span>'
     kind, mark, words = CHIPS[answer.verdict.status]
     said = f" <b>{rich(answer.verdict.extracted)}</b>" if answer.verdict.extracted else ""
-    return f'<span class="chip {kind}">{mark} {words}{said}</span>{cut}'
+    return f'<span class="chip {kind}">{mark} {words}{said}</span>{ended}'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """Cells of HTML under a head; the columns in `numbers` are set as figures."""
+    """A table of HTML cells with a head; the columns in `numbers` are right-aligned figures."""
 
     def line(tag: str, cells: Sequence[str]) -> str:
         kinds = [' class="number"' if i in numbers else "" for i in range(len(cells))]
@@ -105,8 +105,11 @@ def count(n: int, noun: str) -> str:
 def tokens_view(
     runs: Sequence[str], rows: Sequence[tuple[str, Sequence[Token]]], pair: tuple[str, str] | None
 ) -> str:
-    """For gr.HTML: a strip a (run, tokens) row; where all rows are one text, also what each objective
-    pulls on under the first run, and the tokens that differ most between the runs of `pair`."""
+    """For gr.HTML: one strip of coloured tokens per (run, tokens) row.
+
+    With `pair`, all rows are the same text. Then it also shows each objective's gradient per token under the
+    first run, and the tokens whose probabilities differ most between the two runs of `pair`.
+    """
     label = Legend(runs)
     strips = "".join(
         _strip(label(run), _figures(tokens), tokens, lambda token: token.probability) for run, tokens in rows
@@ -115,36 +118,36 @@ def tokens_view(
     if pair is None:
         return view
     first, tokens = rows[0]
-    peak = {pull: max(map(pull, tokens)) or 1.0 for pull in (_sft, _dft)}
-    pulls = "".join(
-        _strip(name, note, tokens, lambda token, pull=pull: pull(token) / peak[pull], "pull")
-        for name, note, pull in (
-            ("SFT pulls on", "2 (1 − p): most where the token is a surprise", _sft),
-            ("DFT pulls on", "2 p (1 − p): little where it is a surprise", _dft),
+    peak = {norm: max(map(norm, tokens)) or 1.0 for norm in (_sft, _dft)}
+    gradients = "".join(
+        _strip(name, note, tokens, lambda token, norm=norm: norm(token) / peak[norm], "grad")
+        for name, note, norm in (
+            ("SFT gradient", "2 (1 − p): largest for unlikely tokens", _sft),
+            ("DFT gradient", "2 p (1 − p): small for unlikely tokens", _dft),
         )
     )
     return (
-        f"{view}<h3>What a training step pulls on, under {label(first)}</h3>"
-        '<p class="small">The length of each token’s gradient, darkest where it is largest. DFT multiplies '
-        "SFT’s by the token’s probability, so that what the model finds absurd no longer leads.</p>"
-        f'<div class="strips">{pulls}</div>'
-        f"{_moved(label, dict(rows), pair)}"
+        f"{view}<h3>Gradient per token, under {label(first)}</h3>"
+        '<p class="small">The darker a token, the larger its gradient (L1 norm over the logits). DFT '
+        "multiplies SFT’s gradient by the token’s probability, so unlikely tokens no longer dominate.</p>"
+        f'<div class="strips">{gradients}</div>'
+        f"{_differing(label, dict(rows), pair)}"
     )
 
 
 _SCALE = (
     '<p class="scale small"><span>unlikely 0</span><i class="ramp"></i><span>1 certain</span>'
-    "<span>The colour is a token’s probability, which is also DFT’s weight on it; SFT weighs every token 1. "
-    "Hover or use the arrow keys for the alternatives.</span></p>"
+    "<span>The colour shows a token’s probability, which is also its weight in DFT; in SFT every token has "
+    "weight 1. Hover over a token, or use the arrow keys, to see the alternatives.</span></p>"
 )
 
 
 def _sft(token: Token) -> float:
-    return token.sft_pull
+    return token.sft_gradient
 
 
 def _dft(token: Token) -> float:
-    return token.dft_pull
+    return token.dft_gradient
 
 
 def _figures(tokens: Sequence[Token]) -> str:
@@ -167,39 +170,39 @@ def _strip(
 
 
 def _shown(text: str) -> str:
-    """A token on the strip: line breaks get a mark, an empty piece (half a character) a dot."""
+    """A token on the strip: a line break gets a mark, an empty piece (half a character) a dot."""
     return plain(text).replace("\n", "⏎") or "·"
 
 
 def _break(text: str) -> str:
-    """The line ends after a token that ends one, outside its box."""
+    """A line break after a token that ends a line, outside the token's box."""
     return "\n" if text.endswith("\n") else ""
 
 
 def _tip(token: Token) -> str:
     lines = [
         quoted(token.text),
-        f"probability = DFT’s weight {token.probability:.4f}",
-        f"pull  SFT {token.sft_pull:.3f}  DFT {token.dft_pull:.3f}",
-        "likeliest here",
+        f"probability (= DFT weight) {token.probability:.4f}",
+        f"gradient: SFT {token.sft_gradient:.3f}, DFT {token.dft_gradient:.3f}",
+        "most likely tokens",
         *(f"  {probability:.4f}  {quoted(text)}" for text, probability in token.top),
     ]
     return plain("\n".join(lines)).replace("\n", "&#10;")
 
 
 def quoted(text: str) -> str:
-    """A token's text on one line, its blanks visible."""
+    """A token's text on one line, with visible white space."""
     return "‘" + text.replace("\n", "⏎").replace("\t", "⇥") + "’"
 
 
-def _moved(label: Legend, rows: Mapping[str, Sequence[Token]], pair: tuple[str, str]) -> str:
+def _differing(label: Legend, rows: Mapping[str, Sequence[Token]], pair: tuple[str, str]) -> str:
     (a, b), start = pair, next(iter(rows))
-    moves = sorted(
+    differing = sorted(
         enumerate(zip(rows[a], rows[b], strict=True)),
         key=lambda item: -abs(item[1][1].probability - item[1][0].probability),
     )[:LISTED]
     texts = [token.text for token in rows[a]]
-    head = ["token in its place", f"p under {label(a)}", f"p under {label(b)}", "difference"]
+    head = ["token in context", f"p under {label(a)}", f"p under {label(b)}", "difference"]
     cells = [
         [
             _context(texts, i),
@@ -208,11 +211,11 @@ def _moved(label: Legend, rows: Mapping[str, Sequence[Token]], pair: tuple[str, 
             f"{y.probability - x.probability:+.3f}",
             _bar(rows[start][i].weight, start, label),
         ]
-        for i, (x, y) in moves
+        for i, (x, y) in differing
     ]
     return (
         f"<h3>Where {label(a)} and {label(b)} disagree most</h3>"
-        f"{table([*head, f'DFT’s weight under {label(start)}'], cells, numbers=[3])}"
+        f"{table([*head, f'DFT weight under {label(start)}'], cells, numbers=[3])}"
     )
 
 
@@ -230,7 +233,7 @@ def _bar(share: float, run: str, label: Legend) -> str:
 
 
 def samples_view(runs: Sequence[str], tallies: Sequence[Tally], written: int, wanted: int) -> str:
-    """For gr.HTML: share correct with interval, distinct answers, majority; `written` of `wanted` so far."""
+    """For gr.HTML: per run the share correct, distinct answers, majority; `written` of `wanted` are done."""
     label = Legend(runs)
     cards = "".join(_tally(label, tally) for tally in tallies)
     progress = (
@@ -259,8 +262,8 @@ def _tally(label: Legend, tally: Tally) -> str:
     more = len(tally.answers) - ANSWERS_LISTED
     notes = [
         f"{more} more" if more > 0 else "",
-        f"{tally.unparsable} without an answer" if tally.unparsable else "",
-        f"{tally.cut} cut" if tally.cut else "",
+        f"{tally.unparsable} with no answer found" if tally.unparsable else "",
+        f"{tally.truncated} truncated" if tally.truncated else "",
     ]
     return (
         f'<section class="card"><header>{label(tally.run)}'
@@ -271,7 +274,7 @@ def _tally(label: Legend, tally: Tally) -> str:
 
 
 def interval_bar(low: float, middle: float, high: float) -> str:
-    """A point with its interval on a scale of 0 to 100 %."""
+    """A point and its interval on a scale from 0 to 100 %."""
     return (
         f'<div class="interval" aria-hidden="true"><i style="left:{low:.1f}%;width:{high - low:.1f}%"></i>'
         f'<b style="left:{middle:.1f}%"></b></div>'
@@ -282,9 +285,9 @@ def interval_bar(low: float, middle: float, high: float) -> str:
 
 
 def pair_view(pair: Pair | None, runs: Sequence[str] = ()) -> str:
-    """For gr.Markdown: two answers without names, or with them once `runs` are given."""
+    """For gr.Markdown: two answers; with their runs' names only when `runs` is given."""
     if pair is None:
-        return '<p class="nothing">Two answers to one problem appear here, without names.</p>'
+        return '<p class="nothing">Two answers to the same problem will appear here, without run names.</p>'
     sides = (("Left", pair.left, pair.left_text), ("Right", pair.right, pair.right_text))
     cards = "".join(
         f'<section class="card"><header><span class="side">{side}</span>'
@@ -295,7 +298,7 @@ def pair_view(pair: Pair | None, runs: Sequence[str] = ()) -> str:
 
 
 def standings_view(runs: Sequence[str], standings: Sequence[Standing]) -> str:
-    """For gr.HTML: the count of all votes on the page's runs."""
+    """For gr.HTML: the count of votes on the page's runs."""
     if not standings:
         return '<p class="nothing">No votes yet.</p>'
     label = Legend(runs)
@@ -307,5 +310,5 @@ def standings_view(runs: Sequence[str], standings: Sequence[Standing]) -> str:
             share = f"{100 * s.share:.0f} % ({low:.0f} to {high:.0f}){interval_bar(low, 100 * s.share, high)}"
         pair = f"{label(s.a)} against {label(s.b)}"
         rows.append([pair, str(s.for_a), str(s.for_b), str(s.ties), share])
-    head = ["pair", "first", "second", "ties", "first’s share of decided votes, 95 % interval"]
+    head = ["runs", "first wins", "second wins", "ties", "first run’s share of decided votes (95 % interval)"]
     return table(head, rows, numbers=[1, 2, 3])

@@ -1,7 +1,7 @@
-"""The blind vote: which answers were preferred when nobody knew whose they were.
+"""Blind votes: which answer people preferred when they did not know which run wrote it.
 
-A line of JSON a vote, appended to a local file: the two runs by name and by identity (the digest of
-their adapters), so that votes on an older adapter of the same name are not counted for the new one.
+Each vote is one line of JSON, appended to a local file. It holds both runs' names and identities (the digests
+of their adapters), so that votes on an older adapter of the same name do not count for the new one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Choice = Literal["left", "right", "tie"]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers shown without names. It stays on the server until the vote is cast."""
+    """Two answers shown without run names. It stays on the server until the vote is cast."""
 
     problem: str
     left: str
@@ -35,7 +35,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Standing:
-    """Two runs against each other; the interval is that of `a`'s share of the decided votes."""
+    """The votes on two runs; `share` and `interval` are of the decided votes that `a` won."""
 
     a: str
     b: str
@@ -53,14 +53,14 @@ class Standing:
 
 
 class Ballot:
-    """The votes of one file. Appending is safe between threads, and a line is written in one piece."""
+    """The votes in one file. Threads may append at the same time; each line is written in one piece."""
 
     def __init__(self, file: Path, identities: Mapping[str, str]):
         self.file, self.identities = file, dict(identities)
         self._lock = threading.Lock()
 
     def cast(self, pair: Pair, choice: Choice) -> None:
-        """Record a vote. Raises RequestError where the file cannot be written."""
+        """Record a vote. Raises RequestError when the file cannot be written."""
         vote = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "choice": choice,
@@ -77,7 +77,7 @@ class Ballot:
             raise RequestError(f"--votes: cannot write {self.file}: {error.strerror}") from None
 
     def standings(self) -> list[Standing]:
-        """Every pair of the page's runs that was voted on, in the page's order."""
+        """The votes on each pair of the page's runs that has any, in the page's order."""
         runs = {identity: name for name, identity in self.identities.items()}
         counts: dict[tuple[str, str], list[int]] = {}
         for vote in read_lines(self.file) if self.file.is_file() else ():

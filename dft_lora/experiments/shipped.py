@@ -1,0 +1,68 @@
+"""The demo's runs that come with the package, so that the page starts at once without a run of one's own.
+
+`python -m dft_lora.experiments.shipped` makes them again and replaces `shipped_runs/`. Do this after a change
+to the tiny recipes, the embedded base, the chat template, or the files of a run folder. It runs the demo with
+seed 0. On the same machine and versions, only dates and times differ from one making to the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from pathlib import Path
+
+from ..runs.atomic import write_sealed
+from ..runs.folder import RunFolder, read_json, write_json
+
+HOME = Path(__file__).with_name("shipped_runs")
+PER_RUN = ("run.json", "metrics.jsonl", "adapter")
+"""What is shipped of a run: neither checkpoints nor its 2,400 answers, which would double the size."""
+
+
+def shipped_runs() -> list[RunFolder]:
+    """base, sft and dft."""
+    from .demo import runs
+
+    return runs(HOME)
+
+
+def make(home: Path = HOME, limit: int | None = None, changes: tuple[str, ...] = ()) -> None:
+    """Replace the runs in `home`; `limit` and `changes` make a quick one.
+
+    They are made below a relative path, so that no path of this machine is recorded.
+    """
+    from .demo import evaluate_runs, train_runs
+
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        made = Path("runs/demo")
+        folders = train_runs(made, changes)
+        for folder in folders:
+            if folder.has_adapter:
+                _name_base(folder)
+        evaluate_runs(folders, made, limit)
+        shutil.rmtree(home, ignore_errors=True)
+        for folder in folders:
+            for name in PER_RUN:
+                _copy(folder.path / name, home / folder.name / name)
+        _copy(made / "report.json", home / "report.json")
+
+
+def _name_base(folder: RunFolder) -> None:
+    """peft records where the base lies on this machine: record its name in the recipe instead."""
+    config = folder.adapter / "adapter_config.json"
+    write_json(config, read_json(config) | {"base_model_name_or_path": folder.recipe().model.name})
+    files = sorted(folder.adapter.glob("adapter_*"))
+    write_sealed(folder.adapter, [(file.name, file.read_bytes()) for file in files])
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target)
+    elif source.is_file():
+        shutil.copyfile(source, target)
+
+
+if __name__ == "__main__":
+    make()

@@ -1,0 +1,130 @@
+"""Compare: every run answers one problem at the same time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import gradio as gr
+
+from ...tasks import get_task
+from ..events import FRAME, MODEL, on_gpu, one_line_errors, validate
+from ..session import Answer, Question, Session
+from ..text import DELIMITERS
+from ..views import answers_view
+from .picker import connect_picker, picker
+
+EXAMPLE = 20  # in the test set; at the page's default settings the demo's runs answer it differently
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A visitor's last comparison; the Tokens tab shows its answers."""
+
+    question: Question
+    answers: list[Answer]
+
+    def of(self, run: str) -> Answer:
+        return next(answer for answer in self.answers if answer.run == run)
+
+
+@dataclass(frozen=True)
+class CompareInputs:
+    """The components of the Compare tab that other tabs read."""
+
+    problem: gr.Textbox
+    reference: gr.Textbox
+    solution: gr.Textbox
+    max_new_tokens: gr.Slider
+    seed: gr.Number
+    comparison: gr.State
+
+
+def compare_tab(session: Session) -> CompareInputs:
+    example = get_task("arithmetic").problems()[EXAMPLE]
+    with gr.Tab("Compare", id="compare"), gr.Row(elem_classes="split"):
+        comparison = gr.State(None)
+        with gr.Column(scale=1, min_width=280, elem_classes="ask"):
+            problem = gr.Textbox(
+                example.question,
+                label="Problem",
+                info="Chosen because the demo’s runs disagree on it; Results shows how often they do.",
+                lines=5,
+                max_lines=12,
+                max_length=8000,
+                elem_id="problem",
+            )
+            reference = gr.Textbox(
+                example.answer,
+                label="Reference answer",
+                placeholder="Optional. Answers are judged against it.",
+                max_length=2000,
+                elem_id="reference",
+            )
+            with gr.Row(elem_classes="buttons"):
+                go = gr.Button("Compare", variant="primary", elem_id="go", scale=2, min_width=120)
+                stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
+            with gr.Accordion("Pick a problem", open=False):
+                task, level, pick = picker()
+            with gr.Accordion("Sampling", open=False):
+                temperature = gr.Slider(0, 1.5, 1.0, step=0.1, label="Temperature", info="0 means greedy")
+                samples = gr.Slider(1, 8, 1, step=1, label="Samples per run")
+                most = max(16, min(4096, session.positions // 2))
+                max_new_tokens = gr.Slider(
+                    16, most, min(most, 512), step=16, label="Maximum length in tokens"
+                )
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+            with gr.Accordion("Reference solution", open=False):
+                solution = gr.Textbox(
+                    example.solution,
+                    label="Reference solution",
+                    info="The Tokens tab colours this text.",
+                    lines=4,
+                    max_length=8000,
+                    elem_id="solution",
+                )
+        with gr.Column(scale=3, min_width=320):
+            answers = gr.Markdown(
+                answers_view(session.runs, []),
+                latex_delimiters=[*DELIMITERS],
+                sanitize_html=True,
+                elem_id="answers",
+            )
+
+    inputs = [problem, reference, temperature, max_new_tokens, seed, samples]
+
+    @one_line_errors
+    @on_gpu
+    def ask(*asked) -> Iterator[tuple]:
+        question = Question(*asked)
+        shown = 0.0
+        for written in session.answers(question):
+            over = all(answer.state != "writing" for answer in written)
+            if over or time.perf_counter() - shown > FRAME:
+                shown = time.perf_counter()
+                yield answers_view(session.runs, written), Comparison(question, written)
+            else:
+                yield gr.skip(), Comparison(question, written)
+
+    def stopped(last: Comparison | None):
+        for answer in last.answers if last else ():
+            answer.state = "stopped" if answer.state == "writing" else answer.state
+        return answers_view(session.runs, last.answers if last else [])
+
+    run = gr.on(
+        [go.click, problem.submit],
+        ask,
+        inputs,
+        [answers, comparison],
+        validator=validate,
+        show_progress="hidden",
+        trigger_mode="once",
+        api_visibility="private",
+        **MODEL,
+    )
+    stop.click(None, cancels=[run], api_visibility="private").then(
+        stopped, comparison, answers, show_progress="hidden", api_visibility="private"
+    )
+    connect_picker(task, level, pick, [problem, reference, solution])
+    return CompareInputs(problem, reference, solution, max_new_tokens, seed, comparison)
