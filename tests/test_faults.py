@@ -129,6 +129,84 @@ def test_five_bad_steps_in_a_row_stop_with_a_diagnosis(make_trainer):
     assert ", ".join(guilty) in text and "float32" in text and "up to step 10" in text and "\n" not in text
 
 
+# --- float16: the loss is scaled --------------------------------------------------------------
+
+
+def wrap_as_on_a_gpu(trainer, monkeypatch) -> None:
+    """Put around the forward what accelerate puts there for fp16 on CUDA: autocast and outputs in float32.
+
+    The run asks for none of it; a trainer that does must still get the right step.
+    """
+    accelerator, model = trainer.accelerator, trainer.adapter_model
+    with monkeypatch.context() as gpu:
+        gpu.setattr(accelerator, "native_amp", True)
+        gpu.setitem(accelerator.state.__dict__, "_mixed_precision", "fp16")
+        model._is_accelerate_prepared = False
+        accelerator.prepare_model(model)
+
+
+def set_scale(trainer, **state) -> None:
+    scaler = trainer.ranks.scaler
+    scaler.load_state_dict(scaler.state_dict() | state)
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "changes"),
+    [
+        (False, ()),
+        (True, ()),
+        (True, ("objective.name=asft", "train.optimizer=adamw", "train.gradient_checkpointing=true")),
+        (True, ("objective.name=iw-sft",)),
+    ],
+)
+def test_float16_overflows_skips_and_recovers(make_trainer, monkeypatch, changes, wrapped):
+    changes = (*changes, "adapter.target_modules=all-linear", "train.batch_size=2", "train.micro_batch_size=1")
+    expected = make_trainer(*changes, "model.dtype=float32").step(0)
+    trainer = make_trainer(*changes, "model.dtype=float16")
+    if wrapped:
+        wrap_as_on_a_gpu(trainer, monkeypatch)
+    autocast = []
+    first_layer(trainer).register_forward_hook(lambda *_: autocast.append(torch.is_autocast_enabled("cpu")))
+    line = trainer.step(0)
+    assert set(autocast) == {wrapped}
+    assert line["skipped"] is False and trainer.ranks.scaler.get_scale() == 2**16
+    for key in ("loss", "nll", "grad_norm"):
+        assert line[key] == pytest.approx(expected[key], rel=0.05), key
+
+    before, state, skipped, scale = weights(trainer), optimizer_state(trainer), 0, 2.0**32
+    set_scale(trainer, scale=scale)
+    while (line := trainer.step(1))["skipped"]:
+        skipped, scale = skipped + 1, scale / 2
+        assert trainer.ranks.scaler.get_scale() == scale
+        assert torch.equal(weights(trainer), before) and optimizer_state(trainer) == state
+        assert line["grad_norm"] is None and line["loss"] is not None
+        json.dumps(line, allow_nan=False)
+    assert LIMIT_IN_A_ROW < skipped < 32, "more in a row than a run without a scaler survives"
+    assert trainer.standing()["skipped_steps"] == skipped and trainer.skips.in_a_row == 0
+    assert math.isfinite(line["grad_norm"]) and not torch.equal(weights(trainer), before)
+    set_scale(trainer, scale=2.0**10, growth_interval=2, _growth_tracker=0)
+    assert not trainer.step(2)["skipped"] and not trainer.step(3)["skipped"]
+    assert trainer.ranks.scaler.get_scale() == 2**11
+
+
+def test_float16_stops_where_scaling_does_not_help(make_trainer):
+    trainer = make_trainer("model.dtype=float16")
+    poison(trainer, "gradient", math.nan, set(range(10**4)))
+    set_scale(trainer, scale=4.0)
+    with pytest.raises(RunError, match="up to step 7; base in float16"):
+        for step in range(10):
+            trainer.step(step)
+    assert (trainer.skips.total, trainer.skips.in_a_row) == (7, LIMIT_IN_A_ROW)
+
+
+def test_float16_loss_that_is_not_finite_leaves_the_scale(make_trainer):
+    trainer = make_trainer("model.dtype=float16")
+    hook = poison(trainer, "loss", math.inf, {1})
+    assert trainer.step(0)["skipped"] is True and trainer.skips.in_a_row == 1
+    hook.remove()
+    assert trainer.step(1)["skipped"] is False and trainer.ranks.scaler.get_scale() == 2**16
+
+
 # --- memory -----------------------------------------------------------------------------------
 
 
@@ -454,7 +532,7 @@ def bare_step(trainer, step: int) -> None:
     ]
     supervised, sums = sum(example.supervised for example in chosen), Sums(torch.device("cpu"))
     for batch in trainer.arrange(chosen, trainer.layout.micro_batch_size, plan.renderer.pad_id):
-        trainer.accelerator.backward(trainer.score(batch, sums) / supervised)
+        trainer.ranks.backward(trainer.score(batch, sums) / supervised)
     trainer.accelerator.clip_grad_norm_(trainer.trainable, settings.max_grad_norm)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()

@@ -209,7 +209,7 @@ class Trainer:
         self.done, seconds = step + 1, time.perf_counter() - started
         self.seconds += seconds
         ids = suspects or [example.id for example in chosen]
-        self.skips.note(sound, self.done, dtype_name(self.hardware.dtype), ids)
+        self.skips.note(changed, sound, self.done, dtype_name(self.hardware.dtype), ids)
         scored = max(1, sums.scored)
         skip = {"skipped_rows": int(sums.skipped_rows), "skip_bound": sums.skip_bound / max(1, supervised)}
         return {
@@ -245,7 +245,7 @@ class Trainer:
                 for batch in batches:
                     with self.apart():
                         loss = self.score(batch, sums)
-                        self.accelerator.backward(loss / max(1, supervised))
+                        self.ranks.backward(loss / max(1, supervised))
 
             failed = ran_out_of_memory(run)
             if failed and self.recipe.train.shard:  # the others wait for this one's part of a layer
@@ -283,17 +283,19 @@ class Trainer:
         Nothing changes where loss or gradient is not finite. With loss scaling (float16) a gradient that
         overflows is normal work: the scaler skips the step and halves its scale. At a scale of 1 it is not.
         """
-        scaler, norm, scaling = self.ranks.scaler, math.nan, False
+        scaler, norm = self.ranks.scaler, math.nan
+        scale = scaler.get_scale()
         if math.isfinite(loss):
+            scaler.unscale_(self.optimizer)
             norm = float(self.accelerator.clip_grad_norm_(self.trainable, self.recipe.train.max_grad_norm))
-            scaling = scaler is not None and scaler.get_scale() > 1
-            if (math.isfinite(norm) or scaler is not None) and ran_out_of_memory(self.optimizer.step):
+            if math.isfinite(norm) and ran_out_of_memory(partial(scaler.step, self.optimizer)):
                 raise RunError(
                     "out of memory in the optimizer: train.optimizer: adamw8bit or a smaller adapter.r fits"
                 )
+            scaler.update()
         self.optimizer.zero_grad()
         changed = math.isfinite(norm)
-        return norm, changed, changed or scaling
+        return norm, changed, changed or 1 < scale > scaler.get_scale()
 
     def score(self, batch: Batch, sums: Sums) -> torch.Tensor:
         """The objective's sum over a micro-batch, connected to the graph; adds its figures to `sums`."""
@@ -335,7 +337,7 @@ class Trainer:
                 "layout": asdict(self.layout),
                 "retreats": self.retreats,
                 "skips": asdict(self.skips),
-                "loss_scale": self.ranks.scaler and self.ranks.scaler.state_dict(),
+                "loss_scale": self.ranks.scaler.state_dict(),
                 "seconds": self.seconds,
             }
             state = State(self.done, self.adapter_weights(), self.optimizer.state_dict(), random, progress)

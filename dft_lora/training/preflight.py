@@ -246,7 +246,7 @@ def run(trainer: Trainer, batch: Batch, gauged: bool = True) -> Pass:
             loss = trainer.score(batch, Sums(device))
             loss_peak = memory.peak() - before
             memory.reset()
-            trainer.accelerator.backward(loss / max(1, batch.supervised))
+            trainer.ranks.backward(loss / max(1, batch.supervised))
             backward_peak = memory.peak() - before
         finally:
             hook.remove()
