@@ -21,7 +21,9 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelConfig(Part):

@@ -112,6 +112,7 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
                 if asked and not finished:
                     where = f"{folder.path}: stopped after step {trainer.done} of {plan.steps}"
                     raise Interrupted(where, stop.number)
+        trainer.check_weights()  # of a run that was resumed at its end too
         if ranks.is_main:
             write_adapter(folder.adapter, trainer.adapter_weights(), trainer.adapter_config)
             folder.write_run(figures={"seconds": trainer.seconds, "last": folder.metrics()[-1]})
@@ -145,7 +146,11 @@ def birth(folder: RunFolder, trainer: Trainer) -> dict[str, Any]:
 
 
 def keep(folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer) -> None:
-    """A checkpoint; the metrics reach the disk first, so that it never knows of a step that they do not."""
+    """A checkpoint; the metrics reach the disk first, so that it never knows of a step that they do not.
+
+    Raises RunError for weights that are not finite: the checkpoints before them stay.
+    """
+    trainer.check_weights()
     if trainer.ranks.is_main:
         folder.flush_metrics()
         folder.write_run(**trainer.standing())
@@ -163,6 +168,7 @@ class Trainer:
         built = build(self.recipe, ranks.device)
         self.head, self.hardware, self.checkpointing = built.head, built.hardware, built.checkpointing
         self.hidden_states, model = built.hidden_states, built.model
+        self.set_checkpointing = built.set_checkpointing
         self.arrange = choose_arrangement(self.recipe.data, model, alike=self.recipe.train.shard)
         model.train()
         self.adapter_model = model
@@ -343,6 +349,14 @@ class Trainer:
             state = State(self.done, self.adapter_weights(), self.optimizer.state_dict(), random, progress)
             checkpoints.save(state, self.adapter_config)
         self.ranks.wait()
+
+    def check_weights(self) -> None:
+        """Raises RunError where the adapter holds a weight that is not finite."""
+        if not torch.stack([parameter.detach().isfinite().all() for parameter in self.trainable]).all():
+            raise RunError(
+                f"step {self.done}: the adapter's weights are not finite, so they were not written; lower "
+                "train.learning_rate and start a new run (earlier checkpoints of this one are untouched)"
+            )
 
     def restore(self, state: State) -> None:
         """Stand where `state` was taken. Raises RunError when it is of another adapter."""

@@ -120,7 +120,8 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
     plan = make_plan(recipe)
     trainer = Trainer(plan, Ranks(recipe))
     device = trainer.ranks.device
-    fits = {on: measure(trainer, on) for on in (False, True)}
+    choices = (False, True) if trainer.set_checkpointing else (trainer.checkpointing,)
+    fits = {on: measure(trainer, on) for on in choices}
     _checkpointing(trainer, trainer.checkpointing)
     worst = longest_batch(trainer, trainer.layout.micro_batch_size)
     real = run(trainer, worst)
@@ -168,19 +169,22 @@ def propose(
     """The fastest setting that keeps the longest micro-batch within `limit` bytes; None when nothing does.
 
     First without checkpointing, if that leaves room for four rows; else with it, as many rows as fit; a
-    smaller loss chunk only where one row would not fit otherwise.
+    smaller loss chunk only where one row would not fit otherwise. `fits` may hold one of the two alone.
     """
     rows = trainer.layout.micro_batch_size
     T, M = worst.T / rows, worst.M / rows
     most = min(MOST_ROWS, trainer.recipe.train.batch_size)
     enough = min(ENOUGH_ROWS, most)
-    whole = fits[True].rows * fits[True].row_bytes
+    leanest = max(fits)  # with checkpointing, where that was measured
+    whole = fits[leanest].rows * fits[leanest].row_bytes
     for checkpointing, least, chunk in (
         (False, enough, None),
-        (True, 1, None),
-        (True, 1, whole // 4),
-        (True, 1, whole // 32),
+        (leanest, 1, None),
+        (leanest, 1, whole // 4),
+        (leanest, 1, whole // 32),
     ):
+        if checkpointing not in fits:
+            continue
         fit = fits[checkpointing].with_chunk(chunk)
         fitting = [m for m in range(1, most + 1) if resident + fit.peak(m * T, m * M) <= limit]
         if fitting and fitting[-1] >= least:
@@ -335,11 +339,9 @@ def _cut(example: Example, length: int) -> Example:
 
 
 def _checkpointing(trainer: Trainer, on: bool) -> None:
-    core = bare(trainer.model)
-    if on:
-        core.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        core.gradient_checkpointing_disable()
+    """Switch checkpointing, unless it is the backend's own."""
+    if trainer.set_checkpointing:
+        trainer.set_checkpointing(on)
 
 
 def _memory_of_machine(device: torch.device) -> int:

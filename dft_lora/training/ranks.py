@@ -19,8 +19,9 @@ SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
 class Ranks:
     """Accelerate's view of this process among the others; alone, sums are what they are.
 
-    float16 bases get loss scaling, on every device. Raises RequestError when the examples of a step cannot be shared out, a
-    tracker is not installed, or accelerate would shard the model; RunError when another process is gone.
+    float16 bases get loss scaling, on every device. Raises RequestError when the examples of a step cannot be
+    shared out, a tracker is not installed, or accelerate would shard the model; RunError when another process
+    is gone.
     """
 
     def __init__(self, recipe: Recipe):
