@@ -14,14 +14,14 @@ HEADS = {
     "bias": {"bias": True},
     "scale": {"logit_scale": 0.4},
     "softcap": {"softcap": 4.0},
-    "all": {"bias": True, "logit_scale": 1.7, "softcap": 6.0, "lora": True},
+    "all": {"bias": True, "logit_scale": 1.7, "softcap": 6.0},
 }
 ITEM = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One batch in float64; `tensors` are (hidden, weight, bias, A, B, reference hidden)."""
+    """One batch in float64; `tensors` are (hidden, weight, bias, reference hidden)."""
 
     tensors: tuple[Tensor, ...]
     targets: Tensor
@@ -37,7 +37,7 @@ class Case:
             return torch.randn(*shape, generator=g, dtype=torch.float64)
 
         hidden, weight = spread * normal(N, D), normal(V, D) / D**0.5
-        tensors = hidden, weight, normal(V), normal(3, D), 0.3 * normal(V, 3), hidden + 0.3 * normal(N, D)
+        tensors = hidden, weight, normal(V), hidden + 0.3 * normal(N, D)
         targets = (hidden @ weight.T).softmax(-1).multinomial(1, generator=g)[:, 0]
         if supervised == "some":
             targets[torch.rand(N, generator=g) < 0.4] = -100
@@ -57,14 +57,13 @@ class Case:
 
     def score(self, scorer, trained=("hidden",), **more) -> tuple[TokenScores, list[Tensor]]:
         """(scores, the leaves that require grad) by `token_logps` or `naive_token_logps`."""
-        names = ("hidden", "weight", "bias", "A", "B")
+        names = ("hidden", "weight", "bias")
         leaves = [tensor.detach().clone() for tensor in self.tensors]
-        for name, leaf in zip(names, leaves[:5], strict=True):
+        for name, leaf in zip(names, leaves[:3], strict=True):
             leaf.requires_grad_(name in trained)
-        hidden, weight, bias, A, B, reference_hidden = leaves
+        hidden, weight, bias, reference_hidden = leaves
         options = dict(self.head)
         options["bias"] = bias if options.get("bias") else None
-        options["lora"] = (A, B, 0.5) if options.get("lora") else None
         more = {"sequence": self.sequence, **more}
         if scorer is naive_token_logps:
             more["reference_hidden"] = reference_hidden

@@ -25,6 +25,7 @@ from dft_lora.model.load import load_adapters, load_base, load_tokenizer, resolv
 from dft_lora.runs.folder import RunFolder
 from dft_lora.tasks import get_task
 from dft_lora.training import learner as learner_module
+from dft_lora.training import loop
 from dft_lora.training.checkpoints import Checkpoints
 from dft_lora.training.faults import LIMIT_IN_A_ROW, Layout, SaveClock, is_out_of_memory
 from dft_lora.training.metrics import Sums
@@ -129,6 +130,115 @@ def test_five_bad_steps_in_a_row_stop_with_a_diagnosis(make_trainer):
     guilty = trainer.learner.arrange(ungrouped(chosen), 2, trainer.plan.renderer.pad_id)[1].ids
     text = str(stopped.value)
     assert ", ".join(guilty) in text and "float32" in text and "up to step 10" in text and "\n" not in text
+
+
+def test_weights_that_are_not_finite_are_never_written(data, tmp_path):
+    """Two sound steps, each with a checkpoint, then an update by infinity."""
+    settings = {"max_steps": 3, "save_steps": 1, "optimizer": "adamw"}
+    recipe = write_recipe(tmp_path / "r.yaml", data, tmp_path / "run", train=settings)
+    code, told = run("train", str(recipe), setup=_third_update_breaks)
+    errors = [line for line in told.splitlines() if "error" in line.lower()]
+    assert code == 1 and len(errors) == 1 and "Traceback" not in told, told
+    assert "step 3: the adapter's weights are not finite" in errors[0] and "train.learning_rate" in errors[0]
+    left = Checkpoints(tmp_path / "run" / "checkpoints", 3)
+    assert [path.name for path in left.all()] == ["step-000001", "step-000002"]
+    state, _ = left.newest()
+    assert all(weight.isfinite().all() for weight in state.adapter.values())
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def _third_update_breaks() -> None:
+    """A learning rate that the recipe itself would refuse."""
+    loop.schedule = lambda step, *_: 1.0 if step < 2 else math.inf
+
+
+@pytest.mark.parametrize(
+    "field", ["train.learning_rate", "train.weight_decay", "adapter.alpha", "train.warmup"]
+)
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_numbers_that_are_not_finite_are_refused_by_name(field, value):
+    with pytest.raises(RequestError, match=field):
+        load_recipe("tiny_dft", [f"{field}={value}"])
+
+
+# --- float16: the loss is scaled --------------------------------------------------------------
+
+
+def wrap_as_on_a_gpu(trainer, monkeypatch) -> None:
+    """Put around the forward what accelerate puts there for fp16 on CUDA: autocast and outputs in float32.
+
+    The run asks for none of it; a trainer that does must still get the right step.
+    """
+    accelerator, model = trainer.learner.accelerator, trainer.learner.adapter_model
+    with monkeypatch.context() as gpu:
+        gpu.setattr(accelerator, "native_amp", True)
+        gpu.setitem(accelerator.state.__dict__, "_mixed_precision", "fp16")
+        model._is_accelerate_prepared = False
+        accelerator.prepare_model(model)
+
+
+def set_scale(trainer, **state) -> None:
+    scaler = trainer.ranks.scaler
+    scaler.load_state_dict(scaler.state_dict() | state)
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "changes"),
+    [
+        (False, ()),
+        (True, ()),
+        (True, ("objective.name=asft", "train.optimizer=adamw", "train.gradient_checkpointing=true")),
+        (True, ("objective.name=iw-sft",)),
+    ],
+)
+def test_float16_overflows_skips_and_recovers(make_trainer, monkeypatch, changes, wrapped):
+    changes = ("adapter.target_modules=all-linear", "model.dtype=float16", *changes)
+    changes = ("train.batch_size=2", "train.micro_batch_size=1", *changes)
+    calm, trainer = make_trainer(*changes), make_trainer(*changes)
+    set_scale(calm, scale=2.0**8)
+    expected = calm.step(0)
+    if wrapped:
+        wrap_as_on_a_gpu(trainer, monkeypatch)
+    autocast = []
+    first_layer(trainer).register_forward_hook(lambda *_: autocast.append(torch.is_autocast_enabled("cpu")))
+    line = trainer.step(0)
+    assert set(autocast) == {wrapped}
+    assert line["skipped"] is False and trainer.ranks.scaler.get_scale() == 2**16
+    for key in ("loss", "nll", "grad_norm"):
+        assert line[key] == pytest.approx(expected[key], rel=0.01), key
+
+    before, state, skipped, scale = weights(trainer), optimizer_state(trainer), 0, 2.0**32
+    set_scale(trainer, scale=scale)
+    while (line := trainer.step(1))["skipped"]:
+        skipped, scale = skipped + 1, scale / 2
+        assert trainer.ranks.scaler.get_scale() == scale
+        assert torch.equal(weights(trainer), before) and optimizer_state(trainer) == state
+        assert line["grad_norm"] is None and line["loss"] is not None
+        json.dumps(line, allow_nan=False)
+    assert LIMIT_IN_A_ROW < skipped < 32, "more in a row than a run without a scaler survives"
+    assert trainer.progress()["skipped_steps"] == skipped and trainer.skips.in_a_row == 0
+    assert math.isfinite(line["grad_norm"]) and not torch.equal(weights(trainer), before)
+    set_scale(trainer, scale=2.0**10, growth_interval=2, _growth_tracker=0)
+    assert not trainer.step(2)["skipped"] and not trainer.step(3)["skipped"]
+    assert trainer.ranks.scaler.get_scale() == 2**11
+
+
+def test_float16_stops_where_scaling_does_not_help(make_trainer):
+    trainer = make_trainer("model.dtype=float16")
+    poison(trainer, "gradient", math.nan, set(range(10**4)))
+    set_scale(trainer, scale=4.0)
+    with pytest.raises(RunError, match="up to step 7; base in float16"):
+        for step in range(10):
+            trainer.step(step)
+    assert (trainer.skips.total, trainer.skips.in_a_row) == (7, LIMIT_IN_A_ROW)
+
+
+def test_float16_loss_that_is_not_finite_leaves_the_scale(make_trainer):
+    trainer = make_trainer("model.dtype=float16")
+    hook = poison(trainer, "loss", math.inf, {1})
+    assert trainer.step(0)["skipped"] is True and trainer.skips.in_a_row == 1
+    hook.remove()
+    assert trainer.step(1)["skipped"] is False and trainer.ranks.scaler.get_scale() == 2**16
 
 
 # --- memory -----------------------------------------------------------------------------------
@@ -460,7 +570,7 @@ def bare_step(trainer, step: int) -> None:
     groups, sums = trainer.source.groups(step), Sums(torch.device("cpu"))
     divisor = learner.divisor(groups)
     for batch in learner.arrange(groups, learner.layout.micro_batch_size, learner.pad_id):
-        learner.accelerator.backward(learner.score(batch, sums) / divisor)
+        trainer.ranks.backward(learner.score(batch, sums) / divisor)
     learner.accelerator.clip_grad_norm_(learner.trainable, settings.max_grad_norm)
     learner.optimizer.step()
     learner.optimizer.zero_grad()

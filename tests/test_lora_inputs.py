@@ -12,7 +12,7 @@ from dft_lora.model.memory import LiveTensors
 IDS_BL = torch.arange(5, 5 + 3 * 64).view(3, 64)
 
 
-def trained(qwen_dir, dtype: str, narrow: bool, checkpointing: bool):
+def trained(qwen_dir, dtype: str, narrow: bool, checkpointing: bool, autocast: bool = False):
     """(hidden states, gradients by name, bytes alive after the forward pass)."""
     base, _ = load_base(ModelConfig(name=str(qwen_dir), dtype=dtype))
     torch.manual_seed(0)
@@ -25,7 +25,8 @@ def trained(qwen_dir, dtype: str, narrow: bool, checkpointing: bool):
     use_checkpointing(model, checkpointing)
     model.train()
     with LiveTensors() as memory:
-        h_BLD = hidden_states(model, input_ids=IDS_BL)
+        with torch.autocast("cpu", dtype=getattr(torch, dtype), enabled=autocast):
+            h_BLD = hidden_states(model, input_ids=IDS_BL)
         alive = memory.now()
     h_BLD.float().square().sum().backward()
     return h_BLD.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, alive
@@ -42,6 +43,22 @@ def test_same_bits_in_less_memory(qwen_dir, dtype, checkpointing):
         assert gradient.norm() > 0 and torch.equal(gradient, gradients_narrow[name]), name
     if dtype == "bfloat16" and not checkpointing:
         assert narrow < 0.8 * wide
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_autocast_around_the_forward_pass_leaves_lora_gradients_right(qwen_dir, dtype, checkpointing):
+    """Somebody else's trainer may use it: no further from the gradients of a float32 base than without."""
+
+    def error(found):
+        return sum(float((found[name] - gradient).square().sum()) for name, gradient in truth.items()) ** 0.5
+
+    truth = trained(qwen_dir, "float32", True, checkpointing)[1]
+    without = trained(qwen_dir, dtype, True, checkpointing)[1]
+    found = trained(qwen_dir, dtype, True, checkpointing, autocast=True)[1]
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    print(error(found), error(without))
+    assert error(found) <= 1.2 * error(without)
 
 
 def test_live_tensors_count_storages_and_not_views():

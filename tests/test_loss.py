@@ -58,7 +58,7 @@ def test_every_field_and_gradient_equals_the_oracle(dtype, head):
 def test_no_further_from_the_truth_than_naive(dtype, head):
     """Logits of 20 to 30 in the model's dtype, root mean square over batches.
 
-    For the two values, one unit of rounding of the dtype is as good as exact.
+    For the two values, two units of rounding of the dtype are as good as exact.
     """
     ours, theirs = torch.zeros(3), torch.zeros(3)
     for seed in range(6):
@@ -76,28 +76,27 @@ def test_no_further_from_the_truth_than_naive(dtype, head):
                 ]
             )
     ours, theirs = (ours / 6).sqrt(), (theirs / 6).sqrt()
-    limit = (1.05 * theirs).maximum(torch.tensor([0.0, 1.0, 1.0]) * torch.finfo(dtype).eps)
+    limit = (1.05 * theirs).maximum(torch.tensor([0.0, 2.0, 2.0]) * torch.finfo(dtype).eps)
     assert (ours <= limit).all(), (ours, theirs)
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_gradcheck(head):
     case = Case.make(6, 4, 11, head, "some")
-    hidden, weight, bias, A, B, _ = (tensor.clone().requires_grad_() for tensor in case.tensors)
+    hidden, weight, bias, _ = (tensor.clone().requires_grad_() for tensor in case.tensors)
     options = {**case.head, "chunk_bytes": chunk_bytes(2, 11, torch.float64)}
 
-    def both(hidden, weight, bias, A, B):
+    def both(hidden, weight, bias):
         options["bias"] = bias if case.head.get("bias") else None
-        options["lora"] = (A, B, 0.5) if case.head.get("lora") else None
         scores = token_logps(hidden, weight, case.targets, **options)
         return scores.logp, scores.lse
 
-    assert torch.autograd.gradcheck(both, (hidden, weight, bias, A, B), nondet_tol=1e-12)
-    frozen = [tensor.detach() for tensor in (weight, bias, A, B)]
+    assert torch.autograd.gradcheck(both, (hidden, weight, bias), nondet_tol=1e-12)
+    frozen = [tensor.detach() for tensor in (weight, bias)]
     assert torch.autograd.gradcheck(lambda h: both(h, *frozen), (hidden,))
 
 
-@pytest.mark.parametrize("trained", [("weight",), ("bias",), ("A", "B"), ("B",), ("A",)], ids="+".join)
+@pytest.mark.parametrize("trained", [("weight",), ("bias",), ("weight", "bias")], ids="+".join)
 @pytest.mark.parametrize("with_hidden", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_trainable_heads(dtype, with_hidden, trained):
@@ -349,9 +348,6 @@ BAD = {
     "targets: must lie in [0, 9), got -1": {"targets": torch.tensor([0, -1, 1, 2, 3])},
     "bias: must be [9]": {"bias": torch.zeros(4)},
     "bias: is torch.float64": {"bias": torch.zeros(9, dtype=torch.float64)},
-    "lora: A must be [R, 4]": {"lora": (torch.zeros(2, 3), torch.zeros(9, 2), 1.0)},
-    "lora: A must be [R, 4] and B [9, R]": {"lora": (torch.zeros(2, 4), torch.zeros(9, 3), 1.0)},
-    "lora B: is torch.float64": {"lora": (torch.zeros(2, 4), torch.zeros(9, 2, dtype=torch.float64), 1.0)},
     "logit_scale: ": {"logit_scale": 0.0},
     "logit_scale: must": {"logit_scale": math.nan},
     "softcap: must be positive": {"softcap": -30.0},

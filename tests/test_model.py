@@ -1,14 +1,23 @@
 """The 4-bit base with LoRA over it: what is quantised, what is trained, and the traps."""
 
+import shutil
+
 import pytest
 import torch
+from click.testing import CliRunner
 from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from dft_lora.config import AdapterConfig, ModelConfig
+from dft_lora.cli import main
+from dft_lora.config import AdapterConfig, ModelConfig, load_recipe, parse_recipe
 from dft_lora.errors import ModelError
 from dft_lora.loss import objective, token_logps
-from dft_lora.model.head import check_head, hidden_states
+from dft_lora.model.backends import build
+from dft_lora.model.head import check_head, hidden_states, refuse_adapted_head
+from dft_lora.model.limits import positions, refuse_unknown_tokens
 from dft_lora.model.load import add_lora, load_base, load_tokenizer
+from dft_lora.model.tiny import TINY_DIR
+from dft_lora.training.plan import make_plan
 
 IDS_BL = torch.tensor([[3, 14, 15, 9, 2, 6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3]])
 
@@ -105,17 +114,34 @@ def test_target_modules_that_match_nothing_are_named(nf4):
         add_lora(nf4, AdapterConfig(target_modules=("q_prj",)))
 
 
-def test_an_adapter_on_the_head_is_refused_by_name(nf4):
-    model = add_lora(nf4, AdapterConfig(target_modules=("lm_head", "q_proj")))
-    with pytest.raises(ModelError, match="lm_head"):
-        check_head(model)
+@pytest.mark.parametrize("targets", [["lm_head", "q_proj"], ".*(lm_head|q_proj)", ["embed_tokens"]], ids=str)
+def test_an_adapter_on_the_head_or_its_tied_embedding_is_refused_by_name(targets):
+    """The loss reads the head's weight, so an adapter there would stay as it was drawn."""
+    recipe = parse_recipe({"adapter": {"target_modules": targets}})
+    name = "embed_tokens" if "embed_tokens" in targets else "lm_head"
+    with pytest.raises(ModelError, match=rf"adapter\.target_modules: '[a-z.]*{name}'.*take it out"):
+        build(recipe, torch.device("cpu"))
 
 
-def tiny_config(family, **more):
-    from transformers import AutoConfig
+def test_an_adapter_on_an_embedding_of_its_own_learns():
+    model = AutoModelForCausalLM.from_config(tiny_config("llama", tie_word_embeddings=False)).eval()
+    head = check_head(model.requires_grad_(False))
+    model = add_lora(model, AdapterConfig(target_modules=("embed_tokens",)))
+    refuse_adapted_head(model)
+    for name, parameter in model.named_parameters():
+        if "lora_embedding_A" in name:  # the one that begins at zero
+            torch.nn.init.normal_(parameter, std=0.02)
+    h_ND = hidden_states(model, input_ids=IDS_BL)[:, :-1].flatten(0, 1)
+    scores = token_logps(h_ND, targets=IDS_BL[:, 1:].flatten(), **head.arguments())
+    truth = model(input_ids=IDS_BL).logits[:, :-1].log_softmax(-1).gather(-1, IDS_BL[:, 1:, None])
+    assert (scores.logp - truth.flatten()).abs().max() < 1e-4
+    objective("sft")(scores).backward()
+    assert all(gradient.norm() > 0 for gradient in gradients(model).values())
 
+
+def tiny_config(family, vocab=97, **more):
     sizes = {
-        "vocab_size": 97,
+        "vocab_size": vocab,
         "hidden_size": 64,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -135,8 +161,6 @@ def tiny_config(family, **more):
     ],
 )
 def test_heads_with_a_twist_are_scored_exactly(family, more):
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(family, **more)).eval()
     with torch.no_grad():
@@ -158,9 +182,80 @@ def test_heads_with_a_twist_are_scored_exactly(family, more):
     assert (grads[0] - grads[1]).norm() <= 1e-4 * grads[1].norm()
 
 
-def test_a_head_that_the_config_does_not_tell_is_refused():
-    from transformers import AutoModelForCausalLM
+def saved(path, config):
+    """A random model's config with the embedded base's tokenizer: all that is read before weights are."""
+    for file in TINY_DIR.glob("*token*"):
+        shutil.copy(file, path)
+    config.save_pretrained(path)
+    return path
 
+
+def refused(path, *changes):
+    """The one line with which `train` refuses a recipe for the model at `path`."""
+    changes = (f"model.name={path}", f"output={path}/run", "data.sample=8", *changes)
+    done = CliRunner().invoke(
+        main, ["train", "tiny_dft", *(word for change in changes for word in ("--set", change))]
+    )
+    assert done.exit_code == 2 and not (path / "run").exists(), done.output
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def vocabulary():
+    return AutoTokenizer.from_pretrained(TINY_DIR).vocab_size
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("mamba", {"state_size": 4}),
+        ("mamba2", {"num_heads": 8, "head_dim": 16}),
+        ("rwkv", {}),
+        ("recurrent_gemma", {}),
+    ],
+)
+def test_a_state_space_model_is_refused(tmp_path, family, more):
+    config = AutoConfig.for_model(
+        family, vocab_size=vocabulary(), hidden_size=64, num_hidden_layers=2, **more
+    )
+    line = refused(saved(tmp_path, config))
+    assert line.startswith("error: model.name:") and f"a {family} model" in line and "attention" in line
+
+
+def test_a_kl_to_the_base_is_refused_where_logits_are_capped(tmp_path):
+    path = saved(tmp_path, tiny_config("gemma2", vocab=vocabulary(), final_logit_softcapping=30.0))
+    line = refused(path, "objective.name=asft")
+    assert line.startswith("error: objective.name: 'asft'") and "soft-capped" in line and "iw-sft" in line
+    make_plan(load_recipe("tiny_dft", [f"model.name={path}", "data.sample=8", "objective.name=iw-sft"]))
+
+
+def test_rows_longer_than_the_models_positions_are_refused(tmp_path):
+    path = saved(tmp_path, tiny_config("gpt2", vocab=vocabulary(), n_positions=64))
+    line = refused(path)
+    assert line.startswith("error: data.max_length 2") and "data.max_length: 64 leaves" in line
+    make_plan(load_recipe("tiny_dft", [f"model.name={path}", "data.sample=400", "data.max_length=64"]))
+
+
+def test_positions_count_rope_scaling_and_may_have_no_limit():
+    def of(family, **more):
+        return positions(tiny_config(family, **more))
+
+    assert of("llama", max_position_embeddings=64) == 64 and of("gpt2", n_positions=64) == 64
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+    assert of("llama", max_position_embeddings=64, rope_parameters=yarn) == 256
+    assert of("llama", max_position_embeddings=256, rope_parameters=yarn) == 256
+    assert of("gemma3_text", max_position_embeddings=64) == 64  # parameters for each kind of layer
+    assert of("bloom") is None
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused_where_its_tokens_occur(tmp_path):
+    path = saved(tmp_path, tiny_config("llama", vocab=20))
+    line = refused(path)
+    assert line.startswith("error: model.name:") and "only 20 rows" in line
+    refuse_unknown_tokens([1, 19], AutoConfig.from_pretrained(path), None)  # 20 and above do not occur
+
+
+def test_a_head_that_the_config_does_not_tell_is_refused():
     model = AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
     model.lm_head.register_forward_hook(lambda module, arguments, output: output * 2)
     with pytest.raises(ModelError, match="not supported"):

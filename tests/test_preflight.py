@@ -9,6 +9,8 @@ from click.testing import CliRunner
 from dft_lora.cli import main
 from dft_lora.config import parse_recipe
 from dft_lora.errors import RequestError
+from dft_lora.model.backends import Built
+from dft_lora.model.head import bare
 from dft_lora.model.memory import MIB, LiveTensors
 from dft_lora.training.plan import make_plan
 from dft_lora.training.preflight import preflight, propose, read_size
@@ -16,6 +18,7 @@ from dft_lora.training.probe import (
     LinearFit,
     MemoryFit,
     ProbePass,
+    auto_micro_batch,
     longest_batch,
     measure,
     probe,
@@ -94,6 +97,29 @@ def test_probing_leaves_weights_gradients_and_random_state(trainer):
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.learner.trainable, strict=True))
     assert all(parameter.grad is None for parameter in trainer.learner.trainable)
     assert torch.equal(random, torch.get_rng_state())
+
+
+def test_the_probe_leaves_a_backends_own_checkpointing(trainer, monkeypatch):
+    """transformers' switch would replace it."""
+
+    def replaced(*_):
+        raise AssertionError("the backend's own checkpointing was replaced")
+
+    learner = trainer.learner
+    core = bare(learner.model)
+    assert learner.set_checkpointing is not None and Built.set_checkpointing is None
+    monkeypatch.setattr(learner, "set_checkpointing", Built.set_checkpointing)
+    for name in ("gradient_checkpointing_enable", "gradient_checkpointing_disable"):
+        monkeypatch.setattr(core, name, replaced)
+    assert auto_micro_batch(learner, trainer.plan.examples) >= 1
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_proposal_keeps_a_backends_own_checkpointing(own):
+    for gb in (1.17, 3, 24):
+        found = propose({own: FITS[own]}, 2**30, gb * 2**30, ROW, rows=1, batch_size=64)
+        assert found is None or found["train.gradient_checkpointing"] is own
+    assert found["train.micro_batch_size"] >= 1
 
 
 PLAIN = MemoryFit(LinearFit(0, 1000.0 * 1024), LinearFit(0, 1100.0 * 1024), 0.0, 300_000, 512)

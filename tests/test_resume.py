@@ -1,5 +1,6 @@
 """A run that is stopped, in whatever way, ends as the run that was not: adapter and metrics, to the bit."""
 
+import functools
 import json
 import os
 import random
@@ -8,7 +9,8 @@ import signal
 import time
 
 import pytest
-from fault_runs import adapter, finish, lines, run, start, write_data, write_recipe
+import torch
+from fault_runs import BASE, adapter, finish, lines, run, start, write_data, write_recipe
 from patience import wait_for
 
 from dft_lora.config import load_recipe
@@ -18,6 +20,7 @@ from dft_lora.training.loop import train
 
 STEPS = 9
 ADAPTER = "adapter_model.safetensors"
+SCALE = 2.0**34
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +228,31 @@ def test_sigkill(whole, recipe):
     rng = random.Random(0)
     assert kill_and_resume(recipe, whole, 0, rng.uniform(0, 0.5))
     assert kill_and_resume(recipe, whole, 5, rng.uniform(0, 0.05))
+
+
+def test_sigkill_in_float16_keeps_the_loss_scale(data, tmp_path):
+    """The scale begins so high that the run's first steps overflow, one before and one after the kill."""
+    settings = {"max_steps": 12, "save_steps": 3, "batch_size": 2, "micro_batch_size": 1}
+    changes = {"model": {"name": BASE, "dtype": "float16"}, "train": settings}
+    recipe = write_recipe(tmp_path / "r.yaml", data, tmp_path / "run", **changes)
+    assert run("train", str(recipe), setup=_scale_high)[0] == 0
+    whole = (tmp_path / "run").rename(tmp_path / "whole")
+    skipped = [line["skipped"] for line in lines(whole)]
+    assert skipped[:4] == [True] * 4 and not skipped[-1]
+    assert RunFolder(whole).run()["skipped_steps"] == sum(skipped)
+    child = start("train", str(recipe), setup=_scale_high)
+    run_dir = tmp_path / "run"
+    wait_for((run_dir / "checkpoints" / "step-000003" / "manifest.json").is_file)
+    child.kill()
+    assert finish(child)[0] == -signal.SIGKILL and len(lines(run_dir)) < 12
+    assert run("train", str(recipe), "--resume")[0] == 0  # without the high scale: the checkpoint has it
+    assert_same(run_dir, whole)
+    assert RunFolder(run_dir).run()["skipped_steps"] == sum(skipped)
+
+
+def _scale_high() -> None:
+    scaler = torch.amp.GradScaler
+    torch.amp.GradScaler = functools.partial(scaler, init_scale=SCALE)
 
 
 @pytest.mark.slow

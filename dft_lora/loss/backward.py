@@ -1,6 +1,6 @@
 """The backward pass: a product with the row Jacobian, and for a trainable head one more visit to the logits.
 
-Shapes: M supervised rows, C rows of a chunk, D hidden width, V vocabulary, R rank of a LoRA on the head.
+Shapes: M supervised rows, C rows of a chunk, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class RowJacobian(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h_MD, weight_VD, bias_V, a_RD, b_VR, head: Head, y_M, rows: int, done: RowScores):
+    def forward(ctx, h_MD, weight_VD, bias_V, head: Head, y_M, rows: int, done: RowScores):
         ctx.head, ctx.rows = head, rows
         h_MD = h_MD if head.trainable else None
         ctx.save_for_backward(done.jacobian_MD, y_M, done.raw_M, h_MD, *trained(head))
@@ -42,7 +42,7 @@ class RowJacobian(torch.autograd.Function):
                 if g_lse_M is not None:
                     g_h_MD += head.target_rows(y_M, raw_M).mul_(g_lse_M[:, None])
                 g_h_MD = g_h_MD.to(jacobian_MD.dtype)
-            g_head = (None,) * 4
+            g_head = (None,) * 2
             if h_MD is not None:
                 g_lse_M = none if g_lse_M is None else g_lse_M
                 g_head = head_gradients(head, h_MD, y_M, ctx.rows, g_logp_M, g_lse_M)
@@ -57,14 +57,14 @@ def trained(head: Head) -> list[Tensor]:
 def head_gradients(
     head: Head, h_MD: Tensor, y_M: Tensor, rows: int, g_logp_M: Tensor, g_lse_M: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of a trainable (weight, bias, A, B): the logits of each chunk once more, and one GEMM for W.
+    """Gradients of a trainable (weight, bias): the logits of each chunk once more, and one GEMM for W.
 
     The gradient of W needs the loss, which is not known while the logits are first at hand. So a trainable W
-    costs four GEMMs in all, against the three of a fixed objective, and LoRA on a frozen W three against two:
-    the price of allowing any objective. Sums over chunks are float32.
+    costs four GEMMs in all, against the three of a fixed objective: the price of allowing any objective. Sums
+    over chunks are float32.
     """
     dtype, s = accumulator(h_MD.dtype), head.scale
-    g_W, g_bias, g_A, g_B = (
+    g_W, g_bias = (
         torch.zeros_like(tensor, dtype=dtype) if tensor is not None and tensor.requires_grad else None
         for tensor in head.parameters
     )
@@ -86,16 +86,7 @@ def head_gradients(
         if g_bias is not None:
             g_bias.addcmul_((e_CV.t() @ weight_C1.to(h_CD.dtype))[:, 0].to(dtype), peak)
             g_bias.index_add_(0, y_C, own_C)
-        if head.lora and (g_A is not None or g_B is not None):
-            a_RD, b_VR, scaling = head.lora
-            if g_B is not None:
-                h_CR = (h_CD @ a_RD.t()).to(dtype) * scaling
-                g_B.addcmul_((e_CV.t() @ (weight_C1 * h_CR).to(h_CD.dtype)).to(dtype), peak)
-                g_B.index_add_(0, y_C, own_C[:, None] * h_CR)
-            if g_A is not None:
-                g_CR = (e_CV @ b_VR).to(dtype).mul_(weight_C1 * peak).add_(own_C[:, None] * b_VR[y_C])
-                g_A.addmm_(g_CR.t(), h_CD.to(dtype), alpha=scaling)
     return tuple(
         None if g is None or tensor is None else g.to(tensor.dtype)
-        for g, tensor in zip((g_W, g_bias, g_A, g_B), head.parameters, strict=True)
+        for g, tensor in zip((g_W, g_bias), head.parameters, strict=True)
     )

@@ -2,8 +2,7 @@
 
 Without a softcap there is no tanh either.
 
-Shapes: C rows of a chunk, D hidden width, V vocabulary, R rank of a LoRA adapter on the head.
-The effective weight of a head with LoRA is W + s * B @ A; it is never built.
+Shapes: C rows of a chunk, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,36 +20,27 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Lora(NamedTuple):
-    """The rank-r term of an adapted head: `scaling * B @ A`."""
-
-    a_RD: Tensor
-    b_VR: Tensor
-    scaling: float = 1.0
-
-
 class Target(NamedTuple):
     """What a chunk needs of its target entries; float32 or float64, whatever the model's dtype."""
 
-    row_CD: Tensor  # d z_t / d h: the target's effective row times the slope
+    row_CD: Tensor  # d z_t / d h: the target's row times the slope
     raw_C: Tensor  # scale * (h . W_t + bias_t), before the softcap
     logit_C: Tensor  # z_t
 
 
 @dataclass(frozen=True)
 class Head:
-    """Weight, bias, logit scale, soft-cap and LoRA term of one head."""
+    """Weight, bias, logit scale and soft-cap of one head."""
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
-    lora: Lora | None = None
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
-        """(weight, bias, A, B), None where absent."""
-        return self.weight_VD, self.bias_V, *((self.lora.a_RD, self.lora.b_VR) if self.lora else (None, None))
+        """(weight, bias), None where absent."""
+        return self.weight_VD, self.bias_V
 
     @property
     def trainable(self) -> bool:
@@ -76,14 +66,11 @@ class Head:
         return Target(row_CD.mul_(self.slope(raw_C)[:, None]), raw_C, self.cap(raw_C))
 
     def weight_rows(self, y_C: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of the effective weight, a new tensor [C, D]."""
-        row_CD = self.weight_VD.detach()[y_C].to(dtype)
-        if self.lora:
-            row_CD.addmm_(self.lora.b_VR[y_C].to(dtype), self.lora.a_RD.to(dtype), alpha=self.lora.scaling)
-        return row_CD
+        """Rows of the weight, a new tensor [C, D]."""
+        return self.weight_VD.detach()[y_C].to(dtype)
 
     def target_rows(self, y_C: Tensor, raw_C: Tensor) -> Tensor:
-        """d z_t / d h: the target's effective row times the slope at its raw logit."""
+        """d z_t / d h: the target's row times the slope at its raw logit."""
         return self.weight_rows(y_C, raw_C.dtype).mul_(self.slope(raw_C)[:, None])
 
     def shifted_logits_(self, out_CV: Tensor, h_CD: Tensor, shift_C: Tensor) -> None:
@@ -95,25 +82,14 @@ class Head:
         """
         out_CV.copy_(-shift_C[:, None])
         torch.addmm(out_CV, h_CD, self.weight_VD.t(), alpha=self.scale, out=out_CV)
-        if self.lora:
-            h_CR = h_CD @ self.lora.a_RD.t()
-            torch.addmm(out_CV, h_CR, self.lora.b_VR.t(), alpha=self.scale * self.lora.scaling, out=out_CV)
 
     def mix(self, q_CV: Tensor) -> Tensor:
         """scale * q @ W, the mean row under the weights q; float32 or float64 [C, D]."""
-        dtype = accumulator(q_CV.dtype)
-        mean_CD = (q_CV @ self.weight_VD).to(dtype)
-        if self.lora:
-            q_CR = (q_CV @ self.lora.b_VR).to(dtype)
-            mean_CD.addmm_(q_CR, self.lora.a_RD.to(dtype), alpha=self.lora.scaling)
-        return mean_CD.mul_(self.scale)
+        return (q_CV @ self.weight_VD).to(accumulator(q_CV.dtype)).mul_(self.scale)
 
     def largest_row_norm(self) -> float:
         """An upper bound of |scale| * max_j ||W_j||, for the error bound of skipped rows."""
-        norm = _largest_row_norm(self.weight_VD)
-        if self.lora:
-            norm += abs(self.lora.scaling) * _largest_row_norm(self.lora.b_VR) * float(self.lora.a_RD.norm())
-        return abs(self.scale) * norm
+        return abs(self.scale) * _largest_row_norm(self.weight_VD)
 
 
 _norms = WeakTensorKeyDictionary()  # weight -> (version, norm): a frozen head is read once, not once a step

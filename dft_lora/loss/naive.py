@@ -18,7 +18,6 @@ def naive_token_logps(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    lora: tuple[Tensor, Tensor, float] | None = None,
     sequence: Tensor | None = None,
     signals: Mapping[str, Tensor] | None = None,
     reference_hidden: Tensor | None = None,
@@ -31,8 +30,6 @@ def naive_token_logps(
 
     def logits(h_ND: Tensor) -> Tensor:
         z_MV = h_ND[index] @ weight.t()
-        if lora is not None:
-            z_MV = z_MV + lora[2] * (h_ND[index] @ lora[0].t() @ lora[1].t())
         z_MV = logit_scale * (z_MV if bias is None else z_MV + bias)
         return (z_MV if softcap is None else softcap * torch.tanh(z_MV / softcap)).to(dtype)
 

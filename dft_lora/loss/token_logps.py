@@ -18,7 +18,7 @@ One training step, whatever the objective:
     )
     loss = wanted(scores)                       # a sum; divide by the supervised tokens of the whole step
 
-Shapes: N tokens, M supervised tokens, D hidden width, V vocabulary, R rank of a LoRA adapter on the head.
+Shapes: N tokens, M supervised tokens, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .backward import RowJacobian
 from .forward import Skip, score_rows
-from .head import Head, Lora
+from .head import Head
 
 REFERENCE_NEEDS = frozenset({"reference_logp", "reference_kl"})
 STATISTICS = frozenset({"sum_p_squared", "top_k_entropy"})
@@ -109,7 +109,6 @@ def token_logps(
     skip: float = 0.0,
     token_weight: Callable[[Tensor], Tensor] | None = None,
     *,
-    lora: tuple[Tensor, Tensor, float] | None = None,
     needs: Iterable[str] = (),
     sequence: Tensor | None = None,
     signals: Mapping[str, Tensor] | None = None,
@@ -123,7 +122,6 @@ def token_logps(
     hidden [N, D], weight [V, D], targets [N] (`ignore_index` where unsupervised), bias [V].
     z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), tanh only with a softcap.
 
-    lora: (A [R, D], B [V, R], scaling), an adapter on the head: W + scaling * B @ A, never built.
     needs: names of optional fields of TokenScores that the objective reads (`objective.needs`).
     signals: name -> [N], what the objective reads beside the scores (`objective.signals`).
     sequence [N]: ids of the sequences tokens belong to. reference: the scores of the same targets under the
@@ -134,13 +132,13 @@ def token_logps(
     objective's own detached weight, a function of logp alone (`objective.token_weight`).
     check_values: refuse targets outside [0, V) and non-finite hidden states; off, they are undefined.
 
-    Cost: two GEMMs of 2 M D V flops; one if nothing requires grad, four with a trainable weight, three with
-    LoRA on a frozen weight. Memory: J [M, D] and one workspace [chunk, V].
+    Cost: two GEMMs of 2 M D V flops; one if nothing requires grad, four with a trainable weight. Memory:
+    J [M, D] and one workspace [chunk, V].
 
     Raises ValueError naming the argument that does not fit.
     """
     needs = frozenset(needs)
-    head = Head(weight, bias, logit_scale, softcap, None if lora is None else Lora(*lora))
+    head = Head(weight, bias, logit_scale, softcap)
     signals = signals or {}
     per_token = {"sequence": sequence} | {f"signals[{name!r}]": values for name, values in signals.items()}
     _check_shapes(hidden, head, targets, chunk_bytes, per_token)
@@ -232,15 +230,7 @@ def _check_shapes(
     for name, tensor in per_token.items():
         if tensor is not None and list(tensor.shape) != [N]:
             raise ValueError(f"{name}: must be [{N}] to fit hidden, got {list(tensor.shape)}")
-    lora = head.lora
-    if lora and (
-        lora.a_RD.ndim != 2 or lora.a_RD.shape[1] != D or list(lora.b_VR.shape) != [V, len(lora.a_RD)]
-    ):
-        shapes = f"{list(lora.a_RD.shape)} and {list(lora.b_VR.shape)}"
-        raise ValueError(f"lora: A must be [R, {D}] and B [{V}, R], got {shapes}")
     trained = {"weight": weight, "bias": head.bias_V}
-    if lora:
-        trained |= {"lora A": lora.a_RD, "lora B": lora.b_VR}
     for name, tensor in {**trained, "targets": targets, **per_token}.items():
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name}: is on {tensor.device}, hidden on {hidden.device}")
@@ -294,5 +284,5 @@ def _check_modes(
             raise ValueError("reference: score it with keep_jacobian=True, the objective needs its KL")
         if head.softcap is not None:
             raise ValueError("softcap: KL to the reference is exact only for a head without soft-cap")
-        if head.lora or head.trainable:
-            raise ValueError("weight: KL to the reference is exact only for a frozen head without LoRA")
+        if head.trainable:
+            raise ValueError("weight: KL to the reference is exact only for a frozen head")

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..config import Recipe
 from .hardware import Hardware
-from .head import Head, check_head, hidden_states
-from .load import add_lora, load_base, use_checkpointing
+from .head import Head, check_head, hidden_states, refuse_adapted_head
+from .load import add_lora, load_base, set_checkpointing, use_checkpointing
 from .lora_inputs import keep_inputs_narrow
 from .sharding import shard
 
@@ -30,6 +31,8 @@ class Built:
     checkpointing: bool
     hidden_states: Callable[..., torch.Tensor] = hidden_states
     """(model, **inputs) -> h_BLD, connected to the graph."""
+    set_checkpointing: Callable[[bool], None] | None = None
+    """Switches checkpointing on or off; None where the backend's own is settled when the model is built."""
 
 
 def prepare(recipe: Recipe) -> None:
@@ -45,7 +48,9 @@ def build(recipe: Recipe, device: torch.device) -> Built:
 
     Raises ModelError for what cannot be trained exactly, MissingPart where the backend is not installed.
     """
-    return BACKENDS[recipe.model.backend](recipe, device)
+    built = BACKENDS[recipe.model.backend](recipe, device)
+    refuse_adapted_head(built.model)
+    return built
 
 
 def _plain(recipe: Recipe, device: torch.device) -> Built:
@@ -58,7 +63,8 @@ def _plain(recipe: Recipe, device: torch.device) -> Built:
     if recipe.train.shard:
         shard(model, device)
     checkpointing = use_checkpointing(model, recipe.train.gradient_checkpointing)
-    return Built(model.eval(), head, hardware, checkpointing)
+    switch = partial(set_checkpointing, model)
+    return Built(model.eval(), head, hardware, checkpointing, set_checkpointing=switch)
 
 
 def _unsloth(recipe: Recipe, device: torch.device) -> Built:

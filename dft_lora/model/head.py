@@ -54,7 +54,7 @@ def bare(model: Any) -> Any:
 def head_of(model: Any) -> Head:
     """Read the head of a causal LM.
 
-    Raises ModelError for a head that is not one linear map (an adapter on `lm_head` included).
+    Raises ModelError for a head that is not one linear map.
     """
     model = bare(model)
     linear = model.get_output_embeddings()
@@ -66,7 +66,7 @@ def head_of(model: Any) -> Head:
     ):
         raise ModelError(
             f"{type(model).__name__}: its output head is a {kind}, not a plain linear layer; "
-            "take 'lm_head' out of adapter.target_modules and out of quantization"
+            "leave it out of quantization"
         )
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
@@ -74,6 +74,26 @@ def head_of(model: Any) -> Head:
     )
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(linear.weight, linear.bias, scale, float(softcap) if softcap else None)
+
+
+def refuse_adapted_head(model: Any) -> None:
+    """Raises ModelError where an adapter changes the head: the loss reads its weight, and no adapter.
+
+    Nor is an embedding adapted that shares its weight with the head: merging would change both.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    core = bare(model)
+    head, embedding = core.get_output_embeddings(), core.get_input_embeddings()
+    tied = getattr(embedding, "weight", None) is head.weight
+    for module in (head, embedding) if tied else (head,):
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            name = next(name for name, known in core.named_modules() if known is module)
+            raise ModelError(
+                f"adapter.target_modules: {name!r} is the output head or shares its weight, "
+                "which takes no adapter here; take it out"
+            )
 
 
 @contextmanager

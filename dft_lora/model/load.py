@@ -20,6 +20,7 @@ from ..hub import unreachable
 from ..runs.atomic import MANIFEST, damage
 from .hardware import Hardware, choose
 from .head import bare
+from .limits import refuse_running_state
 from .tiny import TINY_DIR
 
 NO_CODE = {"trust_remote_code": False}
@@ -81,14 +82,19 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def load_model_config(config: ModelConfig) -> Any:
-    """The transformers config of a model, read without its weights. Raises ModelError when there is none."""
+    """The transformers config of a model, read without its weights.
+
+    Raises ModelError when there is none, or when it is of a kind that cannot be trained here.
+    """
     origin = _origin(config)
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(**origin)
+        found = AutoConfig.from_pretrained(**origin)
     except (OSError, ValueError) as error:
         raise _not_found(config, "no model", error) from None
+    refuse_running_state(found, config.name)
+    return found
 
 
 def count_parameters(model_config: Any) -> int:
@@ -230,8 +236,16 @@ def use_checkpointing(model: Any, wanted: bool | str) -> bool:
         # 4-bit weights hold two parameters an element; the count is only a threshold.
         wanted = core.device.type == "cuda" and core.num_parameters() >= CHECKPOINTING_FROM
     if wanted:
-        core.gradient_checkpointing_enable({"use_reentrant": False})
+        set_checkpointing(model, True)
     return bool(wanted)
+
+
+def set_checkpointing(model: Any, on: bool) -> None:
+    """Switch transformers' own checkpointing of a model on or off."""
+    if on:
+        bare(model).gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        bare(model).gradient_checkpointing_disable()
 
 
 def _first_line(error: Exception) -> str:

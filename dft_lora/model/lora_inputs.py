@@ -16,20 +16,25 @@ from torch.nn.functional import linear
 
 
 class _Widened(torch.autograd.Function):
-    """x in 16 bits, A in float32: linear(x.float(), A), and x is what is saved."""
+    """x in 16 bits, A in float32: linear(x.float(), A), and x is what is saved.
+
+    Both passes switch autocast off: it would return 16 bits from the one and mix dtypes in the other.
+    """
 
     @staticmethod
     def forward(ctx, x, weight_RD):
         ctx.save_for_backward(x, weight_RD)
-        return linear(x.to(weight_RD.dtype), weight_RD)
+        with torch.autocast(x.device.type, enabled=False):
+            return linear(x.to(weight_RD.dtype), weight_RD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         x, weight_RD = ctx.saved_tensors
-        g_x = (g @ weight_RD).to(x.dtype) if ctx.needs_input_grad[0] else None
-        g_NR, x_ND = g.flatten(0, -2), x.flatten(0, -2)
-        return g_x, g_NR.t() @ x_ND.to(weight_RD.dtype) if ctx.needs_input_grad[1] else None
+        with torch.autocast(g.device.type, enabled=False):
+            g_x = (g @ weight_RD).to(x.dtype) if ctx.needs_input_grad[0] else None
+            g_NR, x_ND = g.flatten(0, -2), x.flatten(0, -2)
+            return g_x, g_NR.t() @ x_ND.to(weight_RD.dtype) if ctx.needs_input_grad[1] else None
 
 
 class WideLinear(torch.nn.Linear):

@@ -69,17 +69,18 @@ class StopSignals:
 
 @dataclass
 class Skips:
-    """Steps left out because the loss or a gradient was not finite."""
+    """Steps that changed nothing because the loss or a gradient was not finite."""
 
     total: int = 0
     in_a_row: int = 0
+    """Without those that the loss scaler expects."""
 
-    def note(self, sound: bool, step: int, dtype: str, examples: Sequence[str]) -> None:
+    def note(self, changed: bool, sound: bool, step: int, dtype: str, examples: Sequence[str]) -> None:
         """Count a step. Raises RunError with a diagnosis at the fifth in a row that was not sound."""
+        self.total += not changed
         if sound:
             self.in_a_row = 0
             return
-        self.total += 1
         self.in_a_row += 1
         shown = ", ".join(examples[:8]) + (f" and {len(examples) - 8} more" if len(examples) > 8 else "")
         log.warning("step %d skipped: loss or gradient is not finite (examples %s)", step, shown)

@@ -46,6 +46,7 @@ class Learner:
         built = build(recipe, ranks.device)
         self.head, self.hardware, self.checkpointing = built.head, built.hardware, built.checkpointing
         self.hidden_states, model = built.hidden_states, built.model
+        self.set_checkpointing = built.set_checkpointing
         self.arrange = choose_arrangement(recipe.data, model, alike=recipe.train.shard)
         model.train()
         self.adapter_model = model
@@ -86,7 +87,7 @@ class Learner:
 
         def work(batch: Batch, sums: Sums) -> None:
             with self.no_sync():
-                self.accelerator.backward(self.score(batch, sums) / divisor)
+                self.ranks.backward(self.score(batch, sums) / divisor)
 
         sums, values = self.in_pieces(groups, work, lambda: Sums(self.ranks.device), step)
         self.ranks.sum_gradients(self.trainable)
@@ -172,17 +173,19 @@ class Learner:
         Nothing changes where loss or gradient is not finite. With loss scaling (float16) a gradient that
         overflows is normal work: the scaler skips the step and halves its scale. At a scale of 1 it is not.
         """
-        scaler, norm, scaling = self.ranks.scaler, math.nan, False
+        scaler, norm = self.ranks.scaler, math.nan
+        scale = scaler.get_scale()
         if math.isfinite(loss):
+            scaler.unscale_(self.optimizer)
             norm = float(self.accelerator.clip_grad_norm_(self.trainable, self.recipe.train.max_grad_norm))
-            scaling = scaler is not None and scaler.get_scale() > 1
-            if (math.isfinite(norm) or scaler is not None) and ran_out_of_memory(self.optimizer.step):
+            if math.isfinite(norm) and ran_out_of_memory(partial(scaler.step, self.optimizer)):
                 raise RunError(
                     "out of memory in the optimizer: train.optimizer: adamw8bit or a smaller adapter.r fits"
                 )
+            scaler.update()
         self.optimizer.zero_grad()
         changed = math.isfinite(norm)
-        return norm, changed, changed or scaling
+        return norm, changed, changed or 1 < scale > scaler.get_scale()
 
     def score(self, batch: Batch, sums: Sums) -> torch.Tensor:
         """The objective's sum over a micro-batch, connected to the graph; adds its figures to `sums`."""

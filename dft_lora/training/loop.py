@@ -85,6 +85,7 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
                 if asked and not finished:
                     where = f"{folder.path}: stopped after step {trainer.done} of {plan.steps}"
                     raise Interrupted(where, stop.number)
+        trainer.check_weights()  # of a run that was resumed at its end too
         if ranks.is_main:
             write_adapter(folder.adapter, learner.adapter_weights(), learner.adapter_config)
             folder.write_run(figures={"seconds": trainer.seconds, "last": folder.metrics()[-1]})
@@ -118,7 +119,11 @@ def provenance(folder: RunFolder, trainer: Trainer) -> dict[str, Any]:
 
 
 def save_checkpoint(folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer) -> None:
-    """A checkpoint; the metrics reach the disk first, so that it never knows of a step that they do not."""
+    """A checkpoint; the metrics reach the disk first, so that it never knows of a step that they do not.
+
+    Raises RunError for weights that are not finite: the checkpoints before them stay.
+    """
+    trainer.check_weights()
     if trainer.ranks.is_main:
         folder.flush_metrics()
         folder.write_run(**trainer.progress())

@@ -12,6 +12,7 @@ from ..data.sources import load_problems
 from ..data.templates import Example, Renderer
 from ..errors import DataError, RecipeError
 from ..loss import objective
+from ..model.limits import caps_logits, positions, refuse_unknown_tokens
 from ..model.load import load_model_config, load_tokenizer
 
 
@@ -44,7 +45,12 @@ def make_plan(recipe: Recipe) -> Plan:
             f"train.skip_rows needs an objective whose weight is a function of the token's probability "
             f"alone, and {chosen.name!r} has none; set it to 0"
         )
-    load_model_config(recipe.model)
+    base = load_model_config(recipe.model)
+    if "reference_kl" in chosen.needs and caps_logits(base):
+        raise RecipeError(
+            f"objective.name: {chosen.name!r} needs the KL to the base, which is not exact for the "
+            f"soft-capped logits of {recipe.model.name!r}; use dft or iw-sft, or another model.name"
+        )
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
     rows = load_problems(recipe.data, recipe.train.seed)
     limit = recipe.data.max_length
@@ -56,6 +62,18 @@ def make_plan(recipe: Recipe) -> Plan:
             f"data.source {recipe.data.source!r}: no example is left "
             f"({counts['over_long']} of {len(rendered)} are longer than data.max_length {limit})"
         )
+    refuse_unknown_tokens([renderer.pad_id, *(max(e.ids) for e in examples)], base, renderer.tokenizer)
+    _refuse_long_rows(recipe, examples, positions(base))
     one_pass = math.ceil(len(examples) * recipe.train.epochs / recipe.train.batch_size)
     steps = recipe.train.max_steps or one_pass
     return Plan(recipe, renderer, chosen, examples, counts, findings, steps)
+
+
+def _refuse_long_rows(recipe: Recipe, examples: list[Example], most: int | None) -> None:
+    """Raises DataError where a row has more tokens than the model has positions."""
+    longest = max(len(example.ids) for example in examples)
+    if most is not None and longest > most:
+        raise DataError(
+            f"data.max_length {recipe.data.max_length}: a row has {longest} tokens, and "
+            f"{recipe.model.name!r} has {most} positions; data.max_length: {most} leaves longer rows out"
+        )

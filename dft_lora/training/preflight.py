@@ -51,7 +51,8 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
     plan = make_plan(recipe)
     learner = Learner(recipe, plan.objective, plan.renderer.pad_id, Ranks(recipe))
     device = learner.ranks.device
-    fits = {on: measure(learner, plan.examples, on) for on in (False, True)}
+    choices = (False, True) if learner.set_checkpointing else (learner.checkpointing,)
+    fits = {on: measure(learner, plan.examples, on) for on in choices}
     set_checkpointing(learner, learner.checkpointing)
     worst = longest_batch(learner, plan.examples, learner.layout.micro_batch_size)
     real = probe(learner, worst)
@@ -101,18 +102,21 @@ def propose(
 
     `worst` is that micro-batch, of `rows` examples; a step has `batch_size` of them. First without
     checkpointing, if that leaves room for four rows; else with it, as many rows as fit; a smaller loss chunk
-    only where one row would not fit otherwise.
+    only where one row would not fit otherwise. `fits` may hold one of the two alone.
     """
     T, M = worst.T / rows, worst.M / rows
     most = min(MOST_ROWS, batch_size)
     enough = min(ENOUGH_ROWS, most)
-    whole = fits[True].rows * fits[True].row_bytes
+    leanest = max(fits)  # with checkpointing, where that was measured
+    whole = fits[leanest].rows * fits[leanest].row_bytes
     for checkpointing, least, chunk in (
         (False, enough, None),
-        (True, 1, None),
-        (True, 1, whole // 4),
-        (True, 1, whole // 32),
+        (leanest, 1, None),
+        (leanest, 1, whole // 4),
+        (leanest, 1, whole // 32),
     ):
+        if checkpointing not in fits:
+            continue
         fit = fits[checkpointing].with_chunk(chunk)
         fitting = [m for m in range(1, most + 1) if resident + fit.peak(m * T, m * M) <= limit]
         if fitting and fitting[-1] >= least:

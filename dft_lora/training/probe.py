@@ -154,7 +154,7 @@ def probe(learner: Learner, batch: Batch, gauged: bool = True) -> ProbePass:
             loss = learner.score(batch, Sums(device))
             loss_peak = memory.peak() - before
             memory.reset()
-            learner.accelerator.backward(loss / max(1, batch.supervised))
+            learner.ranks.backward(loss / max(1, batch.supervised))
             backward_peak = memory.peak() - before
         finally:
             hook.remove()
@@ -233,11 +233,9 @@ def _cut(example: Example, length: int) -> Example:
 
 
 def set_checkpointing(learner: Learner, on: bool) -> None:
-    core = bare(learner.model)
-    if on:
-        core.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        core.gradient_checkpointing_disable()
+    """Switch checkpointing, unless it is the backend's own."""
+    if learner.set_checkpointing:
+        learner.set_checkpointing(on)
 
 
 def memory_of_machine(device: torch.device) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -20,8 +19,9 @@ SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
 class Ranks:
     """Accelerate's view of this process among the others; alone, sums are what they are.
 
-    float16 bases get loss scaling. Raises RequestError when the examples of a step cannot be shared out, a
-    tracker is not installed, or accelerate would shard the model; RunError when another process is gone.
+    float16 bases get loss scaling, on every device. Raises RequestError when the examples of a step cannot be
+    shared out, a tracker is not installed, or accelerate would shard the model; RunError when another process
+    is gone.
     """
 
     def __init__(self, recipe: Recipe):
@@ -31,7 +31,7 @@ class Ranks:
         # Without `cpu`, accelerate takes two CPU processes of torchrun for two runs of one process.
         self.accelerator = Accelerator(
             cpu=hardware.device.type == "cpu",
-            mixed_precision="fp16" if hardware.scales_loss else "no",
+            mixed_precision="no",  # no autocast: LoRA stays in float32
             log_with=check_trackers(recipe.train.trackers),
             project_dir=str(recipe.output_dir),
         )
@@ -43,6 +43,8 @@ class Ranks:
                 "(docs/scaling.md)"
             )
         self.device: torch.device = self.accelerator.device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=hardware.scales_loss)
+        """The loss scaler of float16; otherwise disabled, and then it changes nothing."""
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
@@ -101,6 +103,10 @@ class Ranks:
         for parameter, piece in zip(parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter)
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of `loss`, times the scaler's scale, to those that are there."""
+        self.accelerator.backward(self.scaler.scale(loss))
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Gloo and NCCL report a lost process as a RuntimeError; alone there is none to lose."""
@@ -113,8 +119,3 @@ class Ranks:
             raise RunError(
                 f"another process of this run is gone ({reason}); --resume goes on from the newest checkpoint"
             ) from None
-
-    @property
-    def scaler(self) -> Any:
-        """The loss scaler of float16, else None."""
-        return self.accelerator.scaler

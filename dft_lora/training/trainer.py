@@ -52,7 +52,7 @@ class Trainer:
         self.done, seconds = step + 1, time.perf_counter() - started
         self.seconds += seconds
         ids = suspects or [example.id for example in chosen]
-        self.skips.note(sound, self.done, dtype_name(self.learner.hardware.dtype), ids)
+        self.skips.note(changed, sound, self.done, dtype_name(self.learner.hardware.dtype), ids)
         scored = max(1, sums.scored)
         skip = {"skipped_rows": int(sums.skipped_rows), "skip_bound": sums.skip_bound / divisor}
         return {
@@ -82,7 +82,7 @@ class Trainer:
                 "layout": asdict(self.learner.layout),
                 "retreats": self.learner.retreats,
                 "skips": asdict(self.skips),
-                "loss_scale": self.ranks.scaler and self.ranks.scaler.state_dict(),
+                "loss_scale": self.ranks.scaler.state_dict(),
                 "seconds": self.seconds,
             }
             state = State(
@@ -94,6 +94,15 @@ class Trainer:
             )
             checkpoints.save(state, self.learner.adapter_config)
         self.ranks.wait()
+
+    def check_weights(self) -> None:
+        """Raises RunError where the adapter holds a weight that is not finite."""
+        finite_weights = [parameter.detach().isfinite().all() for parameter in self.learner.trainable]
+        if not torch.stack(finite_weights).all():
+            raise RunError(
+                f"step {self.done}: the adapter's weights are not finite, so they were not written; lower "
+                "train.learning_rate and start a new run (earlier checkpoints of this one are untouched)"
+            )
 
     def restore(self, state: State) -> None:
         """Stand where `state` was taken. Raises RunError when it is of another adapter."""

@@ -1,0 +1,56 @@
+"""What a base can take, as its config tells before its weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..errors import ModelError
+
+
+def refuse_running_state(config: Any, name: str) -> None:
+    """Raises ModelError for a model with state-space or recurrent layers (Mamba, RWKV, Qwen3-Next).
+
+    They carry a state through the row, where generation here keeps keys and values of every token.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if getattr(kind, "_is_stateful", False):
+        raise ModelError(
+            f"model.name: {name!r} is a {config.model_type} model, with state-space or recurrent layers, "
+            "which are not supported; name a model that has attention layers alone"
+        )
+
+
+def positions(config: Any) -> int | None:
+    """Tokens of the longest row a model takes, rope scaling included; None where its config has no limit."""
+    config = config.get_text_config()
+    told = getattr(config, "max_position_embeddings", None)
+    if not told:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [part for part in rope.values() if isinstance(part, dict)] or [rope]  # one for each kind of layer
+    stretched = [
+        (part.get("factor") or 1) * (part.get("original_max_position_embeddings") or told) for part in kinds
+    ]
+    return int(max(told, *stretched))
+
+
+def refuse_unknown_tokens(ids: Iterable[int], config: Any, tokenizer: Any) -> None:
+    """Raises ModelError for a token id that the embedding has no row for.
+
+    Only ids that occur count: Gemma's tokenizer names a token for images that its text models lack.
+    """
+    V, highest = config.get_text_config().vocab_size, max(ids)
+    if highest >= V:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise ModelError(
+            f"model.name: its tokenizer has token {highest} ({token!r}), its embedding only {V} rows; "
+            "use the tokenizer that the model was trained with, or resize the model's embedding"
+        )
+
+
+def caps_logits(config: Any) -> bool:
+    """Whether the output head has a soft-cap (Gemma-2)."""
+    return bool(getattr(config.get_text_config(), "final_logit_softcapping", None))
