@@ -14,6 +14,7 @@ from .data.sources import load_problems
 from .data.templates import Renderer
 from .errors import RunError
 from .model.generate import Request, generate
+from .model.head import check_head
 from .model.load import load_base, load_tokenizer
 from .provenance import certificate
 from .run_folder import read_json, write_json, write_text
@@ -40,6 +41,7 @@ def own_samples(recipe: Recipe, out: Path, *, samples: int = 4, max_new_tokens: 
         return out
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
     model, _ = load_base(recipe.model)
+    check_head(model)
     asked = [(problem, sample) for problem in problems for sample in range(samples)]
     requests = [
         Request(

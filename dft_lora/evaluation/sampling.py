@@ -24,7 +24,8 @@ from typing import Any
 from ..config import EvaluateConfig, Recipe, digest
 from ..data.templates import Renderer
 from ..errors import RequestError
-from ..model.generate import Completion, Request, generate, rows_that_fit
+from ..model.generate import Completion, Request, generate
+from ..model.head import check_head
 from ..model.load import load_adapters, load_base, load_tokenizer
 from ..provenance import certificate
 from ..run_folder import RunFolder, read_json, read_lines, write_json, write_text
@@ -148,17 +149,16 @@ class Plain:
 
     def __init__(self, recipe: Recipe, adapters: Mapping[str, Path], renderer: Renderer):
         base, hardware = load_base(recipe.model)
+        check_head(base)
         self.model, self.renderer = load_adapters(base, adapters), renderer
         self.facts = {"device": hardware.name, "dtype": str(hardware.dtype).removeprefix("torch.")}
 
     def generate(self, requests: Sequence[Request], on_progress: Callable[[int, Completion], None]) -> None:
-        longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=1)
         generate(
             self.model,
             requests,
             stop_ids=self.renderer.stop_ids,
             pad_id=self.renderer.pad_id,
-            batch_rows=rows_that_fit(self.model, longest),
             on_progress=on_progress,
         )
 
