@@ -40,7 +40,7 @@ def own_samples(recipe: Recipe, out: Path, *, samples: int = 4, max_new_tokens: 
     if out.is_file() and facts.is_file() and read_json(facts)["how"] == how:
         return out
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
-    model, _ = load_base(recipe.model)
+    model, _ = load_base(recipe.model, for_answers=True)
     check_head(model)
     asked = [(problem, sample) for problem in problems for sample in range(samples)]
     requests = [

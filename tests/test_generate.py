@@ -17,11 +17,13 @@ from transformers import (
 )
 
 from dft_lora.bench import generation
+from dft_lora.config import ModelConfig
 from dft_lora.errors import ModelError, RequestError, RunError
 from dft_lora.model.adapters import adapter_layers, mixed
 from dft_lora.model.cache import RaggedCache
 from dft_lora.model.generate import Request, draw, generate, stream
 from dft_lora.model.generation_memory import PREFILL_TOKENS, Bound
+from dft_lora.model.load import load_base
 from dft_lora.model.memory import LiveTensors, ProcessMemory
 
 VOCABULARY, PAD, STOPS = 64, 0, {1, 2, 3}
@@ -132,6 +134,33 @@ def test_adapters_differ_so_that_mixing_them_up_would_show(model):
         run(model, [Request(prompt(9), a, seed=0, temperature=0, max_new_tokens=20)])[0] for a in ADAPTERS
     ]
     assert len({tuple(answer.ids) for answer in answers}) == 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_answers_of_an_unpacked_base_are_those_of_the_4_bit_one(tmp_path, dtype):
+    """Several adapters over both, greedy and sampled; the unpacked base has no 4-bit layer left."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "initializer_range": 0.2}
+    qwen = Qwen2ForCausalLM(Qwen2Config(**shape))
+    torch.nn.init.normal_(qwen.model.layers[1].self_attn.q_proj.bias)
+    qwen.save_pretrained(tmp_path)
+    answers = []
+    for unpack in (False, True, "auto"):
+        config = ModelConfig(name=str(tmp_path), dtype=dtype, unpack=unpack)
+        base, _ = load_base(config, torch.device("cpu"), for_answers=True)
+        layers = {type(m).__name__ for m in base.model.layers.modules() if hasattr(m, "in_features")}
+        assert layers == {"Linear" if unpack else "Linear4bit"}
+        assert not any(p.requires_grad for p in base.parameters())
+        model = generation.random_adapters(base, {"sft": 4, "dft": 8})
+        answers.append(run(model, mixed_requests(), batch_rows=24))
+    assert answers[0] == answers[1] == answers[2]
+    assert len({tuple(a.ids) for a in answers[0]}) > 20
+
+
+def test_training_keeps_its_4_bit_layers():
+    base, _ = load_base(ModelConfig(unpack=True))
+    assert any(type(m).__name__ == "Linear4bit" for m in base.modules())
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

@@ -148,7 +148,7 @@ class Plain:
     """Answers by the package's own decoding loop (model/generate.py)."""
 
     def __init__(self, recipe: Recipe, adapters: Mapping[str, Path], renderer: Renderer):
-        base, hardware = load_base(recipe.model)
+        base, hardware = load_base(recipe.model, for_answers=True)
         check_head(base)
         self.model, self.renderer = load_adapters(base, adapters), renderer
         self.facts = {"device": hardware.name, "dtype": str(hardware.dtype).removeprefix("torch.")}
@@ -404,7 +404,7 @@ def renderer_of(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> Rend
 
 def same_base(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> None:
     for folder, recipe in zip(folders[1:], recipes[1:], strict=True):
-        if recipe.model != recipes[0].model:
+        if _weights(recipe) != _weights(recipes[0]):
             raise RequestError(
                 f"{folder.path} has the base {recipe.model.name!r}, "
                 f"{folders[0].path} has {recipes[0].model.name!r}: evaluate them apart"
@@ -417,6 +417,11 @@ def same_base(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> None:
                 f"{folder.path} was trained with template {folder.run()['template']!r}, "
                 f"{folders[0].path} with {folders[0].run()['template']!r}: name one with --set template=NAME"
             )
+
+
+def _weights(recipe: Recipe) -> dict[str, Any]:
+    """What names a base; how its layers are held while it answers does not."""
+    return recipe.model.model_dump(exclude={"unpack"})
 
 
 def unique_names(folders: Sequence[RunFolder]) -> list[str]:
