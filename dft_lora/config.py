@@ -74,6 +74,8 @@ class ModelConfig(Part):
     backend: Literal["plain", "unsloth"] = "plain"
     quantization: Literal["nf4", "none"] = "nf4"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    unpack: Literal["auto"] | bool = "auto"
+    """Answering with 4-bit layers unpacked once: same answers, more memory; auto: on a CPU, where it fits."""
 
 
 class AdapterConfig(Part):

@@ -6,6 +6,7 @@ from itertools import islice
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BitsAndBytesConfig,
     DynamicCache,
@@ -16,10 +17,14 @@ from transformers import (
 )
 
 from dft_lora.bench import generation
+from dft_lora.config import ModelConfig
 from dft_lora.errors import ModelError, RequestError, RunError
 from dft_lora.model.adapters import adapter_layers, mixed
 from dft_lora.model.cache import RaggedCache
 from dft_lora.model.generate import Request, draw, generate, stream
+from dft_lora.model.generation_memory import PREFILL_TOKENS, Bound
+from dft_lora.model.load import load_base
+from dft_lora.model.memory import LiveTensors, ProcessMemory
 
 VOCABULARY, PAD, STOPS = 64, 0, {1, 2, 3}
 ADAPTERS = (None, "sft", "dft")
@@ -131,6 +136,33 @@ def test_adapters_differ_so_that_mixing_them_up_would_show(model):
     assert len({tuple(answer.ids) for answer in answers}) == 3
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_answers_of_an_unpacked_base_are_those_of_the_4_bit_one(tmp_path, dtype):
+    """Several adapters over both, greedy and sampled; the unpacked base has no 4-bit layer left."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "initializer_range": 0.2}
+    qwen = Qwen2ForCausalLM(Qwen2Config(**shape))
+    torch.nn.init.normal_(qwen.model.layers[1].self_attn.q_proj.bias)
+    qwen.save_pretrained(tmp_path)
+    answers = []
+    for unpack in (False, True, "auto"):
+        config = ModelConfig(name=str(tmp_path), dtype=dtype, unpack=unpack)
+        base, _ = load_base(config, torch.device("cpu"), for_answers=True)
+        layers = {type(m).__name__ for m in base.model.layers.modules() if hasattr(m, "in_features")}
+        assert layers == {"Linear" if unpack else "Linear4bit"}
+        assert not any(p.requires_grad for p in base.parameters())
+        model = generation.random_adapters(base, {"sft": 4, "dft": 8})
+        answers.append(run(model, mixed_requests(), batch_rows=24))
+    assert answers[0] == answers[1] == answers[2]
+    assert len({tuple(a.ids) for a in answers[0]}) > 20
+
+
+def test_training_keeps_its_4_bit_layers():
+    base, _ = load_base(ModelConfig(unpack=True))
+    assert any(type(m).__name__ == "Linear4bit" for m in base.modules())
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_greedy_equals_transformers_generate(model, adapter):
     names = ["__base__" if adapter is None else adapter]
@@ -234,6 +266,50 @@ def test_draw_is_the_inverse_of_the_cumulative_distribution():
     assert draw(logits, u, ones, ones).tolist() == [0, 0, 1, 1, 3, 3]
 
 
+def naive_draw(logits_RV, uniform_R, temperature_R, top_p_R):
+    """The same draw by the whole cumulative sum in float64."""
+    ids = []
+    rows = zip(logits_RV.float(), uniform_R, temperature_R, top_p_R, strict=True)
+    for z_V, uniform, temperature, top_p in rows:
+        if temperature == 0:
+            ids.append(z_V.max(-1).indices)
+            continue
+        p_V = torch.softmax(z_V / temperature.float(), -1)
+        if top_p < 1:
+            sorted_V, order_V = p_V.sort(descending=True, stable=True)
+            outside_V = sorted_V.cumsum(-1) - sorted_V >= top_p
+            outside_V[0] = False
+            p_V[order_V[outside_V]] = 0
+        upto_V = p_V.cumsum(-1, dtype=torch.float64)
+        ids.append(torch.searchsorted(upto_V, uniform * upto_V[-1], right=True))
+    return torch.stack(ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocabulary", [2, 64, 1000, 4096, 50_257, 151_936])
+def test_draws_are_those_of_the_whole_cumulative_sum(vocabulary, dtype):
+    """Blocks of 1 to 512 numbers; flat, usual and sharp rows; ties, as bfloat16 has them, at the top too."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    rows = 240
+    logits = torch.randn(rows, vocabulary, generator=generator)
+    logits = (logits * torch.tensor([0.01, 3.0, 30.0]).repeat(rows // 3)[:, None]).to(dtype)
+    u = torch.rand(rows, generator=generator, dtype=torch.float64)
+    u[::7], u[1::7] = 0, 1 - 2**-53
+    temperature = torch.tensor([1.0, 0.7, 1.0, 0.0], dtype=torch.float64).repeat(rows // 4)
+    top_p = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.9], dtype=torch.float64).repeat(rows // 5)
+    ours = draw(logits, u, temperature, top_p)
+    assert torch.equal(ours, naive_draw(logits, u, temperature, top_p))
+
+
+def test_a_draw_makes_no_row_of_float64_for_every_row():
+    rows, vocabulary = 200, 65_536
+    logits = torch.randn(rows, vocabulary).bfloat16()
+    ones = torch.ones(rows, dtype=torch.float64)
+    with LiveTensors() as memory:
+        draw(logits, 0.5 * ones, ones, ones)
+    assert memory.peak() < logits.nbytes
+
+
 def test_an_impossible_token_is_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(1000, 5)
     u = torch.linspace(0, 1 - 2**-53, 1000, dtype=torch.float64)
@@ -287,6 +363,88 @@ def test_each_prompt_and_adapter_is_prefilled_once(model):
             run(model, requests, batch_rows=batch_rows)
         assert sum(rows for rows, columns in shapes if columns > 1) == 15
         assert max(rows for rows, _ in shapes) <= batch_rows
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A large vocabulary over a small decoder, in bfloat16: the head is all that weighs."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return Qwen2ForCausalLM(config).to(torch.bfloat16).eval()
+
+
+class HeadProducts(TorchDispatchMode):
+    """Products with the head's weight: (operation, shape of the other factor, whether it is dense)."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.seen = vocabulary, []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        result = operation(*arguments, **(keywords or {}))
+        if "mm" in operation.__name__ and result.shape[-1] == self.vocabulary:
+            left = arguments[-2]
+            self.seen.append((operation.__name__, tuple(left.shape), left.is_contiguous()))
+        return result
+
+
+def test_the_head_takes_one_dense_matrix(wide):
+    """A slice of the hidden states with a stride makes oneDNN copy the head's weight for each row."""
+    requests = [Request(prompt(9 + i % 3, seed=i), None, seed=i, max_new_tokens=3) for i in range(20)]
+    with HeadProducts(151_936) as products:
+        run(wide, requests, stop_ids=())
+    assert products.seen == [("mm.default", (20, 64), True)] * 3
+
+
+@pytest.mark.parametrize("length", [40, 300])
+def test_memory_stays_below_the_bound_that_is_stated(wide, length):
+    """Resident memory, because a library's scratch space is not among the tensors; and tensors alone."""
+    rows, new = 200, 2
+    requests = [
+        Request(prompt(length - i % 5, seed=i), None, seed=i, max_new_tokens=new) for i in range(rows)
+    ]
+    bound = Bound(wide)(rows, length + new)
+    assert bound < 400 * 2**20
+    run(wide, requests[:2])
+    memory = ProcessMemory()
+    before = memory.now()
+    memory.reset()
+    with LiveTensors() as tensors, ForwardCount(wide) as shapes:
+        run(wide, requests, batch_rows=rows, stop_ids=())
+    assert memory.peak() - before < bound
+    assert tensors.peak() < bound
+    prefills = [rows * columns for rows, columns in shapes if columns > 1]
+    assert len(prefills) > 1 and max(prefills) <= PREFILL_TOKENS
+
+
+def test_the_bound_grows_with_what_a_batch_holds(model, wide):
+    """Cache for rows and tokens; logits, a prefill and an unpacked matrix whatever their number."""
+    bound = Bound(wide)
+    assert bound(20, 500) - bound(10, 500) == 10 * bound.row(500)
+    cache_of_500 = 500 * 2 * 2 * 2 * 16 * 2  # layers, keys and values, heads, width, bytes
+    assert cache_of_500 < bound.row(500) < 4 * cache_of_500
+    assert bound.shared(500) > 64 * 2**20
+    for tokens in (10, 5000):
+        rows = bound.rows(tokens, budget=2**31)
+        assert bound(rows, tokens) <= 2**31 < bound(rows + 1, tokens)
+    assert bound.rows(tokens, budget=1) == 1
+    assert Bound(model).unpacked == 64 * 128 * 4
+
+
+def test_a_long_prompt_is_prefilled_alone(model):
+    long = PREFILL_TOKENS // 2 + 1
+    requests = [Request(prompt(n), None, seed=0, max_new_tokens=1) for n in (4, long, long, 5)]
+    with ForwardCount(model) as shapes:
+        run(model, requests, batch_rows=8)
+    assert shapes == [(1, long), (2, 5)]
 
 
 def test_finished_rows_leave_the_batch(model):

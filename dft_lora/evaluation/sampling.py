@@ -25,7 +25,8 @@ from ..config import EvaluateConfig, ModelConfig, Recipe, digest
 from ..data.templates import Renderer
 from ..errors import Interrupted, RequestError
 from ..model.fingerprint import base_fingerprint
-from ..model.generate import Completion, Request, generate, rows_that_fit
+from ..model.generate import Completion, Request, generate
+from ..model.head import check_head
 from ..model.load import load_adapters, load_base, load_tokenizer
 from ..runs.folder import RunFolder, open_runs, read_json, read_lines, write_json, write_text, writing
 from ..runs.provenance import certificate
@@ -227,18 +228,17 @@ class Plain:
     """Answers by the package's own decoding loop (model/generate.py)."""
 
     def __init__(self, recipe: Recipe, adapters: Mapping[str, Path], renderer: Renderer):
-        base, hardware = load_base(recipe.model)
+        base, hardware = load_base(recipe.model, for_answers=True)
+        check_head(base)
         self.model, self.renderer = load_adapters(base, adapters), renderer
         self.facts = {"device": hardware.name, "dtype": str(hardware.dtype).removeprefix("torch.")}
 
     def generate(self, requests: Sequence[Request], on_progress: Callable[[int, Completion], None]) -> None:
-        longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=1)
         generate(
             self.model,
             requests,
             stop_ids=self.renderer.stop_ids,
             pad_id=self.renderer.pad_id,
-            batch_rows=rows_that_fit(self.model, longest),
             on_progress=on_progress,
         )
 
@@ -515,7 +515,7 @@ def renderer_of(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> Rend
 
 def same_base(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> None:
     for folder, recipe in zip(folders[1:], recipes[1:], strict=True):
-        if recipe.model != recipes[0].model:
+        if _weights(recipe) != _weights(recipes[0]):
             raise RequestError(
                 f"{folder.path} has the base {recipe.model.name!r}, "
                 f"{folders[0].path} has {recipes[0].model.name!r}: evaluate them apart"
@@ -555,6 +555,11 @@ def unchanged_base(folders: Sequence[RunFolder], config: ModelConfig) -> str:
                 "made; put them back, or make the run again in another folder"
             )
     return now
+
+
+def _weights(recipe: Recipe) -> dict[str, Any]:
+    """What names a base; how its layers are held while it answers does not."""
+    return recipe.model.model_dump(exclude={"unpack"})
 
 
 def unique_names(folders: Sequence[RunFolder]) -> list[str]:

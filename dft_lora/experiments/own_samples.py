@@ -17,6 +17,7 @@ from ..data.sources import ANSWER, load_problems, readable
 from ..data.templates import Renderer
 from ..errors import DataError, RunError
 from ..model.generate import Request, generate
+from ..model.head import check_head
 from ..model.load import load_base, load_tokenizer
 from ..runs.folder import read_json, write_json, write_text
 from ..runs.provenance import certificate
@@ -51,7 +52,8 @@ def own_samples(recipe: Recipe, out: Path, *, samples: int = 4, max_new_tokens: 
     if out.is_file() and facts.is_file() and read_json(facts)["how"] == how:
         return out
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
-    model, _ = load_base(recipe.model)
+    model, _ = load_base(recipe.model, for_answers=True)
+    check_head(model)
     asked = [(problem, sample) for problem in problems for sample in range(samples)]
     requests = [
         Request(

@@ -24,6 +24,11 @@ SPARE = (
 )
 
 
+def room_for(columns: int) -> int:
+    """Columns that are reserved when `columns` are in use."""
+    return columns + columns // 4 + SPARE
+
+
 class RaggedLayer(DynamicLayer):
     """`keys` and `values` [R, H, T, D] are windows onto larger buffers: rows [:R], columns [end - T : end].
 
@@ -45,12 +50,12 @@ class RaggedLayer(DynamicLayer):
         self._window(self.rows, self.columns + new)
         return self.keys, self.values
 
-    def add(self, other: DynamicLayer, repeat_N: Tensor) -> None:
+    def add(self, other: DynamicLayer, repeat_N: Tensor, expected_rows: int = 0) -> None:
         """See RaggedCache."""
         states = other.keys, other.values
         rows, columns = self.rows + len(repeat_N), max(self.columns, other.keys.shape[2])
         if not self.buffers or rows > self.buffers[0].shape[0] or columns > self.end:
-            self._reserve(rows, columns, states)
+            self._reserve(max(rows, expected_rows), columns, states)
         for buffer, state in zip(self.buffers, states, strict=True):
             buffer[self.rows : rows, :, self.end - state.shape[2] : self.end] = state[repeat_N]
         self._window(rows, columns)
@@ -71,7 +76,7 @@ class RaggedLayer(DynamicLayer):
 
         Zeros, not empty: masked columns are multiplied by 0, which does not undo a NaN.
         """
-        room = columns + columns // 4 + SPARE
+        room = room_for(columns)
         old, edge = self.buffers, self.end
         self.buffers = tuple(s.new_zeros(rows, s.shape[1], room, s.shape[3]) for s in like)
         self.end = columns
@@ -87,11 +92,14 @@ class RaggedCache(Cache):
     def __init__(self):
         super().__init__(layer_class_to_replicate=RaggedLayer)
 
-    def add(self, other: Cache, repeat_N: Tensor) -> None:
-        """Add rows repeat_N[0], repeat_N[1], ... of `other`, as often as they are named, below those here."""
+    def add(self, other: Cache, repeat_N: Tensor, expected_rows: int = 0) -> None:
+        """Add rows repeat_N[0], repeat_N[1], ... of `other`, as often as they are named, below those here.
+
+        `expected_rows`: how many rows there will be soon; buffers that must grow grow to that at once.
+        """
         self.layers = self.layers or [RaggedLayer() for _ in other.layers]
         for layer, more in zip(self.layers, other.layers, strict=True):
-            layer.add(more, repeat_N)
+            layer.add(more, repeat_N, expected_rows)
 
     def drop(self, holes_N: Tensor, movers_N: Tensor, rows: int, columns: int) -> None:
         """Put rows `movers_N` into places `holes_N`; then keep the first `rows` and the last `columns`."""

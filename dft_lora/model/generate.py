@@ -8,11 +8,13 @@ A decoding loop of our own rather than `model.generate`, because
 - rows of different adapters, greedy and sampled, share a batch;
 - closing the generator is the stop button; no hook lives between two forwards.
 
-Shapes: R rows, T columns of the cache (cache.py draws it), V vocabulary.
+Shapes: R rows, T columns of the cache (cache.py draws it), D hidden width, V vocabulary; a row of V numbers
+is N blocks of B; H sampled rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
@@ -25,6 +27,10 @@ from torch import Tensor, nn
 
 from ..errors import RequestError, RunError
 from .adapters import adapter_layers, mixed
+from .generation_memory import LOGITS_BYTES, PREFILL_TOKENS, rows_that_fit, sampler_rows
+from .head import Head, bare, head_of
+
+BLOCK = 512  # numbers of a row that are reduced at a time: the largest, or the sum, of each block comes first
 
 
 @dataclass(frozen=True)
@@ -69,14 +75,19 @@ def generate(
     *,
     stop_ids: Collection[int],
     pad_id: int,
-    batch_rows: int = 64,
+    batch_rows: int | None = None,
     on_progress: Callable[[int, Completion], None] | None = None,
 ) -> list[Completion]:
     """The completions of `requests`, in their order; at most `batch_rows` are decoded at a time.
 
+    None: as many as fit in half of the free memory (generation_memory.py).
+
     `on_progress(i, completion)` is called as soon as request i is done: a bar, or a file to resume from.
     Raises ModelError for an unknown adapter, RunError when the model returns logits that are not finite.
     """
+    if batch_rows is None:
+        longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=1)
+        batch_rows = rows_that_fit(model, longest)
     ids: list[list[int]] = [[] for _ in requests]
     done: list[Completion | None] = [None] * len(requests)
     for step in _decode(model, requests, stop_ids, pad_id, batch_rows):
@@ -87,19 +98,6 @@ def generate(
             if on_progress:
                 on_progress(index, done[index])
     return done
-
-
-def rows_that_fit(model: nn.Module, tokens: int) -> int:
-    """Rows of `tokens` tokens whose cache fits in half of the free memory (4 GB on a CPU), 1 to 1024."""
-    config, weight = (
-        model.config.get_text_config(),
-        next(p for p in model.parameters() if p.is_floating_point()),
-    )
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row_bytes = tokens * config.num_hidden_layers * 2 * heads * width * weight.element_size()
-    free = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else 2**33
-    return int(min(1024, max(1, free / 2 // row_bytes)))
 
 
 def stream(
@@ -124,21 +122,65 @@ def draw(logits_RV: Tensor, uniform_R: Tensor, temperature_R: Tensor, top_p_R: T
     reaches top_p (Holtzman et al. 2020, arXiv 1904.09751) and draws from it, renormalised.
     Raises RunError where the logits are not finite.
     """
-    logits_RV = logits_RV.float()
-    peak_R, ids_R = logits_RV.max(-1)
+    peak_R, ids_R = _largest(logits_RV)
     if not peak_R.isfinite().all():
         raise RunError("the model returned logits that are not finite: compute in bfloat16 or float32")
-    hot = (temperature_R > 0).nonzero()[:, 0]
-    if len(hot):
-        p_HV = torch.softmax(logits_RV[hot] / temperature_R[hot, None].float(), -1)
-        cut = (top_p_R[hot] < 1).nonzero()[:, 0]
-        if len(cut):
-            p_HV[cut] = _nucleus(p_HV[cut], top_p_R[hot][cut])
-        # float64: in float32 a vocabulary of 152k loses its tail to rounding of the cumulative sum
-        cumulative_HV = p_HV.cumsum(-1, dtype=torch.float64)
-        point_H1 = uniform_R[hot, None] * cumulative_HV[:, -1:]
-        ids_R[hot] = torch.searchsorted(cumulative_HV, point_H1, right=True)[:, 0]
+    hot_H = (temperature_R > 0).nonzero()[:, 0]
+    rows = min(len(hot_H), sampler_rows(logits_RV.device, logits_RV.shape[1]))
+    # Made once and reused: fresh pages for every few rows cost more than the arithmetic.
+    z_HV, p_HV, sum_HV = (
+        logits_RV.new_empty(rows, logits_RV.shape[1], dtype=dtype)
+        for dtype in (torch.float32, torch.float32, torch.float64)
+    )
+    for some_H in hot_H.split(rows) if rows else ():
+        n = len(some_H)
+        z_HV[:n] = logits_RV[some_H]
+        p = _probabilities(z_HV[:n], temperature_R[some_H], top_p_R[some_H], p_HV[:n])
+        ids_R[some_H] = _invert(p, uniform_R[some_H], sum_HV[:n])
     return ids_R
+
+
+def _blocks(x_RV: Tensor) -> Tensor:
+    """[R, N, B]; B is 512 or the largest power of two below that divides V (Qwen's 151,936 = 1,187 * 128)."""
+    return x_RV.unflatten(-1, (-1, math.gcd(x_RV.shape[-1], BLOCK)))
+
+
+def _largest(x_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """`x_RV.max(-1)`, the first of equals included: 3 times as fast, because only `amax` is vectorised."""
+    x_RNB = _blocks(x_RV)
+    peak_R, block_R = x_RNB.amax(-1).max(-1)
+    inside_RB = x_RNB[torch.arange(len(x_RNB), device=x_RV.device), block_R]
+    return peak_R, block_R * x_RNB.shape[-1] + inside_RB.max(-1).indices
+
+
+def _probabilities(z_HV: Tensor, temperature_H: Tensor, top_p_H: Tensor, out_HV: Tensor) -> Tensor:
+    """softmax(z / temperature) in `out_HV`, 0 outside the nucleus and not renormalised; `z_HV` is spoilt."""
+    if (temperature_H != 1).any():
+        z_HV.div_(temperature_H[:, None].float())
+    torch.softmax(z_HV, -1, out=out_HV)
+    cut = (top_p_H < 1).nonzero()[:, 0]
+    if len(cut):
+        out_HV[cut] = _nucleus(out_HV[cut], top_p_H[cut])
+    return out_HV
+
+
+def _invert(p_HV: Tensor, uniform_H: Tensor, work_HV: Tensor) -> Tensor:
+    """searchsorted(p.cumsum(-1), uniform * p.sum(-1), right=True), all in float64; overwrites `work_HV`.
+
+    In float32 a vocabulary of 152k would lose its tail to rounding of the cumulative sum. The block comes
+    first, by the sums of the blocks, then the place inside it: no cumulative sum over a whole row.
+    """
+    p_HNB = _blocks(work_HV.copy_(p_HV))
+    upto_HN = p_HNB.sum(-1).cumsum(-1)
+    point_H1 = uniform_H[:, None] * upto_HN[:, -1:]
+    block_H1 = torch.searchsorted(upto_HN, point_H1, right=True)
+    before_H1 = torch.where(block_H1 > 0, upto_HN.gather(1, (block_H1 - 1).clamp(min=0)), 0)
+    inside_HB = p_HNB[torch.arange(len(p_HNB), device=p_HV.device), block_H1[:, 0]]
+    passed_HB = before_H1 + inside_HB.cumsum(-1) <= point_H1
+    # A block's sum and its last cumulative sum may differ in the last bit: stay at its last possible token.
+    possible_HB = torch.arange(inside_HB.shape[1], device=p_HV.device) * (inside_HB > 0)
+    place_H = passed_HB.sum(-1).minimum(possible_HB.amax(-1))
+    return block_H1[:, 0] * p_HNB.shape[-1] + place_H
 
 
 def _nucleus(p_RV: Tensor, top_p_R: Tensor) -> Tensor:
@@ -181,11 +223,11 @@ def _decode(model, requests, stop_ids, pad_id, batch_rows) -> Iterator[_Step]:
             rows = []
             while waiting and len(rows) + len(waiting[0]) <= free:
                 rows += [_Row(i, requests[i], random_stream(requests[i])) for i in waiting.popleft()]
-            logits_RV = batch.admit(rows)
+            h_RD = batch.admit(rows)
         else:
-            logits_RV = batch.advance()
+            h_RD = batch.advance()
         step, gone = _Step(), set()
-        for row, token in zip(rows, _choose(logits_RV, rows), strict=True):
+        for row, token in zip(rows, _choose(batch.head, h_RD, rows), strict=True):
             row.last, row.made = token, row.made + 1
             if token not in stops:
                 step.tokens.append((row.index, token))
@@ -217,14 +259,24 @@ def random_stream(request: Request) -> np.random.Generator:
     return np.random.default_rng((request.seed, *request.prompt_ids))
 
 
-def _choose(logits_RV: Tensor, rows: list[_Row]) -> list[int]:
-    def column(values):
-        return torch.tensor(values, dtype=torch.float64).to(logits_RV.device)
+def _choose(head: Head, h_RD: Tensor, rows: list[_Row]) -> list[int]:
+    """A token for each row; the logits of a block of rows exist at a time."""
+    block = max(1, LOGITS_BYTES // head.row_bytes)
+    ids: list[int] = []
+    for start in range(0, len(rows), block):
+        some = rows[start : start + block]
+        uniform_R, temperature_R, top_p_R = torch.tensor(
+            [(row.uniform.random(), row.request.temperature, row.request.top_p) for row in some],
+            dtype=torch.float64,
+            device=h_RD.device,
+        ).unbind(1)
+        logits_RV = head.raw_logits(h_RD[start : start + block])
+        ids += draw(logits_RV, uniform_R, temperature_R, top_p_R).tolist()
+    return ids
 
-    uniform_R = column([row.uniform.random() for row in rows])
-    temperature_R = column([row.request.temperature for row in rows])
-    top_p_R = column([row.request.top_p for row in rows])
-    return draw(logits_RV, uniform_R, temperature_R, top_p_R).tolist()
+
+_Key = tuple[tuple[int, ...], str | None]
+"""(prompt, adapter): what a prefill depends on."""
 
 
 class _Batch:
@@ -233,32 +285,41 @@ class _Batch:
     def __init__(self, model, requests, pad_id):
         from .cache import RaggedCache
 
-        self.model, self.pad_id = model, pad_id
+        self.decoder, self.head, self.pad_id = bare(model).get_decoder(), head_of(model), pad_id
         self.device = next(model.parameters()).device
         self.layers = adapter_layers(model, (r.adapter for r in requests))
         self.rows: list[_Row] = []
         self.cache = RaggedCache()
 
     def admit(self, rows: list[_Row]) -> Tensor:
-        """Prefill each distinct (prompt, adapter) of `rows` once and add the rows; their logits [R, V]."""
-        from transformers import DynamicCache
+        """Add rows, prefilling each distinct (prompt, adapter) once; their last hidden states [R, D].
 
+        Rows of one (prompt, adapter) are neighbours. The prefill goes in chunks of a bounded size.
+        """
         keys = [(row.request.prompt_ids, row.request.adapter) for row in rows]
-        place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        width = max(len(prompt) for prompt, _ in place)
-        ids_RT = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p, _ in place])
-        cache = DynamicCache()  # no config: no layer cuts its past to a sliding window, see cache.py
-        lengths = [len(prompt) for prompt, _ in place]
-        logits_RV = self._forward(ids_RT, lengths, [adapter for _, adapter in place], cache)
         for row in rows:
             row.length = len(row.request.prompt_ids)
-        repeat_R = torch.tensor([place[key] for key in keys], device=self.device)
-        self.cache.add(cache, repeat_R)
+        all_rows = len(self.rows) + len(rows)
+        h_ND = [self._prefill(some, keys, all_rows) for some in _chunks(list(dict.fromkeys(keys)))]
         self.rows = self.rows + rows
-        return logits_RV[repeat_R]
+        return torch.cat(h_ND)
+
+    def _prefill(self, distinct: list[_Key], keys: list[_Key], all_rows: int) -> Tensor:
+        """Prefill `distinct` and add a row to the cache for each time that one is among `keys`."""
+        from transformers import DynamicCache
+
+        place = {key: i for i, key in enumerate(distinct)}
+        lengths = [len(prompt) for prompt, _ in distinct]
+        width = max(lengths)
+        ids_RT = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p, _ in distinct])
+        cache = DynamicCache()  # no config: no layer cuts its past to a sliding window, see cache.py
+        h_RD = self._forward(ids_RT, lengths, [adapter for _, adapter in distinct], cache)
+        repeat_N = torch.tensor([place[key] for key in keys if key in place], device=self.device)
+        self.cache.add(cache, repeat_N, all_rows)
+        return h_RD[repeat_N]
 
     def advance(self) -> Tensor:
-        """Feed every row its last token; the logits of the next one [R, V]."""
+        """Feed every row its last token; their last hidden states [R, D]."""
         for row in self.rows:
             row.length += 1
         ids_R1 = torch.tensor([[row.last] for row in self.rows])
@@ -280,18 +341,34 @@ class _Batch:
         self.cache.drop(holes_N, movers_N, stay, columns)
 
     def _forward(self, ids_RT: Tensor, lengths: list[int], adapters: list[str | None], cache) -> Tensor:
-        """Logits [R, V] at the last column. `lengths`: columns in use by each row, `ids_RT` included."""
+        """Hidden states [R, D] at the last column. `lengths`: columns in use by each row, `ids_RT` included.
+
+        The model's own forward would hand its head the strided slice h[:, -1:], for which oneDNN copies the
+        head's weight once per row (V = 151,936, 300 rows: 100 GB). So the decoder runs alone, and h is dense.
+        """
         columns = cache.get_seq_length() + ids_RT.shape[1]
         length_R1 = torch.tensor(lengths, device=self.device)[:, None]
         position_RT = torch.arange(columns, device=self.device) - (columns - length_R1)
         # no_grad, not inference_mode: a buffer made under inference_mode would spoil a later training step
         with torch.no_grad(), mixed(self.layers, adapters):
-            out = self.model(
+            out = self.decoder(
                 input_ids=ids_RT.to(self.device),
                 attention_mask=(position_RT >= 0).long(),
                 position_ids=position_RT[:, -ids_RT.shape[1] :].clamp(min=0),
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
             )
-        return out.logits[:, -1]
+        return out.last_hidden_state[:, -1].contiguous()
+
+
+def _chunks(distinct: list[_Key]) -> Iterator[list[_Key]]:
+    """`distinct` in parts of at most PREFILL_TOKENS, padding included, or of one prompt."""
+    while distinct:
+        width, count = 0, 0
+        for prompt, _ in distinct:
+            width = max(width, len(prompt))
+            if count and (count + 1) * width > PREFILL_TOKENS:
+                break
+            count += 1
+        yield distinct[:count]
+        distinct = distinct[count:]

@@ -38,11 +38,27 @@ class Head:
             "softcap": self.softcap,
         }
 
+    @property
+    def row_bytes(self) -> int:
+        """Memory of one position in `raw_logits`, work arrays included."""
+        V, size = self.weight_VD.shape[0], self.weight_VD.element_size()
+        return V * size if self._plain else V * (size + 3 * 4)
+
+    @property
+    def _plain(self) -> bool:
+        return self.logit_scale == 1.0 and self.softcap is None
+
+    def raw_logits(self, h_ND: torch.Tensor) -> torch.Tensor:
+        """Full logits [N, V] for a few positions; in the head's dtype, float32 with a scale or a softcap."""
+        z_NV = torch.nn.functional.linear(h_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
+        if self._plain:
+            return z_NV
+        z_NV = z_NV.float() * self.logit_scale
+        return z_NV if self.softcap is None else self.softcap * torch.tanh(z_NV / self.softcap)
+
     def logits(self, h_ND: torch.Tensor) -> torch.Tensor:
         """Full logits [N, V] in float32, for a few positions only."""
-        z_NV = torch.nn.functional.linear(h_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V).float()
-        z_NV = z_NV * self.logit_scale
-        return z_NV if self.softcap is None else self.softcap * torch.tanh(z_NV / self.softcap)
+        return self.raw_logits(h_ND).float()
 
 
 def bare(model: Any) -> Any:

@@ -21,6 +21,7 @@ from ..runs.atomic import MANIFEST, damage
 from .hardware import Hardware, choose
 from .head import bare
 from .limits import refuse_running_state
+from .memory import free_memory
 from .tiny import TINY_DIR
 
 NO_CODE = {"trust_remote_code": False}
@@ -107,11 +108,15 @@ def count_parameters(model_config: Any) -> int:
 
 
 def load_base(
-    config: ModelConfig, device: torch.device | None = None, shardable: bool = False
+    config: ModelConfig,
+    device: torch.device | None = None,
+    shardable: bool = False,
+    for_answers: bool = False,
 ) -> tuple[Any, Hardware]:
     """A frozen causal LM in eval mode on its device, and the hardware rule that was applied.
 
     `shardable`: left on the CPU, 4-bit weights stored as elements of the compute dtype (`sharding.py`).
+    `for_answers`: its 4-bit layers unpacked as `config.unpack` says, so that no decoding step unpacks them.
     Raises ModelError when there is no such model.
     """
     from transformers import AutoModelForCausalLM
@@ -130,8 +135,39 @@ def load_base(
     except (OSError, ValueError) as error:
         raise _not_found(config, "no weights of", error) from None
     _keep_differentiable(model)
+    if for_answers and _wants_unpacked(model, config.unpack):
+        _unpack_layers(model)
     model.requires_grad_(False)
     return model.eval(), hardware
+
+
+def _wants_unpacked(model: Any, unpack: bool | str) -> bool:
+    """`auto`: on a CPU, where the plain layers take at most half of the free memory.
+
+    On CUDA bitsandbytes multiplies by the 4-bit numbers themselves, which reads a quarter of the memory.
+    """
+    if unpack != "auto":
+        return bool(unpack)
+    size = sum(m.in_features * m.out_features for _, m in _4bit_layers(model)) * model.dtype.itemsize
+    return model.device.type == "cpu" and size <= free_memory(model.device) // 2
+
+
+def _4bit_layers(model: Any) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "quant_state")]
+
+
+def _unpack_layers(model: Any) -> None:
+    """Put a plain layer of the same numbers, in the compute dtype, in the place of each 4-bit one.
+
+    On a CPU a 4-bit layer multiplies by exactly these numbers, unpacked at each call: answers stay the same.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    for name, packed in _4bit_layers(model):
+        plain = torch.nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
+        weight = dequantize_4bit(packed.weight, packed.weight.quant_state).to(packed.compute_dtype)
+        plain.weight, plain.bias = torch.nn.Parameter(weight, requires_grad=False), packed.bias
+        model.set_submodule(name, plain)
 
 
 def unpack(config: ModelConfig, dtype: torch.dtype, folder: Path) -> None:

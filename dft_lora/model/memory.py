@@ -131,6 +131,15 @@ def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that new tensors may take on `device` now; on a CPU what Linux calls available, else 8 GB."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    facts = Path("/proc/meminfo")
+    lines = facts.read_text().splitlines() if facts.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 2**33)
+
+
 def memory_of(device: torch.device) -> Memory:
     """What the machine sees of work on `device`."""
     return DeviceMemory(device) if device.type == "cuda" else ProcessMemory()

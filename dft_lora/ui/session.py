@@ -155,7 +155,7 @@ class Session:
         self.renderer = renderer_of(folders, recipes)
         names = unique_names(folders)
         adapters = {n: f.adapter for n, f in zip(names, folders, strict=True) if f.has_adapter}
-        base, self.hardware = load_base(recipes[0].model)
+        base, self.hardware = load_base(recipes[0].model, for_answers=True)
         self.head = check_head(base)
         self.model = load_adapters(base, adapters)
         self.adapters: dict[str, str | None] = {n: n if n in adapters else None for n in names}
