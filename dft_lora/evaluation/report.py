@@ -51,8 +51,14 @@ def build(
         "paired": _with_holm([entry for entries in pairs for entry in entries]),
         "tokens": token_figures(dict(zip(names, folders, strict=True))),
         "steps": {name: steps(folder) for name, folder in zip(names, folders, strict=True)},
-        "provenance": certificate(),
+        "provenance": certificate(**_weights(folders)),
     }
+
+
+def _weights(folders: Sequence[RunFolder]) -> dict[str, str]:
+    """{"weights": how the base's weights are held}, of all runs; empty for runs that do not say."""
+    said = {folder.run().get("provenance", {}).get("weights") for folder in folders} - {None}
+    return {"weights": "; ".join(sorted(said))} if said else {}
 
 
 def _compare(

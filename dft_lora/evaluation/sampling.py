@@ -25,7 +25,7 @@ from ..config import EvaluateConfig, Recipe, digest
 from ..data.templates import Renderer
 from ..errors import RequestError
 from ..model.generate import Completion, Request, generate, rows_that_fit
-from ..model.load import load_adapters, load_base, load_tokenizer
+from ..model.load import load_adapters, load_base, load_tokenizer, weights_of
 from ..provenance import certificate
 from ..run_folder import RunFolder, read_json, read_lines, write_json, write_text
 from ..tasks import get_task
@@ -362,7 +362,7 @@ def base_run(recipe: Recipe, path: str | Path) -> RunFolder:
         recipe=recipe.model_copy(update={"name": folder.name, "output": str(path)}).as_dict(),
         template=renderer.template.name,
         template_hash=renderer.fingerprint,
-        provenance=certificate(),
+        provenance=certificate(weights=weights_of(recipe.model)),
     )
     return folder
 

@@ -16,8 +16,10 @@ import torch
 from ..config import AdapterConfig, ModelConfig
 from ..errors import ModelError
 from ..sealed import MANIFEST, damage
+from . import gguf
 from .hardware import Hardware, choose
 from .head import bare
+from .known import KNOWN, unpacked_base
 from .tiny import TINY_DIR
 
 NO_CODE = {"trust_remote_code": False}
@@ -29,13 +31,17 @@ CHECKPOINTING_FROM = (
 
 
 def resolve(config: ModelConfig) -> str:
-    """Path or Hub id of a model; `tiny` is the embedded base.
+    """Path or Hub id of a model; `tiny` is the embedded base. A GGUF file is unpacked at the first call.
 
     Raises ModelError for a path that holds no model.
     """
     if config.name == "tiny":
         return str(TINY_DIR)
+    if config.name in KNOWN:
+        return str(unpacked_base(config.name))
     path = Path(config.name)
+    if config.gguf is not None or path.suffix == ".gguf" or path.is_file():
+        return str(gguf.unpacked(_gguf_file(config)))
     if path.exists() and not (path / "config.json").is_file():
         raise ModelError(f"model.name: {config.name!r} holds no config.json")
     if not path.exists() and (config.name.startswith((".", "/", "~")) or config.name.count("/") != 1):
@@ -43,6 +49,34 @@ def resolve(config: ModelConfig) -> str:
             f"model.name: no folder {config.name!r}, and it is not a Hub id of the form owner/name"
         )
     return config.name
+
+
+def _gguf_file(config: ModelConfig) -> Path:
+    """The GGUF file that a recipe names: itself, in a folder, or in a Hub repository."""
+    path = Path(config.name)
+    if config.gguf is None:
+        return path
+    if path.is_dir():
+        return path / config.gguf
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(hf_hub_download(config.name, config.gguf, revision=config.revision))
+    except (OSError, HFValidationError) as error:
+        why = _first_line(error)
+        raise ModelError(f"model.gguf: no {config.gguf!r} in {config.name!r} ({why})") from None
+
+
+def weights_of(config: ModelConfig) -> str:
+    """How the weights are held, in words: `nf4`, or `nf4 over Q4_K_M: quantized twice`."""
+    held, origin = config.quantization, gguf.facts(resolve(config))
+    if origin is None:
+        return held if held == "nf4" else "not quantized"
+    kind = origin["quantization"]
+    if kind in gguf.FLOATS:
+        return f"{held} over {kind}" if held == "nf4" else f"{kind}, not quantized"
+    return f"{held} over {kind}: quantized twice" if held == "nf4" else f"{kind}, unpacked"
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

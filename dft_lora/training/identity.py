@@ -11,6 +11,7 @@ import torch
 
 from ..config import ModelConfig
 from ..errors import RequestError
+from ..model import gguf
 from ..model.hardware import choose
 from ..model.load import count_parameters, load_model_config, resolve
 from .plan import Plan
@@ -57,7 +58,7 @@ def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], extend
 
 
 def base_fingerprint(config: ModelConfig) -> str:
-    """Which weights these are: the Hub's commit; for a folder, a hash over its config and weight files.
+    """Which weights these are: the Hub's commit, a GGUF file's sha256, or a folder's config and weights, hashed.
 
     Of each weight file the size and 64 blocks of 64 KB spread evenly over it are hashed (all of a small one):
     another training run changes every block, and a 16 GB base takes no longer than a small one.
@@ -65,6 +66,8 @@ def base_fingerprint(config: ModelConfig) -> str:
     sha, folder = hashlib.sha256(), Path(resolve(config))
     if not folder.is_dir():
         return getattr(load_model_config(config), "_commit_hash", None) or f"{config.name}@{config.revision}"
+    if (origin := gguf.facts(folder)) is not None:
+        return origin["sha256"]
     for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = file.stat().st_size
         sha.update(f"{file.name} {size}\n".encode())

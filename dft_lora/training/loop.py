@@ -31,6 +31,7 @@ from ..loss import REFERENCE_NEEDS, TokenScores, chunk_rows, token_logps
 from ..model.attention import choose_arrangement
 from ..model.backends import build, prepare
 from ..model.hardware import peak_memory_mb
+from ..model.load import weights_of
 from ..model.memory import give_back_large_blocks
 from ..model.sharding import held_mb
 from ..plots import curves
@@ -400,6 +401,7 @@ class Trainer:
         return certificate(
             device=self.hardware.name,
             dtype=dtype_name(self.hardware.dtype),
+            weights=weights_of(self.recipe.model),
             processes=self.ranks.world,
             seed=self.recipe.train.seed,
         )
