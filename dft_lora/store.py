@@ -48,7 +48,7 @@ def keep(entry: Path, files: Iterable[tuple[str, bytes]], room: int, purpose: st
             free = shutil.disk_usage(entry.parent).free
             if free < room:
                 raise RunError(
-                    f"{purpose}: {entry.parent} has {free / 1e6:,.0f} MB free, {room / 1e6:,.0f} MB are needed; "
+                    f"{purpose}: {entry.parent} has {free / 1e6:,.0f} MB free and needs {room / 1e6:,.0f}; "
                     "make room, or name another folder with DFT_LORA_CACHE"
                 )
             write_sealed(entry, files)

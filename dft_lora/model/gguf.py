@@ -172,6 +172,8 @@ def _bytes_of(path: Path, name: str, shape: tuple[int, ...], kind: int) -> int:
 def weights(stored: Stored, offset: float = 0.0) -> Any:
     """A tensor's weights less `offset` in float16, made in chunks of rows: only a chunk is ever in float32.
 
+    Not bfloat16: rounded to it, 0.3 % of the weights of SmolLM2 (Gemma: 0.2 %) take another nf4 level than
+    the exact ones; after float16 0.05 % (0.02 %), measured over three layers.
     Raises NotImplementedError for a type that cannot be unpacked.
     """
     import torch
@@ -273,8 +275,9 @@ def model_config(file: GgufFile) -> Any:
     if file.get("attention.value_length", head_dim) != head_dim:
         raise ModelError(f"{file.path}: heads of different widths for keys and values are not supported")
     special = {
-        f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
-        for name, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+        f"{name}_id": file.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        for name, theirs in SPECIAL_TOKENS.items()
+        if name != "unk_token"
     }
     fields = {
         "model_type": layout.model_types[0],
@@ -505,6 +508,7 @@ def _check_tokenizer(file: GgufFile) -> None:
         )
 
 
+SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 PROBE = "def f(x):\n\treturn x  + 1234.5\n\n\nIt's  naïve, 2,000 € — 日本語 or 😀?"
 
 
@@ -517,20 +521,45 @@ def _save_tokenizer(file: GgufFile, folder: Path) -> None:
 
     try:
         # Not from_pretrained: it prefers a tokenizer.json that happens to lie beside the file.
-        tokenizer = PreTrainedTokenizerFast(
+        built = PreTrainedTokenizerFast(
             name_or_path=str(file.path.parent.absolute()), gguf_file=file.path.name
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError) as error:
         raise ModelError(f"{file.path}: no tokenizer can be built from it ({error})") from None
+    tokens = file.metadata["tokenizer.ggml.tokens"]
+    backend, split = _only(built.backend_tokenizer, len(tokens)), file.metadata.get("tokenizer.ggml.pre")
     if file.metadata["tokenizer.ggml.model"] == "gpt2":
-        split = file.metadata["tokenizer.ggml.pre"]
-        tokenizer.backend_tokenizer.pre_tokenizer = _split(split)
-        if split == "llama-bpe" and "tokenizer.ggml.add_bos_token" not in file.metadata:
-            tokenizer.add_bos_token = True  # what llama.cpp does for this split
+        backend.pre_tokenizer = _split(split)
+    ids = {
+        name: file.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        for name, theirs in SPECIAL_TOKENS.items()
+    }
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=file.metadata.get("tokenizer.chat_template"),
+        # Where the file does not say: what llama.cpp does for this kind.
+        add_bos_token=file.metadata.get(
+            "tokenizer.ggml.add_bos_token",
+            file.metadata["tokenizer.ggml.model"] == "llama" or split == "llama-bpe",
+        ),
+        **{name: None if i is None else tokens[i] for name, i in ids.items()},
+    )
     tokenizer.save_pretrained(folder)
     back = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if back(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
         raise ModelError(f"{file.path}: its tokenizer reads back differently as a {type(back).__name__}")
+
+
+def _only(backend: Any, count: int) -> Any:
+    """A tokenizer without the tokens beyond the first `count`: transformers adds GPT-2's end of text."""
+    from tokenizers import Tokenizer
+
+    spelled = json.loads(backend.to_str())
+    spelled["added_tokens"] = [token for token in spelled["added_tokens"] if token["id"] < count]
+    vocabulary = spelled["model"]["vocab"] | {t["content"]: t["id"] for t in spelled["added_tokens"]}
+    if spelled["model"].get("unk_token") not in vocabulary:
+        spelled["model"]["unk_token"] = None
+    return Tokenizer.from_str(json.dumps(spelled))
 
 
 def _split(name: str) -> Any:

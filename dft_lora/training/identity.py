@@ -58,7 +58,7 @@ def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], extend
 
 
 def base_fingerprint(config: ModelConfig) -> str:
-    """Which weights these are: the Hub's commit, a GGUF file's sha256, or a folder's config and weights, hashed.
+    """Which weights these are: the Hub's commit, a GGUF file's sha256, or a hash of a folder's files.
 
     Of each weight file the size and 64 blocks of 64 KB spread evenly over it are hashed (all of a small one):
     another training run changes every block, and a 16 GB base takes no longer than a small one.
