@@ -55,7 +55,7 @@ def write_gguf(
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_type("model")
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
+    writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if kind == 'F32' else 'MOSTLY'}_{kind}"])
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     rope = config.rope_parameters

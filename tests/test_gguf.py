@@ -25,12 +25,14 @@ from gguf_files import SPM, paired, write_gguf
 
 from dft_lora.cli import main
 from dft_lora.config import ModelConfig, load_recipe, parse_recipe
+from dft_lora.data.templates import Renderer
 from dft_lora.errors import ModelError, RecipeError, RequestError, RunError
 from dft_lora.export import to_llama_cpp
 from dft_lora.model import gguf, known
 from dft_lora.model.load import load_adapters, load_base, load_tokenizer, resolve, weights_of
 from dft_lora.model.tiny import TINY_DIR
 from dft_lora.run_folder import RunFolder
+from dft_lora.tasks import get_task
 from dft_lora.training.identity import base_fingerprint
 from dft_lora.training.loop import train
 
@@ -503,7 +505,7 @@ def test_terms_at_a_terminal(index, monkeypatch):
 
     for answer, expected in ((b"n\n", b"were not accepted"), (b"y\n", b"accepted it")):
         script = (
-            "import sys; sys.path.insert(0, 'tests'); from dft_lora.errors import RequestError\n"
+            "from dft_lora.errors import RequestError\n"
             "from dft_lora.model import known\n"
             "terms = known.Terms('Terms', 'https://terms', 'carrier_terms==1.0', 'terms.html', 'ACCEPT_IT')\n"
             "try:\n    known.accept('gemma-3-270m', terms); print('accepted it')\n"
@@ -572,29 +574,48 @@ def greedy_ids(model, ids: list[int], tokens: int) -> list[int]:
     return ids[-tokens:]
 
 
-def completion(ids: list[int], tokens: int) -> list:
-    return ["/completion", {"prompt": ids, "n_predict": tokens, "temperature": 0, "return_tokens": True}]
+def completion(ids: list[int], tokens: int, **more) -> list:
+    body = {"prompt": ids, "n_predict": tokens, "temperature": 0, "return_tokens": True}
+    return ["/completion", body | more]
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "llama-3"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_llama_cpp_and_we_answer_alike_over_every_layout_with_and_without_an_adapter(layout, tmp_path):
     """Greedy over a random model: a wrong order of rows, rope or scale shows at once."""
     from peft import LoraConfig, get_peft_model
 
     architecture, name, changes, metadata = LAYOUTS[layout]
+    if layout == "mistral":  # llama.cpp does not read a window there; here one that is never full
+        changes, metadata = changes | {"sliding_window": 256}, {"attention__sliding_window": 256}
     model = make(name, **changes)
     file = write_gguf(tmp_path / "model.gguf", model, architecture, kind="F32", **metadata)
     ids = [int(i) for i in torch.arange(20) * 13 % (model.config.vocab_size - 300) + 260]
     (answer,) = llama_cpp(file, [completion(ids, 12)])
-    assert answer["tokens"] == greedy_ids(model, ids, len(answer["tokens"])) and len(answer["tokens"]) > 4
+    assert answer["tokens"] == greedy_ids(model, ids, 12)
 
     lora = LoraConfig(r=4, lora_alpha=24, target_modules="all-linear", init_lora_weights=False)
     adapted = get_peft_model(model, lora).eval()
     adapted.save_pretrained(tmp_path / "adapter")
     gguf.write_adapter(tmp_path / "adapter", model.config, tmp_path / "adapter.gguf")
-    (answer,) = llama_cpp(file, [completion(ids, 12)], tmp_path / "adapter.gguf")
-    assert answer["tokens"] == greedy_ids(adapted, ids, len(answer["tokens"])) and len(answer["tokens"]) > 4
+    (changed,) = llama_cpp(file, [completion(ids, 12)], tmp_path / "adapter.gguf")
+    assert changed["tokens"] == greedy_ids(adapted, ids, 12) != answer["tokens"]
+
+
+@pytest.mark.real
+def test_a_trained_run_answers_in_llama_cpp_as_it_does_here(trained, tmp_path, tiny_model):
+    """Greedy answers to four problems: base and exported adapter there, base and adapter here, in float32."""
+    adapter, _ = to_llama_cpp(trained)
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_model, "llama", kind="F32")
+    config = ModelConfig(quantization="none", dtype="float32")
+    model = load_adapters(load_base(config)[0], {"default": trained.adapter})
+    renderer = Renderer(load_tokenizer(config), trained.run()["template"])
+    problems = get_task("arithmetic").problems("test")[:4]
+    prompts = [renderer.prompt_ids(problem.messages) for problem in problems]
+    answers = llama_cpp(file, [completion(prompt, 24) for prompt in prompts], adapter)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        theirs = answer["tokens"]
+        assert theirs == greedy_ids(model, prompt, len(theirs)) and len(theirs) >= 4
 
 
 TEXT = (
@@ -618,7 +639,7 @@ def shared_cache(monkeypatch):
 @pytest.mark.real
 @pytest.mark.parametrize(("name", "nll"), [("smollm2-135m", 2.74), ("gemma-3-270m", 2.53)])
 def test_a_real_base_reads_english_and_agrees_with_llama_cpp(name, nll, shared_cache, tmp_path):
-    """Ids of texts, plain NLL of a paragraph, and greedy answers with an adapter over it."""
+    """Ids of texts, plain NLL of a paragraph, next tokens without and with an adapter over it."""
     from peft import LoraConfig, get_peft_model
 
     config = ModelConfig(name=name, quantization="none", dtype="float32")
@@ -638,8 +659,21 @@ def test_a_real_base_reads_english_and_agrees_with_llama_cpp(name, nll, shared_c
     adapted.save_pretrained(tmp_path / "adapter")
     gguf.write_adapter(tmp_path / "adapter", model.config, tmp_path / "adapter.gguf")
     prompts = [tokenizer(text)["input_ids"] for text in ("1+1=2\n3+5=8\n4+2=", "The capital of France is")]
-    asked = [completion(prompt, 10) for prompt in prompts]
-    for subject, path in ((adapted.base_model, tmp_path / "adapter.gguf"),):
-        answers = llama_cpp(file, asked, path)
-        for prompt, answer in zip(prompts, answers, strict=True):
-            assert answer["tokens"] == greedy_ids(subject, prompt, len(answer["tokens"]))
+    asked = [completion(prompt, 1, n_probs=20) for prompt in prompts]
+    with adapted.disable_adapter():
+        unchanged = [top_logps(adapted, *pair) for pair in zip(prompts, llama_cpp(file, asked), strict=True)]
+    answers = llama_cpp(file, asked, tmp_path / "adapter.gguf")
+    for prompt, answer, (theirs_20, ours_20) in zip(prompts, answers, unchanged, strict=True):
+        assert (theirs_20 - ours_20).abs().mean() < 0.25  # llama.cpp rounds activations to 8 bits
+        theirs_20, ours_20 = top_logps(adapted, prompt, answer)
+        with adapted.disable_adapter():
+            _, without_20 = top_logps(adapted, prompt, answer)
+        assert (theirs_20 - ours_20).abs().mean() < 0.25 < 3 * (theirs_20 - without_20).abs().mean()
+
+
+def top_logps(model, prompt: list[int], answer: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p of the 20 next tokens that llama.cpp finds likeliest: there and here."""
+    listed = answer["completion_probabilities"][0]["top_logprobs"]
+    with torch.no_grad():
+        logp_V = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+    return torch.tensor([entry["logprob"] for entry in listed]), logp_V[[entry["id"] for entry in listed]]
