@@ -414,17 +414,17 @@ def push(run_dir: str, repository: str, merged: str | None, public: bool) -> Non
 
 @main.command()
 @run_argument
-@click.option("--to", "target", required=True, type=click.Choice(["vllm", "gguf", "ollama"]))
+@click.option("--to", "target", required=True, type=click.Choice(["vllm", "llama.cpp", "gguf", "ollama"]))
 @click.option("--merged", type=UserPath(), help="The merged model (gguf, ollama).")
-@click.option("--out", type=UserPath(), help="The GGUF file; beside the merged model by default.")
+@click.option("--out", type=UserPath(), help="The GGUF file; by default in RUN_DIR or the merged model.")
 @click.option("--quantize", metavar="TYPE", help="Quantise with llama-quantize, such as Q4_K_M.")
 @click.option("--llama-cpp", type=UserPath(), help="A checkout of llama.cpp; LLAMA_CPP by default.")
 def export(run_dir, target, merged, out, quantize, llama_cpp) -> None:
-    """Hand a run to another engine: vLLM's command line, a GGUF file, or a model in Ollama.
+    """Hand a run to another engine: vLLM's command line, llama.cpp's adapter, a GGUF file, a model in Ollama.
 
     Example: dft-lora export runs/tiny_dft --to vllm
     """
-    from .export import to_gguf, to_ollama, vllm_command
+    from .export import to_gguf, to_llama_cpp, to_ollama, vllm_command
     from .runs.folder import RunFolder
 
     run = RunFolder.open(run_dir)
@@ -432,6 +432,11 @@ def export(run_dir, target, merged, out, quantize, llama_cpp) -> None:
         from .model.load import resolve
 
         click.echo(vllm_command(run, resolve(run.recipe().model)))
+        return
+    if target == "llama.cpp":
+        adapter, command = to_llama_cpp(run, Path(out) if out else None)
+        click.echo(command, err=True)
+        click.echo(adapter)
         return
     if merged is None:
         raise RequestError(f"--merged: {target} needs a merged model; dft-lora merge {run_dir} OUT makes one")

@@ -69,13 +69,23 @@ class ModelConfig(Part):
     """Which base model, and how it is held in memory."""
 
     name: str = "tiny"
-    """A path, a Hub id, or `tiny`, the embedded base."""
+    """A folder, a .gguf file, a Hub id, or a base known by name: `tiny`, `smollm2-135m`, `gemma-3-270m`."""
+    gguf: str | None = None
+    """The .gguf file in a Hub repository, or folder, that holds several."""
     revision: str | None = None
     backend: Literal["plain", "unsloth"] = "plain"
     quantization: Literal["nf4", "none"] = "nf4"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     unpack: Literal["auto"] | bool = "auto"
     """Answering with 4-bit layers unpacked once: same answers, more memory; auto: on a CPU, where it fits."""
+
+    @model_validator(mode="after")
+    def _one_gguf_file(self):
+        if self.gguf is not None and not self.gguf.endswith(".gguf"):
+            raise ValueError(f"model.gguf: {self.gguf!r} is no .gguf file")
+        if self.gguf is not None and self.name.endswith(".gguf"):
+            raise ValueError("model.gguf: model.name is a .gguf file already; give one of the two")
+        return self
 
 
 class AdapterConfig(Part):

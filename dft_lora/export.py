@@ -205,6 +205,31 @@ def vllm_command(run: RunFolder, base: str | None = None) -> str:
     )
 
 
+def to_llama_cpp(run: RunFolder, out: Path | None = None) -> tuple[Path, str]:
+    """The adapter as a GGUF file for llama.cpp, by default in the run folder, and the command that loads it.
+
+    Raises RequestError when there is no adapter, `out` exists, or llama.cpp has no place for a part of it.
+    """
+    from .model.gguf import write_adapter
+    from .model.load import gguf_file, load_model_config
+
+    if not run.has_adapter:
+        raise RequestError(f"{run.path}: no adapter to export; the run has not finished")
+    out = out or run.path / f"{run.name}.adapter.gguf"
+    if out.exists():
+        raise RequestError(f"{out} exists; name another file with --out")
+    model = run.recipe().model
+    aside = out.with_name(f".{out.name}.new")
+    try:
+        write_adapter(run.adapter, load_model_config(model), aside)
+        aside.rename(out)
+    except OSError as error:
+        raise RunError(f"{out} could not be written ({error.strerror or error})") from None
+    finally:
+        aside.unlink(missing_ok=True)
+    return out, f"llama-cli -m {gguf_file(model) or 'BASE.gguf'} --lora {out}"
+
+
 def to_gguf(merged: Path, out: Path, llama_cpp: Path | None = None, quantize: str | None = None) -> Path:
     """A merged model as a GGUF file, by llama.cpp's own converter; `quantize`: such as Q4_K_M.
 

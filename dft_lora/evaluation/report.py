@@ -52,7 +52,7 @@ def build(
         "paired": _with_holm([entry for entries in pairs for entry in entries]),
         "tokens": token_figures(dict(zip(names, folders, strict=True))),
         "steps": {name: steps(folder) for name, folder in zip(names, folders, strict=True)},
-        "provenance": certificate(),
+        "provenance": certificate(**_weights(folders)),
     }
 
 
@@ -73,6 +73,12 @@ def _mean(lines: Sequence[Mapping[str, Any]], key: str) -> float | None:
     """The mean of a figure over the steps that have it: a skipped step logs None."""
     values = [line[key] for line in lines if line[key] is not None]
     return sum(values) / len(values) if values else None
+
+
+def _weights(folders: Sequence[RunFolder]) -> dict[str, str]:
+    """{"weights": how the base's weights are held}, of all runs; empty for runs that do not say."""
+    said = {folder.run().get("provenance", {}).get("weights") for folder in folders} - {None}
+    return {"weights": "; ".join(sorted(said))} if said else {}
 
 
 def _compare(

@@ -27,7 +27,7 @@ from ..errors import Interrupted, RequestError
 from ..model.fingerprint import base_fingerprint
 from ..model.generate import Completion, Request, generate
 from ..model.head import check_head
-from ..model.load import load_adapters, load_base, load_tokenizer
+from ..model.load import load_adapters, load_base, load_tokenizer, weights_of
 from ..runs.folder import RunFolder, open_runs, read_json, read_lines, write_json, write_text, writing
 from ..runs.provenance import certificate
 from ..tasks import get_task
@@ -457,7 +457,7 @@ def base_run(recipe: Recipe, path: str | Path) -> RunFolder:
         template=renderer.template.name,
         template_hash=renderer.fingerprint,
         base=base_fingerprint(recipe.model),
-        provenance=certificate(),
+        provenance=certificate(weights=weights_of(recipe.model)),
     )
     return folder
 

@@ -89,7 +89,8 @@ def markdown(report: dict[str, Any]) -> str:
         )
     birth = report["provenance"]
     made = f"Made by `{birth['command']}` on {birth['date']}, commit {birth['commit']}"
-    parts += [f"{made}, torch {birth['versions']['torch']}."]
+    weights = f", base {birth['weights']}" if "weights" in birth else ""
+    parts += [f"{made}, torch {birth['versions']['torch']}{weights}."]
     return "\n\n".join(parts) + "\n"
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from ..config import ModelConfig
 from ..errors import ModelError
+from . import gguf
 from .load import load_model_config, resolve
 
 BLOCK, BLOCKS = 2**16, 64
 
 
 def base_fingerprint(config: ModelConfig) -> str:
-    """Which weights these are: the Hub's commit; for a folder, a hash over its config and weight files.
+    """Which weights these are: the Hub's commit, a GGUF file's sha256, or a hash of a folder's files.
 
     Of each weight file the size and 64 blocks of 64 KB spread evenly over it are hashed (all of a small one):
     another training run changes every block, and a 16 GB base takes no longer than a small one.
@@ -33,6 +34,8 @@ def local_fingerprint(config: ModelConfig) -> str | None:
         return None
     if not folder.is_dir():
         return None
+    if (origin := gguf.facts(folder)) is not None:
+        return origin["sha256"]
     files = sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")])
     return _hash(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 

@@ -18,8 +18,10 @@ from ..config import AdapterConfig, ModelConfig
 from ..errors import ModelError
 from ..hub import unreachable
 from ..runs.atomic import MANIFEST, damage
+from . import gguf
 from .hardware import Hardware, choose
 from .head import bare
+from .known import KNOWN, known_file, unpacked_base
 from .limits import refuse_running_state
 from .memory import free_memory
 from .tiny import TINY_DIR
@@ -33,12 +35,16 @@ CHECKPOINTING_FROM = (
 
 
 def resolve(config: ModelConfig) -> str:
-    """Path or Hub id of a model; `tiny` is the embedded base.
+    """Path or Hub id of a model; `tiny` is the embedded base. A GGUF file is unpacked at the first call.
 
     Raises ModelError for a path that holds no model.
     """
     if config.name == "tiny":
         return str(TINY_DIR)
+    if config.name in KNOWN:
+        return str(unpacked_base(config.name))
+    if (file := gguf_file(config)) is not None:
+        return str(gguf.unpacked(file))
     path = Path(config.name)
     found = os.path.exists(path)
     if found and not (path / "config.json").is_file():
@@ -69,6 +75,39 @@ def _not_found(config: ModelConfig, what: str, error: Exception) -> ModelError:
         f"model.name: {what} {config.name!r} in the local cache, and {why}; connect, or give a folder "
         "that holds the model"
     )
+
+
+def gguf_file(config: ModelConfig) -> Path | None:
+    """The GGUF file that a recipe names: by path, known name, or in a folder or Hub repository; else None.
+
+    Raises ModelError where a Hub repository does not give it.
+    """
+    if config.name in KNOWN:
+        return known_file(config.name)
+    path = Path(config.name).expanduser()
+    if config.gguf is None:
+        return path if path.suffix == ".gguf" or path.is_file() else None
+    if path.is_dir():
+        return path / config.gguf
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(hf_hub_download(config.name, config.gguf, revision=config.revision))
+    except (OSError, HFValidationError) as error:
+        why = _first_line(error)
+        raise ModelError(f"model.gguf: no {config.gguf!r} in {config.name!r} ({why})") from None
+
+
+def weights_of(config: ModelConfig) -> str:
+    """How the weights are held, in words: `nf4`, or `nf4 over Q4_K_M: quantized twice`."""
+    held, origin = config.quantization, gguf.facts(resolve(config))
+    if origin is None:
+        return held if held == "nf4" else "not quantized"
+    kind = origin["quantization"]
+    if kind in gguf.FLOATS:
+        return f"{held} over {kind}" if held == "nf4" else f"{kind}, not quantized"
+    return f"{held} over {kind}: quantized twice" if held == "nf4" else f"{kind}, unpacked"
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

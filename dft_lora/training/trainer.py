@@ -11,6 +11,7 @@ import torch
 from ..data.batches import examples_of, ungrouped
 from ..errors import RunError
 from ..model.hardware import peak_memory_mb
+from ..model.load import weights_of
 from ..model.sharding import held_mb
 from ..runs.provenance import certificate
 from .checkpoints import Checkpoints, State, random_state, set_random_state
@@ -156,6 +157,7 @@ class Trainer:
         return certificate(
             device=self.learner.hardware.name,
             dtype=dtype_name(self.learner.hardware.dtype),
+            weights=weights_of(self.recipe.model),
             processes=self.ranks.world,
             seed=self.recipe.train.seed,
         )

@@ -190,6 +190,7 @@ def _birth(provenance: Mapping[str, Any] | None) -> str:
     if not provenance:
         return ""
     facts = [provenance.get("command"), provenance.get("date"), f"commit {provenance.get('commit')}"]
+    facts += [f"base {provenance['weights']}"] if "weights" in provenance else []
     return f'<p class="small">Produced by {plain(", ".join(map(str, facts)))}.</p>'
 
 

@@ -1,0 +1,66 @@
+"""The cache folder: what was fetched or unpacked once, `DFT_LORA_CACHE` or `~/.cache/dft-lora`.
+
+Each entry is a sealed folder (`sealed.py`): whole or not there. Two processes that want the same entry take
+turns; the second finds it made.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import RequestError, RunError
+from .sealed import MANIFEST, write_sealed
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("DFT_LORA_CACHE") or "~/.cache/dft-lora").expanduser()
+
+
+def keep(entry: Path, files: Iterable[tuple[str, bytes]], room: int, purpose: str) -> Path:
+    """The sealed folder `entry`, below the cache folder; made from `files` where it is not there yet.
+
+    `files` is consumed only then. `room`: bytes it will take. `purpose`: what is under way, for messages.
+    Raises RequestError for a cache that cannot be written, RunError for a full disk.
+    """
+    from filelock import FileLock, Timeout
+
+    if is_kept(entry):
+        return entry
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(entry.with_name(f".{entry.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another process: {purpose}", file=sys.stderr)
+            lock.acquire()
+    except OSError as error:
+        raise RequestError(
+            f"the cache {entry.parent} cannot be written ({error.strerror or error}); "
+            "DFT_LORA_CACHE names another folder"
+        ) from None
+    try:
+        if not is_kept(entry):
+            free = shutil.disk_usage(entry.parent).free
+            if free < room:
+                raise RunError(
+                    f"{purpose}: {entry.parent} has {free / 1e6:,.0f} MB free and needs {room / 1e6:,.0f}; "
+                    "make room, or name another folder with DFT_LORA_CACHE"
+                )
+            write_sealed(entry, files)
+    except OSError as error:
+        raise RunError(
+            f"{purpose}: {entry.parent} could not be written ({error.strerror or error}); "
+            "make room, or name another folder with DFT_LORA_CACHE"
+        ) from None
+    finally:
+        lock.release()
+    return entry
+
+
+def is_kept(entry: Path) -> bool:
+    return (entry / MANIFEST).is_file()
