@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import RequestError, RunError
-from .sealed import MANIFEST, write_sealed
+from .runs.atomic import MANIFEST, write_sealed
 
 
 def cache_folder() -> Path:

@@ -21,8 +21,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from dft_lora.run_folder import RunFolder
-from dft_lora.training.identity import base_fingerprint
 from gguf_files import SPM, paired, write_gguf
 
 from dft_lora.cli import main
@@ -31,8 +29,10 @@ from dft_lora.data.templates import Renderer
 from dft_lora.errors import ModelError, RecipeError, RequestError, RunError
 from dft_lora.export import to_llama_cpp
 from dft_lora.model import gguf, known
+from dft_lora.model.fingerprint import base_fingerprint
 from dft_lora.model.load import load_adapters, load_base, load_tokenizer, resolve, weights_of
 from dft_lora.model.tiny import TINY_DIR
+from dft_lora.runs.folder import RunFolder
 from dft_lora.tasks import get_task
 from dft_lora.training.loop import train
 

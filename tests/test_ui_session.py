@@ -8,12 +8,12 @@ from statistics import median
 
 import pytest
 import torch
-from dft_lora.run_folder import RunFolder
 from ui_cases import PROBLEM, Forwards, alone, hooks_left, runs, session
 
 from dft_lora.config import ModelConfig
 from dft_lora.errors import RequestError
 from dft_lora.model.load import resolve
+from dft_lora.runs.folder import RunFolder
 from dft_lora.ui.session import MAX_CHARACTERS, Question, Session
 from dft_lora.ui.views import tokens_view
 

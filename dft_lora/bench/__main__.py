@@ -9,7 +9,7 @@ import click
 
 from ..cli import Commands, UserPath
 from ..errors import MissingPart, RequestError
-from ..run_folder import make_writable
+from ..runs.folder import make_writable
 from .table import RESULTS, TABLES, loss_table, packing_table, tables, train_table
 
 POSITIVE = click.IntRange(1)

@@ -17,7 +17,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from ..errors import RequestError, RunError
-from ..run_folder import write_text
+from ..runs.folder import write_text
 from ..store import cache_folder, is_kept, keep
 from . import gguf
 
