@@ -103,8 +103,9 @@ class DataConfig(Part):
     source: str = "arithmetic"
     """A task name, a path to .jsonl/.json/.parquet, or a Hub id."""
     subset: str | None = None
-    """The configuration of a Hub dataset (GSM8K: main)."""
+    """The configuration of a Hub dataset (GSM8K: main); tasks and files have none."""
     split: str = "train"
+    """The split of a task or a Hub dataset; a file has none."""
     prompt: str = "problem"
     completion: str = "solution"
     answer: str | None = None
@@ -112,7 +113,7 @@ class DataConfig(Part):
     A row that has one is trained on unchanged, even where its completion ends in `#### 42`."""
     template: str = "auto"
     sample: int | None = Field(None, ge=1)
-    """Rows drawn at random (with train.seed) instead of all."""
+    """At most so many usable rows, drawn at random (with train.seed), instead of all."""
     max_length: int = Field(2048, ge=2)
     packing: Literal["auto"] | bool = "auto"
     skip_bad_rows: float = Field(0.0, ge=0, le=1)

@@ -254,7 +254,7 @@ def starve(trainer, monkeypatch, where: str, error: Exception) -> None:
     def hook(_module, _arguments, h_BLD):
         if where == "forward":
             too_wide(h_BLD)
-        else:
+        elif h_BLD.requires_grad:  # a look ahead has no backward pass
             h_BLD.register_hook(too_wide)
 
     def narrow_loss(*arguments, chunk_bytes, **more):

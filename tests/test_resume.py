@@ -112,6 +112,20 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, recipe, st
     assert_same(stopped, whole)
 
 
+def test_an_objective_that_looks_at_its_step_first_goes_on_to_the_bit(data, tmp_path):
+    """cadft scores a step before it trains on it: that look leaves no trace that a checkpoint would miss."""
+    train = {"max_steps": 6, "save_steps": 3}
+    path = write_recipe(tmp_path / "r.yaml", data, tmp_path / "run", train=train, objective={"name": "cadft"})
+    assert run("train", str(path))[0] == 0
+    run_dir, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    shutil.copytree(run_dir, undisturbed)
+    shutil.rmtree(run_dir / "adapter")
+    shutil.rmtree(run_dir / "checkpoints" / "step-000006")
+    code, told = run("train", str(path), "--resume")
+    assert code == 0 and "going on after step 3" in told
+    assert_same(run_dir, undisturbed)
+
+
 def test_extending_a_finished_run_goes_on_and_is_remembered(whole, recipe):
     run_dir = recipe.parent / "run"
     shutil.copytree(whole, run_dir)
