@@ -24,6 +24,24 @@ def test_generated_parts_are_fresh():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+def test_the_headline_table_rests_on_three_clean_recordings_of_each_training_set():
+    """One per seed, from clean commits, with one number of threads; the base answers alike in both."""
+    recorded = {}
+    for path in sorted((ROOT / "docs" / "results").glob("demo-*.json")):
+        report = json.loads(path.read_text())
+        birth, split = report["provenance"], report["runs"]["dft"]["data"]["split"]
+        assert report["runs"]["sft"]["data"]["split"] == split
+        assert birth["commit"] and not birth["commit"].endswith("-dirty"), path
+        words = shlex.split(birth["command"])
+        recorded[split, words[words.index("--seed") + 1]] = report
+        assert ("--clean" in words) == (split == "train-clean"), path
+    assert set(recorded) == {(split, seed) for split in ("train", "train-clean") for seed in "012"}
+    assert len({report["provenance"]["omp_num_threads"] for report in recorded.values()}) == 1
+    for seed in "012":
+        one, other = (recorded[split, seed]["runs"]["base"]["tasks"] for split in ("train", "train-clean"))
+        assert one == other
+
+
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 

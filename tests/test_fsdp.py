@@ -88,7 +88,7 @@ def two_of_them(tmp_path, path, *arguments):
 
 
 def test_when_one_is_killed_the_other_ends_and_the_run_goes_on_to_the_bit(tmp_path):
-    settings = {"max_steps": 100, "save_steps": 2, "shard": True}
+    settings = {"max_steps": 40, "save_steps": 2, "shard": True}
     path = recipe(tmp_path, "two", **settings)
     children = start_two("train", str(path))
     checkpoints = Checkpoints(tmp_path / "two" / "checkpoints", keep=3)
