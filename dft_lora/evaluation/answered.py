@@ -6,18 +6,30 @@ Legend: P problems, N samples of each.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import numpy as np
 
 from ..errors import RequestError
-from ..run_folder import RunFolder, read_json
+from ..run_folder import RunFolder, parsing, read_json
 from ..tasks.audit import Audit, audit
 from ..tasks.base import Attempt
 from . import statistics as st
 from .sampling import GREEDY, read_attempts
+
+
+def _damage_is_told(read: Callable[..., Any]) -> Callable[..., Any]:
+    """Files that do not fit together, told by name instead of by a KeyError."""
+
+    @wraps(read)
+    def told(cls: Any, folder: RunFolder, task: str) -> Any:
+        with parsing(folder.evaluation(task)):
+            return read(cls, folder, task)
+
+    return told
 
 
 @dataclass(frozen=True)
@@ -40,8 +52,9 @@ class Answered:
     second_opinion: Audit
 
     @classmethod
+    @_damage_is_told
     def read(cls, folder: RunFolder, task: str) -> Answered:
-        """Raises RequestError when the evaluation is missing or was cut short."""
+        """Raises RequestError when the evaluation is missing, damaged or was cut short."""
         facts_file = folder.evaluation(task).with_suffix(".json")
         if not facts_file.is_file():
             raise RequestError(

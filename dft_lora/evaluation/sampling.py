@@ -27,7 +27,7 @@ from ..errors import RequestError
 from ..model.generate import Completion, Request, generate, rows_that_fit
 from ..model.load import load_adapters, load_base, load_tokenizer
 from ..provenance import certificate
-from ..run_folder import RunFolder, read_json, read_lines, write_json, write_text
+from ..run_folder import RunFolder, parsing, read_json, read_lines, write_json, write_text
 from ..tasks import get_task
 from ..tasks.base import Attempt, Problem, Verdict
 from ..tasks.judge import judge_many
@@ -341,17 +341,18 @@ def read_attempts(file: Path) -> list[Attempt]:
     text = file.read_bytes()
     if not text.endswith(b"\n"):
         file.write_bytes(text[: text.rfind(b"\n") + 1])
-    return [
-        Attempt(
-            line["problem"],
-            line["sample"],
-            line["text"],
-            line["tokens"],
-            line["truncated"],
-            Verdict(line["verdict"], line["extracted"]),
-        )
-        for line in read_lines(file)
-    ]
+    with parsing(file):
+        return [
+            Attempt(
+                line["problem"],
+                line["sample"],
+                line["text"],
+                line["tokens"],
+                line["truncated"],
+                Verdict(line["verdict"], line["extracted"]),
+            )
+            for line in read_lines(file)
+        ]
 
 
 def base_run(recipe: Recipe, path: str | Path) -> RunFolder:
