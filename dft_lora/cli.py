@@ -54,9 +54,9 @@ class UserPath(click.Path):
         text = os.fspath(value)
         try:
             os.stat(text)
-        except (FileNotFoundError, NotADirectoryError) as error:
+        except (FileNotFoundError, NotADirectoryError):
             if not text:
-                self.fail(error.strerror, param, ctx)
+                self.fail("the path is empty; give one", param, ctx)
         except (OSError, ValueError) as error:  # too long, a loop of links, not permitted; a NUL character
             self.fail(f"{text[:80]!r}: {getattr(error, 'strerror', None) or error}", param, ctx)
         return super().convert(value, param, ctx)

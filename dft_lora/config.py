@@ -307,10 +307,12 @@ class _OneOfEach(yaml.SafeLoader):
     """YAML without repeated keys: SafeLoader would keep the last one and say nothing."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if repeated := {name for name in names if names.count(name) > 1 and name != "<<"}:
-            what = f"{', '.join(sorted(repeated))} is given twice"
-            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        names = [key.value for key in keys]
+        for i, key in enumerate(keys):
+            if key.value in names[:i]:
+                what = f"{key.value} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
         return super().construct_mapping(node, deep)
 
 

@@ -127,3 +127,15 @@ def test_own_samples_are_verified_and_made_once(tmp_path):
     date = file.stat().st_mtime_ns
     assert own_samples(recipe, file, samples=2, max_new_tokens=96).stat().st_mtime_ns == date
     assert own_samples(recipe, file, samples=1, max_new_tokens=96).stat().st_mtime_ns != date
+
+
+def test_a_value_with_any_characters_is_one_run_of_its_own_name(tmp_path):
+    sweep = Sweep(
+        recipe="tiny_dft",
+        grid={"model.name": ["./bases/a", "me/b: #1"]},
+        task="arithmetic",
+        output=str(tmp_path / "my: sweep #2"),
+    )
+    recipes = sweep.recipes()
+    assert [recipe.model.name for recipe in recipes.values()] == ["./bases/a", "me/b: #1"]
+    assert {recipe.output_dir.parent for recipe in recipes.values()} == {tmp_path / "my: sweep #2"}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -126,10 +127,12 @@ def _raw_rows(data: DataConfig) -> Iterator[tuple[int, Any]]:
     """Number (from 1) and row; an unreadable line comes as an _Unusable in the row's place."""
     source = data.source
     if not source.endswith(SUFFIXES):
+        if os.path.exists(source):
+            raise DataError(f"data.source {source!r} is not a {', '.join(SUFFIXES)} file; name one")
         yield from _hub_rows(data)
         return
     path = Path(source)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"data.source: no file {source!r}")
     try:
         if path.suffix == ".jsonl":

@@ -28,7 +28,16 @@ from ..model.fingerprint import base_fingerprint
 from ..model.generate import Completion, Request, generate
 from ..model.head import check_head
 from ..model.load import load_adapters, load_base, load_tokenizer, weights_of
-from ..runs.folder import RunFolder, open_runs, read_json, read_lines, write_json, write_text, writing
+from ..runs.folder import (
+    RunFolder,
+    open_runs,
+    parsing,
+    read_json,
+    read_lines,
+    write_json,
+    write_text,
+    writing,
+)
 from ..runs.provenance import certificate
 from ..tasks import get_task
 from ..tasks.base import Attempt, Problem, Verdict
@@ -435,17 +444,18 @@ def read_attempts(file: Path) -> list[Attempt]:
     text = file.read_bytes()
     if not text.endswith(b"\n"):
         file.write_bytes(text[: text.rfind(b"\n") + 1])
-    return [
-        Attempt(
-            line["problem"],
-            line["sample"],
-            line["text"],
-            line["tokens"],
-            line["truncated"],
-            Verdict(line["verdict"], line["extracted"]),
-        )
-        for line in read_lines(file)
-    ]
+    with parsing(file):
+        return [
+            Attempt(
+                line["problem"],
+                line["sample"],
+                line["text"],
+                line["tokens"],
+                line["truncated"],
+                Verdict(line["verdict"], line["extracted"]),
+            )
+            for line in read_lines(file)
+        ]
 
 
 def base_run(recipe: Recipe, path: str | Path) -> RunFolder:

@@ -7,21 +7,33 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import numpy as np
 
 from ..errors import RequestError
 from ..model.fingerprint import local_fingerprint
-from ..runs.folder import RunFolder, read_json
+from ..runs.folder import RunFolder, parsing, read_json
 from ..tasks.audit import Audit, audit
 from ..tasks.base import Attempt
 from . import statistics as st
 from .sampling import GREEDY, other_weights, read_attempts
 
 log = logging.getLogger(__name__)
+
+
+def _damage_is_told(read: Callable[..., Any]) -> Callable[..., Any]:
+    """Files that do not fit together, told by name instead of by a KeyError."""
+
+    @wraps(read)
+    def told(cls: Any, folder: RunFolder, task: str) -> Any:
+        with parsing(folder.evaluation(task)):
+            return read(cls, folder, task)
+
+    return told
 
 
 @dataclass(frozen=True)
@@ -44,8 +56,9 @@ class Answered:
     second_opinion: Audit
 
     @classmethod
+    @_damage_is_told
     def read(cls, folder: RunFolder, task: str) -> Answered:
-        """Raises RequestError when the evaluation is missing, was cut short, or is of other weights."""
+        """Raises RequestError when the evaluation is missing, damaged, cut short, or of other weights."""
         facts, attempts = _complete(folder, task)
         samples, problems = facts["protocol"]["samples"], list(facts["problems"])
         where = {problem: i for i, problem in enumerate(problems)}

@@ -15,6 +15,7 @@ best setting, by sampled accuracy; objectives are never compared by their losses
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -67,6 +68,8 @@ class Sweep(Part):
         for values in product(*self.grid.values()):
             chosen = dict(zip(self.grid, values, strict=True))
             name = "-".join(_label(field, value) for field, value in chosen.items())
+            if name in found:
+                raise RecipeError(f"grid: two runs would be named {name!r}; name each value once")
             changes = [setting(field, value) for field, value in chosen.items()]
             where = [
                 setting("name", name),
@@ -213,6 +216,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 def _label(field: str, value: Any) -> str:
     """A part of a run's name: the value, and the field's last word where the value is a number."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = re.sub(r"[^\w.,=+-]+", "_", text)  # it becomes the name of a folder
     return text if isinstance(value, str) and not _number(value) else f"{field.rpartition('.')[2]}={text}"
 
 

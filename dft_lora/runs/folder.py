@@ -275,6 +275,18 @@ def new_folder(path: Path, where: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def parsing(path: Path) -> Iterator[None]:
+    """Within it, values of `path` that are missing or of another kind become a DataError that names it."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"{path}: not as dft-lora writes it ({type(error).__name__}: {error}); evaluate again with "
+            "--overwrite, or bring it back from a copy"
+        ) from None
+
+
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
