@@ -458,7 +458,7 @@ def doctor(recipe: str | None, changes: tuple[str, ...], as_json: bool) -> None:
 
     Example: dft-lora doctor tiny_dft
     """
-    from .doctor import examine, examine_data
+    from .environment import examine, examine_data
 
     if recipe is None and changes:
         raise RequestError("--set: give the RECIPE that it changes")

@@ -172,7 +172,7 @@ def write_report(
     named = dict(zip(run_names(folders), folders, strict=True))
     _name_tokens(report, folders)
     if out is not None:
-        from .. import plots
+        from ..runs import plots
 
         make_writable(out, "report")
         write_json(out / "report.json", report)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import MissingPart, ModelError, RequestError
-from ..store import cache_folder, is_kept, keep
+from .cache_folder import cache_folder, is_kept, keep
 
 VERSION = 1
 """Of what `unpacked` writes: a change there must not read an older folder."""

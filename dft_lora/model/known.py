@@ -18,8 +18,8 @@ from pathlib import Path
 
 from ..errors import RequestError, RunError
 from ..runs.folder import write_text
-from ..store import cache_folder, is_kept, keep
 from . import gguf
+from .cache_folder import cache_folder, is_kept, keep
 
 
 @dataclass(frozen=True)

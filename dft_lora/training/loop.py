@@ -15,8 +15,8 @@ from ..config import Recipe
 from ..data.doctor import table
 from ..errors import Interrupted
 from ..model.backends import prepare
-from ..plots import curves
 from ..runs.folder import RunFolder
+from ..runs.plots import curves
 from .checkpoints import Checkpoints, State, write_adapter
 from .faults import SaveClock, StopSignals
 from .plan import make_plan

@@ -1,6 +1,6 @@
 """The cache folder: what was fetched or unpacked once, `DFT_LORA_CACHE` or `~/.cache/dft-lora`.
 
-Each entry is a sealed folder (`sealed.py`): whole or not there. Two processes that want the same entry take
+Each entry is a sealed folder (`runs/atomic.py`): whole or not there. Two processes that want the same entry take
 turns; the second finds it made.
 """
 
@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from .errors import RequestError, RunError
-from .runs.atomic import MANIFEST, write_sealed
+from ..errors import RequestError, RunError
+from ..runs.atomic import MANIFEST, write_sealed
 
 
 def cache_folder() -> Path:
