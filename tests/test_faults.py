@@ -25,7 +25,7 @@ from dft_lora.model.load import load_adapters, load_base, load_tokenizer, resolv
 from dft_lora.runs.folder import RunFolder
 from dft_lora.tasks import get_task
 from dft_lora.training import learner as learner_module
-from dft_lora.training import loop
+from dft_lora.training import trainer as trainer_module
 from dft_lora.training.checkpoints import Checkpoints
 from dft_lora.training.faults import LIMIT_IN_A_ROW, Layout, SaveClock, is_out_of_memory
 from dft_lora.training.metrics import Sums
@@ -149,7 +149,7 @@ def test_weights_that_are_not_finite_are_never_written(data, tmp_path):
 
 def _third_update_breaks() -> None:
     """A learning rate that the recipe itself would refuse."""
-    loop.schedule = lambda step, *_: 1.0 if step < 2 else math.inf
+    trainer_module.schedule = lambda step, *_: 1.0 if step < 2 else math.inf
 
 
 @pytest.mark.parametrize(
