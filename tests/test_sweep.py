@@ -9,7 +9,7 @@ from dft_lora.cli import main
 from dft_lora.config import load_recipe
 from dft_lora.errors import Interrupted, RequestError
 from dft_lora.experiments.own_samples import own_samples
-from dft_lora.experiments.sweep import Sweep, run_sweep, train_once
+from dft_lora.experiments.sweep import Sweep, run_sweep
 from dft_lora.runs.folder import RunFolder, read_lines
 from dft_lora.tasks.judge import judge
 from dft_lora.training import loop
@@ -105,8 +105,14 @@ def test_an_interrupted_run_says_how_to_continue(tmp_path, monkeypatch):
         raise Interrupted("runs/sweep/sft: stopped after step 3 of 120", 2)
 
     monkeypatch.setattr(loop, "train", stopped)
-    with pytest.raises(Interrupted, match="step 3 of 120; start it again, it goes on from there") as raised:
-        train_once(load_recipe("tiny_sft", [f"output={tmp_path / 'sft'}"]))
+    sweep = Sweep(
+        recipe="tiny_dft",
+        grid={"objective.name": ["sft"]},
+        task="arithmetic-validation",
+        output=str(tmp_path / "runs"),
+    )
+    with pytest.raises(Interrupted, match="step 3 of 120; run the same command again to continue") as raised:
+        run_sweep(sweep)
     assert raised.value.exit_code == 130 and "--resume" not in str(raised.value)
 
 
