@@ -75,7 +75,9 @@ def rows(tmp_path):
 
 
 def test_wrong_requests_are_refused_before_a_model_is_loaded(tmp_path, rows, monkeypatch):
-    monkeypatch.setattr("dft_lora.model.load.load_base", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "dft_lora.model.backends.load_base", lambda *a, **k: pytest.fail("a model was loaded")
+    )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = f"output={tmp_path / 'run'}"
 
