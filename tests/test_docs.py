@@ -60,7 +60,7 @@ def test_links_lead_to_files_and_headings_that_exist(document):
         assert not anchor or anchor in anchors(linked), target
 
 
-def commands(language=""):
+def commands(language="(?:sh)?"):
     """Lines of the README's fenced blocks that start with a command of ours."""
     blocks = re.findall(r"```" + language + r"\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
