@@ -30,7 +30,7 @@ from ..model.generation_memory import Bound
 from ..model.head import bare, check_head
 from ..model.load import load_base
 from ..model.memory import MIB, memory_of
-from ..provenance import certificate
+from ..runs.provenance import certificate
 from .generation import random_adapters
 
 RANKS = {"first": 8, "second": 16, "third": 8}
