@@ -26,7 +26,7 @@ from .row_statistics import HALF_GAIN, TOP_K, torch_row_sums_
 
 
 class OtherEntries(NamedTuple):
-    """What is known of the entries j != target of each row, relative to the row's shift."""
+    """What is known of the entries j != target of each row, relative to the row's capped shift."""
 
     max_C: Tensor  # max u_j
     lse_C: Tensor  # log sum exp u_j
@@ -115,16 +115,18 @@ def score_rows(
 def chunk_probabilities_(
     u_CV: Tensor, head: Head, h_CD: Tensor, y_C: Tensor, *, write: bool, needs: frozenset[str] = frozenset()
 ) -> tuple[Target, OtherEntries, Tensor]:
-    """Logits of a chunk into the workspace, then their statistics; delta = z_t - shift comes third.
+    """Logits of a chunk into the workspace, then their statistics; delta = z_t - cap(shift) comes third.
 
     The shift is the target's logit rounded to the workspace's dtype: what is subtracted must be the rounded
-    value, and all sums are taken relative to it, or its rounding error would come back.
+    value, and all sums are taken relative to it, or its rounding error would come back. With a soft-cap they
+    are taken relative to the capped shift: the shift itself is larger than any capped logit, and subtracting
+    it would round them to its own unit.
     """
     target = head.targets(h_CD, y_C)
     shift_C = target.raw_C.to(u_CV.dtype)
     head.shifted_logits_(u_CV, h_CD, shift_C)
     others = other_entries_(u_CV, shift_C, y_C, head, write=write, needs=needs)
-    return target, others, target.logit_C - shift_C
+    return target, others, target.logit_C - head.cap(shift_C.to(target.logit_C.dtype))
 
 
 def other_entries_(

@@ -5,7 +5,7 @@
 Everything is computed for j != target. The target's entry is known exactly from a row dot product and is
 joined afterwards, so 1 - p is never formed as a difference (float32 gradient error 1.6e-6 instead of 2.5e-5).
 
-Shapes: C rows of a chunk, V vocabulary, K entries of a top-k. u = z - shift.
+Shapes: C rows of a chunk, V vocabulary, K entries of a top-k. u = z - cap(shift).
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def torch_row_sums_(
     max_C, sum_C, dot_C, square_C = x_BV.new_empty(4, C)
     top_CK = x_BV.new_empty(C, min(TOP_K, V - 1)) if "top_k_entropy" in needs else None
     bias_V = None if head.bias_V is None else head.scale * head.bias_V.to(dtype)
+    origin_C = head.cap(shift_C.to(dtype))
     for start in range(0, C, block):
         c = slice(start, min(start + block, C)) if block > 1 else start
         b = slice(0, min(block, C - start)) if block > 1 else 0
@@ -58,7 +59,7 @@ def torch_row_sums_(
             shift = shift_C[c, None]
             x.add_(shift).div_(head.softcap).tanh_()
             slope = 1 - x * x if write else x
-            x.mul_(head.softcap).sub_(shift)
+            x.mul_(head.softcap).sub_(origin_C[c, None])
         x.scatter_(-1, y_C[c, None], EXCLUDED)
         if top_CK is not None:
             top_CK[c] = x.topk(top_CK.shape[1]).values
