@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from ..config import Recipe
+from ..loss import Head
 from .hardware import Hardware
-from .head import Head, check_head, hidden_states, refuse_adapted_head
+from .head import check_head, hidden_states, refuse_adapted_head
 from .load import add_lora, load_base, set_checkpointing, use_checkpointing
 from .lora_inputs import keep_inputs_narrow
 from .sharding import shard

@@ -1,7 +1,7 @@
 """The cache folder: what was fetched or unpacked once, `DFT_LORA_CACHE` or `~/.cache/dft-lora`.
 
-Each entry is a sealed folder (`runs/atomic.py`): whole or not there. Two processes that want the same entry take
-turns; the second finds it made.
+Each entry is a sealed folder (`runs/atomic.py`): whole or not there. Two processes that want the same entry
+take turns; the second finds it made.
 """
 
 from __future__ import annotations
