@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from .config import Recipe
 from .data.doctor import table
 from .loss.forward import kernel_missing
-from .model.hardware import RULES, choose
+from .model.hardware import RULES, choose, dtype_name
 from .runs.provenance import commit, versions
 
 OPTIONAL = {
@@ -36,8 +36,8 @@ def examine() -> dict[str, str]:
     found |= {package: version or "missing" for package, version in versions().items()}
     found |= {
         "device": f"{small.device} ({small.name})",
-        "dtype, small model": f"{small.dtype} ({small.rule})".replace("torch.", ""),
-        "dtype, large model": f"{large.dtype} ({large.rule})".replace("torch.", ""),
+        "dtype, small model": f"{dtype_name(small.dtype)} ({small.rule})",
+        "dtype, large model": f"{dtype_name(large.dtype)} ({large.rule})",
         "loss row pass": f"torch operations ({why})" if (why := kernel_missing()) else "Triton kernel",
     }
     found |= {f"rule: {rule.where}": rule.consequence for rule in RULES}

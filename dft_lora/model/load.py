@@ -19,7 +19,7 @@ from ..errors import ModelError
 from ..hub import unreachable
 from ..runs.atomic import MANIFEST, damage
 from . import gguf
-from .hardware import Hardware, choose
+from .hardware import Hardware, choose, dtype_name
 from .head import bare
 from .known import KNOWN, known_file, unpacked_base
 from .limits import refuse_running_state
@@ -214,7 +214,7 @@ def unpack(config: ModelConfig, dtype: torch.dtype, folder: Path) -> None:
 
     On the CPU: the device's memory stays free for that engine. Takes 2 bytes a parameter of memory and disk.
     """
-    named = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    named = config.model_copy(update={"dtype": dtype_name(dtype)})
     load_base(named, torch.device("cpu"))[0].dequantize().save_pretrained(folder)
 
 

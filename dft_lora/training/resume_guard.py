@@ -9,7 +9,7 @@ import torch
 
 from ..errors import RequestError
 from ..model.fingerprint import base_fingerprint
-from ..model.hardware import choose
+from ..model.hardware import choose, dtype_name
 from ..model.load import count_parameters, load_model_config
 from .plan import Plan
 
@@ -33,7 +33,7 @@ def identity(plan: Plan, device: torch.device, processes: int) -> dict[str, Any]
         "data": plan.data_hash,
         "template": plan.renderer.fingerprint,
         "base": base_fingerprint(config),
-        "dtype": str(hardware.dtype).removeprefix("torch."),
+        "dtype": dtype_name(hardware.dtype),
         "processes": processes,
     }
 
