@@ -173,7 +173,7 @@ def load_base(
         )
     except (OSError, ValueError) as error:
         raise _not_found(config, "no weights of", error) from None
-    _keep_differentiable(model)
+    keep_differentiable(model)
     if for_answers and _wants_unpacked(model, config.unpack):
         _unpack_layers(model)
     model.requires_grad_(False)
@@ -242,7 +242,7 @@ def _nf4(dtype: torch.dtype, storage: torch.dtype) -> Any:
     )
 
 
-def _keep_differentiable(model: Any) -> None:
+def keep_differentiable(model: Any) -> None:
     """Close bitsandbytes' re-packing trap.
 
     On CPUs with AVX512-BF16 the first forward in eval mode without gradients re-packs each 4-bit

@@ -23,7 +23,7 @@ from ..config import Recipe
 from ..errors import MissingPart, ModelError
 from .hardware import choose
 from .head import bare, check_head, head_of, hidden_states
-from .load import CHECKPOINTING_FROM, count_parameters, load_model_config, resolve
+from .load import CHECKPOINTING_FROM, count_parameters, keep_differentiable, load_model_config, resolve
 from .lora_inputs import keep_inputs_narrow
 
 if TYPE_CHECKING:
@@ -76,9 +76,7 @@ def build_with_unsloth(recipe: Recipe, device: torch.device) -> Built:
         use_exact_model_name=True,  # the weights of the recipe, not unsloth's own 4-bit copy of them
         revision=config.revision,
     )
-    for module in base.modules():  # see load.py: bitsandbytes' re-packing trap
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    keep_differentiable(base)
     on_gpu = device.type == "cuda"
     head = head_of(base) if on_gpu else check_head(base)
     targets = adapter.target_modules
