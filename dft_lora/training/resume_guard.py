@@ -19,7 +19,7 @@ LENGTH = ("train.max_steps", "train.epochs")
 """Fields that make the number of steps, which is compared in their place."""
 
 
-def identity(plan: Plan, device: torch.device, processes: int) -> dict[str, Any]:
+def guarded_fields(plan: Plan, device: torch.device, processes: int) -> dict[str, Any]:
     """Names and plain values, flat. The dtype stands as resolved: `auto` differs between GPUs."""
     config = plan.recipe.model
     hardware = choose(config.dtype, count_parameters(load_model_config(config)), device)
