@@ -25,7 +25,8 @@ def data_report(recipe: Recipe) -> dict[str, str]:
     plan = make_plan(recipe.override(["data.skip_bad_rows=1"]))
     found = {name.replace("_", " "): f"{count:,}" for name, count in plan.counts.items()}
     return found | {
-        f"finding {i}": line.strip() for i, line in enumerate(findings_table(plan.findings).splitlines(), start=1)
+        f"finding {i}": line.strip()
+        for i, line in enumerate(findings_table(plan.findings).splitlines(), start=1)
     }
 
 

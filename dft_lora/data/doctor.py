@@ -40,7 +40,10 @@ Found = tuple[dict[str, int], list[Finding]]
 
 def check_data(rows: Rows, rendered: Sequence[Example], limit: int, tasks: Iterable[str]) -> Found:
     """`check_rows` and `check_examples` together, for the examples of all rows."""
-    (counts, findings), (more_counts, more_findings) = check_rows(rows, tasks), check_examples(rendered, limit)
+    (counts, findings), (more_counts, more_findings) = (
+        check_rows(rows, tasks),
+        check_examples(rendered, limit),
+    )
     return counts | more_counts, findings + more_findings
 
 

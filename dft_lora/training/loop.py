@@ -50,7 +50,8 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
         ranks.wait()  # all have read before one writes
         if ranks.is_main and plan.findings:
             print(
-                f"{recipe.data.source}: {plan.counts['rows']} rows\n{findings_table(plan.findings)}", file=sys.stderr
+                f"{recipe.data.source}: {plan.counts['rows']} rows\n{findings_table(plan.findings)}",
+                file=sys.stderr,
             )
         if ranks.is_main and not ((resume or extend) and folder.begun):
             RunFolder.create(folder.path)
