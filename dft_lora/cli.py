@@ -466,11 +466,11 @@ def doctor(recipe: str | None, changes: tuple[str, ...], as_json: bool) -> None:
 
     Example: dft-lora doctor tiny_dft
     """
-    from .environment import examine, examine_data
+    from .environment import data_report, machine_report
 
     if recipe is None and changes:
         raise RequestError("--set needs a RECIPE to change")
-    found = examine() if recipe is None else examine_data(load_recipe(recipe, changes))
+    found = machine_report() if recipe is None else data_report(load_recipe(recipe, changes))
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from dft_lora.cli import main
 from dft_lora.config import parse_recipe
 from dft_lora.errors import RequestError
-from dft_lora.model.backends import Built
+from dft_lora.model.built import Built
 from dft_lora.model.head import bare
 from dft_lora.model.memory import MIB, LiveTensors
 from dft_lora.training.plan import make_plan

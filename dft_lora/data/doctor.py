@@ -38,13 +38,16 @@ Found = tuple[dict[str, int], list[Finding]]
 """Counts of everything that was looked for, and a finding for each that is not zero."""
 
 
-def examine(rows: Rows, rendered: Sequence[Example], limit: int, tasks: Iterable[str]) -> Found:
-    """`of_rows` and `of_examples` together, for the examples of all rows."""
-    (counts, findings), (more_counts, more_findings) = of_rows(rows, tasks), of_examples(rendered, limit)
+def check_data(rows: Rows, rendered: Sequence[Example], limit: int, tasks: Iterable[str]) -> Found:
+    """`check_rows` and `check_examples` together, for the examples of all rows."""
+    (counts, findings), (more_counts, more_findings) = (
+        check_rows(rows, tasks),
+        check_examples(rendered, limit),
+    )
     return counts | more_counts, findings + more_findings
 
 
-def of_rows(rows: Rows, tasks: Iterable[str]) -> Found:
+def check_rows(rows: Rows, tasks: Iterable[str]) -> Found:
     """What the texts show, of all rows.
 
     `tasks` are those the run will be evaluated on; a row whose question is one of theirs, up to case and
@@ -72,7 +75,7 @@ def of_rows(rows: Rows, tasks: Iterable[str]) -> Found:
     return {"rows": rows.total, "bad_rows": len(rows.bad), **counts}, skipped + findings + unchecked
 
 
-def of_examples(rendered: Sequence[Example], limit: int) -> Found:
+def check_examples(rendered: Sequence[Example], limit: int) -> Found:
     """What the tokens show, of the rows that were rendered."""
     counts, findings = _told(
         {
@@ -105,7 +108,7 @@ def _told(noted: Mapping[str, tuple[str, list[str]]]) -> Found:
     return counts, [Finding(what, tuple(names)) for what, names in noted.values() if names]
 
 
-def table(findings: Sequence[Finding]) -> str:
+def findings_table(findings: Sequence[Finding]) -> str:
     """The findings as text, one a line, with the first rows of each; empty without findings."""
     lines = []
     for finding in findings:

@@ -18,9 +18,9 @@ import torch
 
 from ..data.batches import collate
 from ..data.templates import Example, Renderer
-from ..loss import token_logps
+from ..loss import Head, token_logps
 from ..model.adapters import adapter_layers, mixed
-from ..model.head import Head, check_head, hidden_states
+from ..model.head import check_head, hidden_states
 
 ROWS = 16
 ENTROPY_ROWS = 64  # positions whose logits [., V] exist at a time: 39 MB at V = 152k

@@ -63,7 +63,7 @@ def head_gradients(
     costs four GEMMs in all, against the three of a fixed objective: the price of allowing any objective. Sums
     over chunks are float32.
     """
-    dtype, s = accumulator(h_MD.dtype), head.scale
+    dtype, s = accumulator(h_MD.dtype), head.logit_scale
     g_W, g_bias = (
         torch.zeros_like(tensor, dtype=dtype) if tensor is not None and tensor.requires_grad else None
         for tensor in head.parameters

@@ -73,7 +73,7 @@ def row_sums_(
     """The kernel's version of the pass in `row_statistics.py`; all but the top-k."""
     C, V = u_CV.shape
     max_C, sum_C, dot_C, square_C = u_CV.new_empty(4, C, dtype=torch.float32)
-    bias_V = None if head.bias_V is None else head.scale * head.bias_V.float()
+    bias_V = None if head.bias_V is None else head.logit_scale * head.bias_V.float()
     _rows[(C,)](
         u_CV, u_CV.stride(0), y_C, shift_C, head.cap(shift_C.float()), max_C if bias_V is None else bias_V,
         max_C, sum_C, dot_C, square_C, V, float(head.softcap or 1.0), HALF_GAIN, BIAS=bias_V is not None,

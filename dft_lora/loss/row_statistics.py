@@ -46,7 +46,7 @@ def torch_row_sums_(
     e_BV = torch.empty_like(x_BV)
     max_C, sum_C, dot_C, square_C = x_BV.new_empty(4, C)
     top_CK = x_BV.new_empty(C, min(TOP_K, V - 1)) if "top_k_entropy" in needs else None
-    bias_V = None if head.bias_V is None else head.scale * head.bias_V.to(dtype)
+    bias_V = None if head.bias_V is None else head.logit_scale * head.bias_V.to(dtype)
     origin_C = head.cap(shift_C.to(dtype))
     for start in range(0, C, block):
         c = slice(start, min(start + block, C)) if block > 1 else start

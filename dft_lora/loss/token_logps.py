@@ -236,8 +236,8 @@ def _check_shapes(
             raise ValueError(f"{name}: is on {tensor.device}, hidden on {hidden.device}")
         if tensor is not None and name in trained and tensor.dtype != hidden.dtype:
             raise ValueError(f"{name}: is {tensor.dtype}, hidden is {hidden.dtype}")
-    if not isfinite(head.scale) or head.scale == 0:
-        raise ValueError(f"logit_scale: must be finite and not zero, got {head.scale}")
+    if not isfinite(head.logit_scale) or head.logit_scale == 0:
+        raise ValueError(f"logit_scale: must be finite and not zero, got {head.logit_scale}")
     if head.softcap is not None and not (isfinite(head.softcap) and head.softcap > 0):
         raise ValueError(f"softcap: must be positive, got {head.softcap}")
     if chunk_bytes is not None and chunk_bytes < 1:

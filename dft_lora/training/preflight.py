@@ -17,6 +17,7 @@ from ..config import Recipe
 from ..data.batches import ungrouped
 from ..errors import RequestError
 from ..model.backends import prepare
+from ..model.hardware import dtype_name
 from ..model.memory import MIB
 from .learner import Learner
 from .plan import Plan, make_plan
@@ -69,7 +70,7 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
     return {
         "device": learner.hardware.name,
         "counted": "CUDA allocator" if device.type == "cuda" else "live tensors",
-        "dtype": str(learner.hardware.dtype).removeprefix("torch."),
+        "dtype": dtype_name(learner.hardware.dtype),
         "micro_batch_size": learner.layout.micro_batch_size,
         "gradient_checkpointing": learner.checkpointing,
         "longest_micro_batch": list(worst.input_ids_BL.shape),
