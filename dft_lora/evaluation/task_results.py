@@ -17,7 +17,6 @@ import numpy as np
 from ..errors import RequestError
 from ..model.fingerprint import local_fingerprint
 from ..runs.folder import RunFolder, parsing, read_json
-from ..tasks.audit import Audit, audit
 from ..tasks.base import Attempt
 from . import statistics as st
 from .sampling import GREEDY, other_weights, read_attempts
@@ -53,7 +52,6 @@ class Answered:
     answers_PN: list[list[str | None]]
     """Extracted answers; all correct ones carry the reference, since they mean the same."""
     greedy_text_P: list[str]
-    second_opinion: Audit
 
     @classmethod
     @_damage_is_told
@@ -86,7 +84,6 @@ class Answered:
                 for row in cells
             ],
             greedy_text_P=[row[GREEDY].text for row in cells if row[GREEDY]],
-            second_opinion=audit((attempt.verdict, reference[attempt.problem]) for attempt in drawn),
         )
 
     def summary(self) -> dict[str, Any]:
@@ -103,10 +100,6 @@ class Answered:
             "maj_at": {
                 str(k): float(st.maj_at_k(self.answers_PN, self.correct_PN, k).mean())
                 for k in _powers(self.correct_PN.shape[1])
-            },
-            "audit": {
-                "compared": self.second_opinion.compared,
-                "disagreement": self.second_opinion.rate,
             },
             "samples": self.correct_PN.shape[1],
             "problems": len(self.problems),
