@@ -178,8 +178,8 @@ def evaluate(run_dirs, tasks, samples, temperature, limit, checkpoints, overwrit
     Example: dft-lora evaluate runs/tiny_dft --task arithmetic --samples 4
     """
     from .evaluation.report import write_own_report, write_report
-    from .evaluation.sampling import Shard, asked_tasks, checkpoint_runs, recipes_of
-    from .evaluation.sampling import evaluate as run
+    from .evaluation.evaluate import Shard, asked_tasks, checkpoint_runs, recipes_of
+    from .evaluation.evaluate import evaluate as run
 
     given = {"samples": samples, "temperature": temperature}
     changes = (*changes, *(f"{name}={value}" for name, value in given.items() if value is not None))

@@ -21,7 +21,7 @@ from dft_lora.config import ModelConfig, load_recipe
 from dft_lora.data.templates import Renderer
 from dft_lora.errors import MissingPart, RequestError
 from dft_lora.evaluation.report import build, write_own_report
-from dft_lora.evaluation.sampling import checkpoint_runs, evaluate, read_attempts, tokens_file
+from dft_lora.evaluation.evaluate import checkpoint_runs, evaluate, read_attempts, tokens_file
 from dft_lora.evaluation.sharpening import cooled
 from dft_lora.evaluation.tokens import TokenTable, entropy, score, temperature_for
 from dft_lora.model.head import check_head

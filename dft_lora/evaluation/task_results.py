@@ -19,7 +19,7 @@ from ..model.fingerprint import local_fingerprint
 from ..runs.folder import RunFolder, parsing, read_json
 from ..tasks.base import Attempt
 from . import statistics as st
-from .sampling import GREEDY, other_weights, read_attempts
+from .evaluate import GREEDY, other_weights, read_attempts
 
 log = logging.getLogger(__name__)
 

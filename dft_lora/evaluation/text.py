@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from .sampling import FORGETTING
+from .evaluate import FORGETTING
 
 
 def table(report: dict[str, Any]) -> str:

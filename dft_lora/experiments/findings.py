@@ -26,7 +26,7 @@ from ..config import Recipe, load_recipe
 from ..errors import RequestError, did_you_mean
 from ..evaluation import statistics as st
 from ..evaluation.diagnosis import diagnose
-from ..evaluation.sampling import base_run, checkpoint_runs, evaluate, tokens_file
+from ..evaluation.evaluate import base_run, checkpoint_runs, evaluate, tokens_file
 from ..evaluation.sharpening import cooled
 from ..evaluation.task_results import Answered
 from ..evaluation.tokens import TokenTable
