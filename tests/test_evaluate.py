@@ -20,10 +20,12 @@ from dft_lora.cli import main
 from dft_lora.config import ModelConfig, load_recipe
 from dft_lora.data.templates import Renderer
 from dft_lora.errors import MissingPart, RequestError
+from dft_lora.evaluation.attempts import read_attempts
+from dft_lora.evaluation.evaluate import evaluate
 from dft_lora.evaluation.report import build, write_own_report
-from dft_lora.evaluation.evaluate import checkpoint_runs, evaluate, read_attempts, tokens_file
 from dft_lora.evaluation.sharpening import cooled
-from dft_lora.evaluation.tokens import TokenTable, entropy, score, temperature_for
+from dft_lora.evaluation.token_table import TokenTable, tokens_file
+from dft_lora.evaluation.tokens import entropy, score, temperature_for
 from dft_lora.model.head import check_head
 from dft_lora.model.load import load_adapters, load_base, load_tokenizer, resolve
 from dft_lora.runs.folder import RunFolder, read_json
@@ -227,7 +229,7 @@ def test_vllm_says_what_is_missing(fresh):
 
 
 def test_checkpoints_are_evaluated_like_runs(runs):
-    steps = checkpoint_runs(RunFolder(runs[1]))
+    steps = RunFolder(runs[1]).checkpoint_runs()
     assert [step.run()["step"] for step in steps] == [1, 2]
     evaluate([step.path for step in steps], ["arithmetic"], limit=6, changes=["samples=2"])
     curve = build([RunFolder(runs[1])])["steps"]["sft"]["arithmetic"]

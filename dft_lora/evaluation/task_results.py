@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import RequestError
-from ..model.fingerprint import local_fingerprint
 from ..runs.folder import RunFolder, parsing, read_json
 from ..tasks.base import Attempt
 from . import statistics as st
-from .evaluate import GREEDY, other_weights, read_attempts
+from .attempts import read_attempts
+from .protocol import GREEDY, other_weights
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +137,8 @@ def _complete(folder: RunFolder, task: str) -> tuple[dict[str, Any], list[Attemp
 
     Raises RequestError when it is missing, was cut short, or is of other weights than the run has now.
     """
+    from ..model.fingerprint import local_fingerprint  # which imports torch
+
     facts_file = folder.evaluation(task).with_suffix(".json")
     if not facts_file.is_file():
         raise RequestError(f"{folder.path}: not evaluated on {task!r}; run dft-lora evaluate {folder.path}")

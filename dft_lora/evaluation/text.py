@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from .evaluate import FORGETTING
+from .protocol import FORGETTING
 
 
 def table(report: dict[str, Any]) -> str:
