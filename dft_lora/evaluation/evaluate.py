@@ -25,7 +25,6 @@ from ..runs.folder import RunFolder, open_runs
 from ..runs.provenance import certificate
 from ..tasks import get_task
 from ..tasks.base import Attempt, Problem
-from ..tasks.judge import judge_many
 from .attempts import Answers
 from .engines import ENGINES, Engine
 from .protocol import GREEDY, Protocol
@@ -134,7 +133,7 @@ def _problems(task: str, limit: int | None) -> list[Problem]:
 
 
 def _answer(
-    engine: Engine, renderer: Renderer, work: dict[str, Answers], settings: EvaluateConfig, title: str
+    engine: Engine, renderer: Renderer, work: Mapping[str, Answers], settings: EvaluateConfig, task: str
 ) -> None:
     """Generate and judge all that is missing, run by run in the same batches, and write it in chunks."""
     from tqdm import tqdm
@@ -162,16 +161,15 @@ def _answer(
 
     def flush() -> None:
         texts = [renderer.decode(completion.ids) for _, completion in pending]
-        verdicts = judge_many(
-            [(text, jobs[i][1].answer) for (i, _), text in zip(pending, texts, strict=True)]
-        )
+        pairs = [(text, jobs[i][1]) for (i, _), text in zip(pending, texts, strict=True)]
+        verdicts = get_task(task).judge_many(pairs)
         for (i, completion), text, verdict in zip(list(pending), texts, verdicts, strict=True):
             name, problem, sample = jobs[i]
             made = len(completion.ids)
             work[name].add([Attempt(problem.id, sample, text, made, not completion.finished, verdict)])
             pending.pop(0)
 
-    with tqdm(total=len(requests), desc=title, unit="answer") as bar:
+    with tqdm(total=len(requests), desc=task, unit="answer") as bar:
 
         def on_progress(i: int, completion: Completion) -> None:
             pending.append((i, completion))
