@@ -179,15 +179,16 @@ def evaluate(run_dirs, tasks, samples, temperature, limit, checkpoints, overwrit
 
     Example: dft-lora evaluate runs/tiny_dft --task arithmetic --samples 4
     """
+    from .evaluation.evaluate import evaluate as run
     from .evaluation.report import write_own_report, write_report
-    from .evaluation.sampling import Shard, asked_tasks, checkpoint_runs, recipes_of
-    from .evaluation.sampling import evaluate as run
+    from .evaluation.run_set import asked_tasks, recipes_of
+    from .evaluation.shard import Shard
 
     given = {"samples": samples, "temperature": temperature}
     changes = (*changes, *(f"{name}={value}" for name, value in given.items() if value is not None))
     try:
         folders = run(run_dirs, tasks, limit=limit, changes=changes, overwrite=overwrite)
-        if steps := [step.path for folder in folders if checkpoints for step in checkpoint_runs(folder)]:
+        if steps := [step.path for folder in folders if checkpoints for step in folder.checkpoint_runs()]:
             run(steps, tasks, limit=limit, changes=changes, overwrite=overwrite)
     except Interrupted as stop:
         again = "without --overwrite" if overwrite else "again"

@@ -11,7 +11,7 @@ from dft_lora.config import load_recipe
 from dft_lora.data.templates import Renderer
 from dft_lora.errors import DataError
 from dft_lora.evaluation.diagnosis import advice, diagnose, effective, figures, text
-from dft_lora.evaluation.tokens import TokenTable
+from dft_lora.evaluation.token_table import TokenTable
 
 
 def table(p):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,18 +17,22 @@ from evidence_runs import QUICK, trained
 from fault_runs import finish, start
 from patience import HANG, wait_for
 
+from dft_lora import tasks
 from dft_lora.cli import main
 from dft_lora.config import ModelConfig, load_recipe
 from dft_lora.data.templates import Renderer
 from dft_lora.errors import MissingPart, RequestError
+from dft_lora.evaluation.attempts import read_attempts
+from dft_lora.evaluation.evaluate import evaluate
 from dft_lora.evaluation.report import build, write_own_report
-from dft_lora.evaluation.sampling import checkpoint_runs, evaluate, read_attempts, tokens_file
 from dft_lora.evaluation.sharpening import cooled
-from dft_lora.evaluation.tokens import TokenTable, entropy, score, temperature_for
+from dft_lora.evaluation.token_table import TokenTable, tokens_file
+from dft_lora.evaluation.tokens import entropy, score, temperature_for
 from dft_lora.model.head import check_head
 from dft_lora.model.load import load_adapters, load_base, load_tokenizer, resolve
 from dft_lora.runs.folder import RunFolder, read_json
 from dft_lora.tasks import get_task
+from dft_lora.tasks.base import Task, Verdict
 from dft_lora.training.loop import train
 
 ARGUMENTS = ("--task", "arithmetic", "--samples", "3", "--limit", "24")
@@ -226,8 +231,32 @@ def test_vllm_says_what_is_missing(fresh):
         evaluate([fresh[0]], ["arithmetic"], limit=2, changes=["samples=1", "engine=vllm"])
 
 
+class Echo(Task):
+    """A task whose answers are to start with a word of the question, not to be mathematics."""
+
+    name, description, max_new_tokens = "echo", "starts with the question's first word", 8
+
+    def problems(self, split="test"):
+        return [replace(problem, answer=None) for problem in get_task("arithmetic").problems(split)]
+
+    def judge_many(self, pairs):
+        return [
+            Verdict("correct" if text.split()[:1] == problem.question.split()[:1] else "wrong", text)
+            for text, problem in pairs
+        ]
+
+
+def test_a_task_judges_its_own_answers(fresh, monkeypatch):
+    monkeypatch.setitem(tasks._tasks(), "echo", Echo())
+    evaluate([fresh[0]], ["echo"], limit=3, changes=["samples=2"])
+    found = read_attempts(RunFolder(fresh[0]).evaluation("echo"))
+    problems = {problem.id: problem for problem in Echo().problems()}
+    assert len(found) == 3 * 3
+    assert [a.verdict for a in found] == Echo().judge_many([(a.text, problems[a.problem]) for a in found])
+
+
 def test_checkpoints_are_evaluated_like_runs(runs):
-    steps = checkpoint_runs(RunFolder(runs[1]))
+    steps = RunFolder(runs[1]).checkpoint_runs()
     assert [step.run()["step"] for step in steps] == [1, 2]
     evaluate([step.path for step in steps], ["arithmetic"], limit=6, changes=["samples=2"])
     curve = build([RunFolder(runs[1])])["steps"]["sft"]["arithmetic"]

@@ -1,10 +1,13 @@
 """The report: what it says follows from the answers on disk, and what cannot be compared is refused."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from evidence_runs import answered
+from patience import HANG
 
 from dft_lora.errors import RequestError
 from dft_lora.evaluation import statistics as st
@@ -12,6 +15,12 @@ from dft_lora.evaluation.report import build, write_report
 from dft_lora.evaluation.text import table
 
 RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("module", ["evaluation.report", "evaluation.text", "ui.results", "ui.votes"])
+def test_what_reads_recorded_results_does_not_import_torch(module):
+    code = f"import sys, dft_lora.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=HANG).returncode == 0
 
 
 def draws(chance: float, problems: int = 40, samples: int = 4) -> list[list[int]]:

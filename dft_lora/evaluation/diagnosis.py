@@ -25,7 +25,8 @@ from ..errors import DataError
 from ..model.load import load_base, load_tokenizer
 from ..runs.provenance import certificate
 from ..tasks.base import Problem
-from .tokens import TokenTable, score
+from .token_table import TokenTable
+from .tokens import score
 
 FAVOURS_DFT, FAVOURS_SFT = 0.65, 0.30
 LOW, HIGH = 0.1, 0.9

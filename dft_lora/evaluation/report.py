@@ -16,7 +16,7 @@ from ..errors import RequestError
 from ..runs.folder import RunFolder, make_writable, write_json, write_text
 from ..runs.provenance import certificate
 from . import statistics as st
-from .sampling import FORGETTING, WEIGHTS, Protocol
+from .protocol import FORGETTING, WEIGHTS, Protocol
 from .task_results import Answered, complete_tasks, evaluated_tasks
 from .text import markdown
 from .token_metrics import token_figures

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import RequestError
-from ..model.fingerprint import local_fingerprint
 from ..runs.folder import RunFolder, parsing, read_json
-from ..tasks.audit import Audit, audit
 from ..tasks.base import Attempt
 from . import statistics as st
-from .sampling import GREEDY, other_weights, read_attempts
+from .attempts import read_attempts
+from .protocol import GREEDY, other_weights
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +52,6 @@ class Answered:
     answers_PN: list[list[str | None]]
     """Extracted answers; all correct ones carry the reference, since they mean the same."""
     greedy_text_P: list[str]
-    second_opinion: Audit
 
     @classmethod
     @_damage_is_told
@@ -86,7 +84,6 @@ class Answered:
                 for row in cells
             ],
             greedy_text_P=[row[GREEDY].text for row in cells if row[GREEDY]],
-            second_opinion=audit((attempt.verdict, reference[attempt.problem]) for attempt in drawn),
         )
 
     def summary(self) -> dict[str, Any]:
@@ -103,10 +100,6 @@ class Answered:
             "maj_at": {
                 str(k): float(st.maj_at_k(self.answers_PN, self.correct_PN, k).mean())
                 for k in _powers(self.correct_PN.shape[1])
-            },
-            "audit": {
-                "compared": self.second_opinion.compared,
-                "disagreement": self.second_opinion.rate,
             },
             "samples": self.correct_PN.shape[1],
             "problems": len(self.problems),
@@ -144,6 +137,8 @@ def _complete(folder: RunFolder, task: str) -> tuple[dict[str, Any], list[Attemp
 
     Raises RequestError when it is missing, was cut short, or is of other weights than the run has now.
     """
+    from ..model.fingerprint import local_fingerprint  # which imports torch
+
     facts_file = folder.evaluation(task).with_suffix(".json")
     if not facts_file.is_file():
         raise RequestError(f"{folder.path}: not evaluated on {task!r}; run dft-lora evaluate {folder.path}")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from .sampling import FORGETTING
+from .protocol import FORGETTING
 
 
 def table(report: dict[str, Any]) -> str:
@@ -80,13 +80,6 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     if any(report["steps"].values()):
         parts.append("![Accuracy against step](plots/steps.png)")
-    compared = sum(r["audit"]["compared"] for _, _, r in _results(report))
-    differing = sum(r["audit"]["compared"] * r["audit"]["disagreement"] for _, _, r in _results(report))
-    if compared:
-        parts.append(
-            f"A second, independent comparison differs from the judge in {differing:.0f} of {compared} "
-            "verdicts."
-        )
     birth = report["provenance"]
     made = f"Made by `{birth['command']}` on {birth['date']}, commit {birth['commit']}"
     weights = f", base {birth['weights']}" if "weights" in birth else ""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..runs.folder import RunFolder
-from .tokens import TokenTable
+from .token_table import TokenTable
 
 BINS = 20  # of a probability
 SHOWN = 12  # tokens that gained or lost most

@@ -8,9 +8,7 @@ Legend: B rows, L positions, T scored tokens, E examples, D hidden width, V voca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,57 +18,11 @@ from ..data.batches import collate
 from ..data.templates import Example, Renderer
 from ..loss import Head, token_logps
 from ..model.adapters import adapter_layers, mixed
-from ..model.head import check_head, hidden_states
+from ..model.head import Head, check_head, hidden_states
+from .token_table import TokenTable
 
 ROWS = 16
 ENTROPY_ROWS = 64  # positions whose logits [., V] exist at a time: 39 MB at V = 152k
-
-
-@dataclass(frozen=True)
-class TokenTable:
-    """One entry a supervised token, in the order of the examples.
-
-    `pull_T` is the norm of d log p / d h, the hidden state's gradient under SFT; DFT's is p times that.
-    """
-
-    ids_T: np.ndarray
-    example_T: np.ndarray
-    logp_T: np.ndarray
-    entropy_T: np.ndarray
-    pull_T: np.ndarray
-
-    @property
-    def p_T(self) -> np.ndarray:
-        return np.exp(self.logp_T)
-
-    @property
-    def nll_E(self) -> np.ndarray:
-        """Mean NLL of each example, nats a token."""
-        return np.bincount(self.example_T, -self.logp_T) / np.bincount(self.example_T)
-
-    def save(self, file: Path, weights: Mapping[str, str] | None = None) -> None:
-        """Write the table; `weights` names the adapter and the base that gave it."""
-        from safetensors.numpy import save_file
-
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.tmp")
-        arrays = {name: np.ascontiguousarray(array) for name, array in vars(self).items()}
-        save_file(arrays, temporary, dict(weights or {}))
-        temporary.replace(file)
-
-    @classmethod
-    def load(cls, file: Path) -> TokenTable:
-        from safetensors.numpy import load_file
-
-        return cls(**load_file(file))
-
-    @staticmethod
-    def weights(file: Path) -> dict[str, str]:
-        """The weights that a saved table was made with; empty where they were not recorded."""
-        from safetensors import safe_open
-
-        with safe_open(file, "np") as saved:
-            return saved.metadata() or {}
 
 
 def score(

@@ -25,11 +25,12 @@ import numpy as np
 from ..config import Recipe, load_recipe
 from ..errors import RequestError, did_you_mean
 from ..evaluation import statistics as st
+from ..evaluation.base_run import base_run
 from ..evaluation.diagnosis import diagnose
-from ..evaluation.sampling import base_run, checkpoint_runs, evaluate, tokens_file
+from ..evaluation.evaluate import evaluate
 from ..evaluation.sharpening import cooled
 from ..evaluation.task_results import Answered
-from ..evaluation.tokens import TokenTable
+from ..evaluation.token_table import TokenTable, tokens_file
 from ..model.fingerprint import base_fingerprint
 from ..runs.folder import RunFolder, read_json, write_json
 from ..runs.provenance import certificate
@@ -321,7 +322,7 @@ def peak(runs: Runs) -> dict[str, Any]:
     """The checkpoint with the best validation accuracy, run by run: earlier for DFT in every seed?"""
     curves: dict[str, list[list[float]]] = {}
     for name in MAIN:
-        of_runs = [checkpoint_runs(folder) for folder in runs.best(name)]
+        of_runs = [folder.checkpoint_runs() for folder in runs.best(name)]
         evaluate([step.path for steps in of_runs for step in steps], [VALIDATION])
         curves[name] = [[float(scores(step, [VALIDATION]).mean()) for step in steps] for steps in of_runs]
         numbers = [step.run()["step"] for step in of_runs[0]]

@@ -85,7 +85,7 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
 
     Raises a RequestError before anything is trained when the task, a field or a finished run does not fit.
     """
-    from ..evaluation.sampling import evaluate
+    from ..evaluation.evaluate import evaluate
     from ..evaluation.task_results import Answered
 
     get_task(sweep.task)

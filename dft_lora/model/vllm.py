@@ -35,7 +35,9 @@ def lora_rank(ranks: Iterable[int]) -> int:
 
 
 class Vllm:
-    """An engine of evaluation/sampling.py. Raises MissingPart where vLLM, or a device for it, is missing."""
+    """An engine of evaluation/engines.py. Raises MissingPart where vLLM, or a device for it, is missing."""
+
+    scores_tokens = False
 
     def __init__(self, recipe: Recipe, adapters: Mapping[str, Path], renderer: Renderer):
         if find_spec("vllm") is None:
