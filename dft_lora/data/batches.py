@@ -1,6 +1,6 @@
 """From rendered examples to padded batches, in an order that a seed fixes.
 
-Legend: B rows of a micro-batch, L its longest row, E its examples.
+Shapes (docs/shapes.md): B rows of a micro-batch, L positions of a row, N = B * (L - 1), E examples.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The backward pass: a product with the row Jacobian, and for a trainable head one more visit to the logits.
 
-Shapes: M supervised rows, C rows of a chunk, D hidden width, V vocabulary.
+Shapes (docs/shapes.md): M supervised tokens, C rows of a chunk, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def head_gradients(
     over chunks are float32.
     """
     dtype, s = accumulator(h_MD.dtype), head.logit_scale
-    g_W, g_bias = (
+    g_weight_VD, g_bias_V = (
         torch.zeros_like(tensor, dtype=dtype) if tensor is not None and tensor.requires_grad else None
         for tensor in head.parameters
     )
@@ -80,13 +80,13 @@ def head_gradients(
         own_C = head.slope(target.raw_C) * (q_C * g_logp_M[c] + p_C * g_lse_M[c])
         peak = other_C.abs().max().clamp_min(torch.finfo(dtype).tiny)  # keeps a 16-bit product in range
         weight_C1 = (other_C / peak / others.gain_C)[:, None]
-        if g_W is not None:
-            g_W.addcmul_((e_CV.t() @ (weight_C1 * h_CD).to(h_CD.dtype)).to(dtype), peak)
-            g_W.index_add_(0, y_C, own_C[:, None] * h_CD)
-        if g_bias is not None:
-            g_bias.addcmul_((e_CV.t() @ weight_C1.to(h_CD.dtype))[:, 0].to(dtype), peak)
-            g_bias.index_add_(0, y_C, own_C)
+        if g_weight_VD is not None:
+            g_weight_VD.addcmul_((e_CV.t() @ (weight_C1 * h_CD).to(h_CD.dtype)).to(dtype), peak)
+            g_weight_VD.index_add_(0, y_C, own_C[:, None] * h_CD)
+        if g_bias_V is not None:
+            g_bias_V.addcmul_((e_CV.t() @ weight_C1.to(h_CD.dtype))[:, 0].to(dtype), peak)
+            g_bias_V.index_add_(0, y_C, own_C)
     return tuple(
         None if g is None or tensor is None else g.to(tensor.dtype)
-        for g, tensor in zip((g_W, g_bias), head.parameters, strict=True)
+        for g, tensor in zip((g_weight_VD, g_bias_V), head.parameters, strict=True)
     )

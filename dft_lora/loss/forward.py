@@ -7,7 +7,8 @@ For a frozen head the derivative of the target's log-probability is one D-vector
 (each W_j times logit scale and soft-cap slope). It does not depend on the loss, so it is formed while the
 logits are at hand; the backward pass is `g_logp * J + g_lse * (W_t - J)`, whatever the objective.
 
-Shapes: M supervised rows, C rows of a chunk, D hidden width, V vocabulary, K kept rows or entries of a top-k.
+Shapes (docs/shapes.md): M supervised tokens, C rows of a chunk, A of them active (not skipped), D hidden
+width, V vocabulary, K entries of a top-k.
 """
 
 from __future__ import annotations
@@ -100,11 +101,11 @@ def score_rows(
             jacobian_MD[c] = _jacobian(head, u_CV, target.row_CD, q_C, others.gain_C)
         else:
             l1_C = 2 * skip.token_weight(logp_C).to(dtype) * q_C
-            kept_K, dropped = _within_budget(l1_C, skip.budget)
-            order_K = _front_(u_CV, kept_K)
+            active_A, dropped = _within_budget(l1_C, skip.budget)
+            order_A = _front_(u_CV, active_A)
             jacobian_MD[c] = 0
-            jacobian_MD[c][order_K] = _jacobian(
-                head, u_CV[: len(order_K)], target.row_CD[order_K], q_C[order_K], others.gain_C[order_K]
+            jacobian_MD[c][order_A] = _jacobian(
+                head, u_CV[: len(order_A)], target.row_CD[order_A], q_C[order_A], others.gain_C[order_A]
             ).to(h_MD.dtype)
             skipped += len(dropped)
             skipped_squares += (l1_C[dropped] ** 2).sum()
@@ -177,22 +178,23 @@ def _within_budget(l1_C: Tensor, budget: float) -> tuple[Tensor, Tensor]:
     return order_C[n:], order_C[:n]
 
 
-def _front_(u_CV: Tensor, kept_K: Tensor) -> Tensor:
-    """Move the kept rows to the front of the workspace; returns which row now lies at each place.
+def _front_(u_CV: Tensor, active_A: Tensor) -> Tensor:
+    """Move the active rows to the front of the workspace; returns which row now lies at each place.
 
-    Only kept rows beyond place K move, into places of dropped rows: at most half a workspace is copied. On a
-    CPU row by row: an indexed copy would take fresh pages for all of them, and cost more than the skip saves.
+    Only active rows beyond place A move, into the places of skipped rows: at most half a workspace is copied.
+    On a CPU they move one by one: an indexed copy would take fresh pages for all of them, and cost more than
+    the skip saves.
     """
-    K = len(kept_K)
-    is_kept_C = torch.zeros(len(u_CV), dtype=torch.bool, device=u_CV.device)
-    is_kept_C[kept_K] = True
-    order_K = torch.arange(K, device=u_CV.device)
-    free = (~is_kept_C[:K]).nonzero()[:, 0]
-    late = is_kept_C[K:].nonzero()[:, 0] + K
+    A = len(active_A)
+    is_active_C = torch.zeros(len(u_CV), dtype=torch.bool, device=u_CV.device)
+    is_active_C[active_A] = True
+    order_A = torch.arange(A, device=u_CV.device)
+    free = (~is_active_C[:A]).nonzero()[:, 0]
+    late = is_active_C[A:].nonzero()[:, 0] + A
     if u_CV.is_cuda:
         u_CV[free] = u_CV[late]
     else:
         for to, source in zip(free.tolist(), late.tolist(), strict=True):
             u_CV[to].copy_(u_CV[source])
-    order_K[free] = late
-    return order_K
+    order_A[free] = late
+    return order_A

@@ -2,7 +2,7 @@
 
 Without a softcap there is no tanh either.
 
-Shapes: C rows of a chunk, D hidden width, V vocabulary; N rows whose full logits fit in memory.
+Shapes (docs/shapes.md): C rows of a chunk, N positions, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations

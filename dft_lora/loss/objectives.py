@@ -237,7 +237,7 @@ class Cadft(Weighted):
         z_M = scores.signals.get("difficulty")
         if z_M is None:
             sequences = _Sequences(scores)
-            z_M = self.step_signals(-sequences.mean_S(logp_M))["difficulty"][sequences.of_M]
+            z_M = self.step_signals(-sequences.mean_E(logp_M))["difficulty"][sequences.of_M]
         return logp_M.exp() * (-z_M.clamp_min(0)).exp()
 
 
@@ -411,25 +411,25 @@ def gradient_weights(wanted: Objective, scores: TokenScores) -> Tensor:
 
 
 class _Sequences:
-    """Sums over the tokens of each of S sequences."""
+    """Sums over the tokens of each sequence, E of them."""
 
     def __init__(self, scores: TokenScores):
-        ids_S, self.of_M = scores.need("sequence").unique(return_inverse=True)
-        self.count_S = torch.bincount(self.of_M, minlength=len(ids_S))
+        ids_E, self.of_M = scores.need("sequence").unique(return_inverse=True)
+        self.count_E = torch.bincount(self.of_M, minlength=len(ids_E))
 
-    def sum_S(self, values_M: Tensor) -> Tensor:
-        return values_M.new_zeros(len(self.count_S)).index_add_(0, self.of_M, values_M)
+    def sum_E(self, values_M: Tensor) -> Tensor:
+        return values_M.new_zeros(len(self.count_E)).index_add_(0, self.of_M, values_M)
 
-    def mean_S(self, values_M: Tensor) -> Tensor:
-        return self.sum_S(values_M) / self.count_S
+    def mean_E(self, values_M: Tensor) -> Tensor:
+        return self.sum_E(values_M) / self.count_E
 
     def sum(self, values_M: Tensor) -> Tensor:
         """Each token's sequence sum, [M]."""
-        return self.sum_S(values_M)[self.of_M]
+        return self.sum_E(values_M)[self.of_M]
 
     def mean(self, values_M: Tensor) -> Tensor:
         """Each token's sequence mean, [M]."""
-        return self.mean_S(values_M)[self.of_M]
+        return self.mean_E(values_M)[self.of_M]
 
 
 def _complement(logp: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Pass 1 is an online max, sum and entropy; pass 2 writes exp(u - max) in place. Importing this module needs
 Triton; `forward.py` does so on CUDA only. Under TRITON_INTERPRET=1 it runs on CPU tensors: so it is tested.
 
-Shapes: C rows of a chunk, V vocabulary. u = z - shift.
+Shapes (docs/shapes.md): C rows of a chunk, V vocabulary. u = z - shift.
 """
 
 from __future__ import annotations

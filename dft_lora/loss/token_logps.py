@@ -18,7 +18,7 @@ One training step, whatever the objective:
     )
     loss = wanted(scores)                       # a sum; divide by the supervised tokens of the whole step
 
-Shapes: N tokens, M supervised tokens, D hidden width, V vocabulary.
+Shapes (docs/shapes.md): N positions, M supervised tokens, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
