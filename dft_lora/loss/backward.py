@@ -1,4 +1,4 @@
-"""The backward pass: a product with the row Jacobian, and for a trainable head one more visit to the logits.
+"""The backward pass: a product with the row Jacobian; a trainable head also recomputes the logits.
 
 Shapes (docs/shapes.md): M supervised tokens, C rows of a chunk, D hidden width, V vocabulary.
 """
@@ -14,10 +14,10 @@ from .head import Head, accumulator
 
 
 class RowJacobian(torch.autograd.Function):
-    """Ties what `score_rows` computed to the graph of the hidden states and of a trainable head.
+    """Connects what `score_rows` computed to the graph of the hidden states and of a trainable head.
 
-    Forward computes nothing. Saved for backward: J [M, D], targets and raw target logits; with a trainable
-    head the hidden states too. A frozen weight is kept as a plain reference, not as a saved tensor, so that
+    Forward computes nothing. It saves J [M, D], the targets and the raw target logits for backward, and the
+    hidden states for a trainable head. A frozen weight is a plain reference, not a saved tensor, so that
     activation offloading never copies it; only a gradient through `lse` reads it (M of its rows).
     """
 
@@ -50,18 +50,18 @@ class RowJacobian(torch.autograd.Function):
 
 
 def trained(head: Head) -> list[Tensor]:
-    """The head's tensors that require grad; saved, so that autograd notices a change in place."""
+    """The head's tensors that require grad. They are saved so that autograd notices an in-place change."""
     return [tensor for tensor in head.parameters if tensor is not None and tensor.requires_grad]
 
 
 def head_gradients(
     head: Head, h_MD: Tensor, y_M: Tensor, rows: int, g_logp_M: Tensor, g_lse_M: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of a trainable (weight, bias): the logits of each chunk once more, and one GEMM for W.
+    """Gradients of a trainable (weight, bias): recomputes the logits of each chunk, plus one GEMM for W.
 
-    The gradient of W needs the loss, which is not known while the logits are first at hand. So a trainable W
-    costs four GEMMs in all, against the three of a fixed objective: the price of allowing any objective. Sums
-    over chunks are float32.
+    The gradient of W needs the loss, which is not known yet when the logits are first computed. A trainable W
+    therefore costs four GEMMs in all, where a fixed objective would take three: the price of allowing any
+    objective. Sums over chunks are float32.
     """
     dtype, s = accumulator(h_MD.dtype), head.logit_scale
     g_weight_VD, g_bias_V = (

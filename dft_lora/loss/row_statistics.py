@@ -1,9 +1,9 @@
 """One pass over the logits of a chunk: sums over the entries other than the target, exp in place.
 
-`row_kernel.py` does the same in one Triton kernel; `forward.py` picks one of the two.
+`row_kernel.py` does the same in one Triton kernel; `forward.py` chooses between them.
 
 Everything is computed for j != target. The target's entry is known exactly from a row dot product and is
-joined afterwards, so 1 - p is never formed as a difference (float32 gradient error 1.6e-6 instead of 2.5e-5).
+added afterwards, so 1 - p is never formed as a difference (float32 gradient error 1.6e-6 instead of 2.5e-5).
 
 Shapes (docs/shapes.md): C rows of a chunk, F of them reduced together, V vocabulary, K entries of a top-k.
 u = z - shift.
@@ -24,7 +24,7 @@ TOP_K = 20
 
 
 class RowSums(NamedTuple):
-    """Of the entries j != target of each row, with e_j = exp(u_j - max): what both passes return."""
+    """What both passes return, over the entries j != target of each row; e_j = exp(u_j - max)."""
 
     max_C: Tensor
     sum_C: Tensor  # sum e_j
@@ -38,8 +38,8 @@ def torch_row_sums_(
 ) -> RowSums:
     """The pass in torch operations.
 
-    Goes block by block, so that a block's float32 copies stay in the cache of a CPU core: at V = 151,936 this
-    halves the time of the pass. A block of one row is reduced flat, which torch vectorises better.
+    It works block by block, so that a block's float32 copies stay in the cache of a CPU core: at V = 151,936
+    this halves the time of the pass. A block of one row is reduced as a vector, which torch does faster.
     """
     dtype, (C, V) = accumulator(u_CV.dtype), u_CV.shape
     block = max(1, (2**17 if u_CV.device.type == "cpu" else 2**25) // V)
