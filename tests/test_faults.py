@@ -467,8 +467,8 @@ def test_the_data_doctor_counts_and_names_rows(tmp_path):
     assert expected.items() <= plan.counts.items() and plan.counts["examples"] == 3
     by_what = {finding.what: finding.rows for finding in plan.findings}
     assert by_what["longer than data.max_length 256: left out"] == ("row-4", "row-5")
-    assert by_what["same tokens as an earlier row: kept"] == ("row-3",)
-    assert by_what["question also asked by the evaluation task arithmetic: kept"] == ("row-2",)
+    assert by_what["same text as an earlier row: kept"] == ("row-3",)
+    assert by_what["same question as in the evaluation task arithmetic: kept"] == ("row-2",)
     code, told = run("doctor", str(recipe), "--set", "data.max_length=256")
     assert code == 0 and "row-4, row-5" in told
 

@@ -57,8 +57,8 @@ def test_the_fit_of_short_rows_predicts_long_micro_batches(trainer, checkpointin
     for rows in (1, 2, 4):
         batch = longest_batch(trainer.learner, trainer.plan.examples, rows)
         found = probe(trainer.learner, batch)
-        assert found.T == batch.positions > 256 * rows
-        assert fit.peak(found.T, found.M) == pytest.approx(found.peak, rel=0.1), rows
+        assert found.N == batch.positions > 256 * rows
+        assert fit.peak(found.N, found.M) == pytest.approx(found.peak, rel=0.1), rows
     set_checkpointing(trainer.learner, False)
     trainer.learner.optimizer.zero_grad()
 

@@ -1,4 +1,4 @@
-"""The loss engine: differentiable log-probabilities in two GEMMs, and objectives on them; torch alone."""
+"""The loss engine: differentiable log-probabilities in two GEMMs, and objectives on top. Needs only torch."""
 
 from .forward import kernel_missing
 from .head import Head

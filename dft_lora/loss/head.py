@@ -2,7 +2,7 @@
 
 Without a softcap there is no tanh either.
 
-Shapes: C rows of a chunk, D hidden width, V vocabulary; N rows whose full logits fit in memory.
+Shapes (docs/shapes.md): C rows of a chunk, N positions, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 class Target(NamedTuple):
-    """What a chunk needs of its target entries; float32 or float64, whatever the model's dtype."""
+    """What a chunk needs to know of its targets; float32 or float64, whatever the model's dtype."""
 
     row_CD: Tensor  # d z_t / d h: the target's row times the slope
     raw_C: Tensor  # logit_scale * (h . W_t + bias_t), before the softcap
@@ -65,7 +65,7 @@ class Head:
         )
 
     def targets(self, h_CD: Tensor, y_C: Tensor) -> Target:
-        """The target's row and logit, by an exact row dot product instead of the GEMM's rounded entry."""
+        """The target's row and logit, from an exact row dot product instead of the GEMM's rounded entry."""
         dtype = accumulator(h_CD.dtype)
         row_CD = self.weight_rows(y_C, dtype)
         raw_C = (h_CD.to(dtype) * row_CD).sum(-1)
@@ -86,8 +86,8 @@ class Head:
         """out = logit_scale * h @ W.T - shift, before bias and softcap, rounded once.
 
         Subtracting inside the GEMM (beta = 1) rounds z - z_t instead of z: near the target's logit, where
-        the probability is, a 16-bit logit keeps 3 to 5 bits more. A bias is added later, in float32:
-        folded into the fill it would be rounded together with the large shift.
+        the probability is, a 16-bit logit keeps 3 to 5 more bits. The bias is added later, in float32:
+        within the fill it would be rounded together with the large shift.
         """
         out_CV.copy_(-shift_C[:, None])
         torch.addmm(out_CV, h_CD, self.weight_VD.t(), alpha=self.logit_scale, out=out_CV)
@@ -120,7 +120,7 @@ class Head:
         return self.logit_scale == 1.0 and self.softcap is None
 
 
-_norms = WeakTensorKeyDictionary()  # weight -> (version, norm): a frozen head is read once, not once a step
+_norms = WeakTensorKeyDictionary()  # weight -> (version, norm): a frozen head is read once, not at every step
 
 
 def _largest_row_norm(weight_VD: Tensor) -> float:

@@ -4,7 +4,7 @@ The loss engine needs h_BLD and the head's weight, never [B, L, V] logits. A for
 decoder catches h while the model runs as it is, making no logits; once, at the start, the logits of
 one position prove that the head we read equals the head the model applies.
 
-Legend: B rows, L positions, D hidden width, V vocabulary.
+Shapes (docs/shapes.md): B rows, L positions, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
