@@ -22,7 +22,7 @@ from .protocol import GREEDY, Protocol
 from .shard import Shard
 from .token_table import tokens_file
 
-THEN = "evaluate again: it goes on where it stopped"
+RESUME = "evaluate again: it goes on where it stopped"
 
 
 class Answers:
@@ -60,9 +60,9 @@ class Answers:
         mine = self.problems[self.shard.rank :: self.shard.world]
         return [(p, s) for p in mine for s in samples if (p.id, s) not in self.done]
 
-    def begin(self, birth: dict[str, Any]) -> None:
+    def begin(self, provenance: dict[str, Any]) -> None:
         """Record the protocol, before the first answer; what is to be overwritten goes now."""
-        with writing(self.file, THEN):
+        with writing(self.file, RESUME):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             if self.overwrite and self.shard.is_main:
                 tables = tokens_file(self.folder, self.protocol.task)
@@ -74,12 +74,12 @@ class Answers:
                 p.id: {"question": p.question, "answer": p.answer, "tags": dict(p.tags)}
                 for p in self.problems
             }
-            facts = {"protocol": asdict(self.protocol), "provenance": birth, "problems": problems}
+            facts = {"protocol": asdict(self.protocol), "provenance": provenance, "problems": problems}
             write_json(self.facts_file, facts)
 
     def add(self, attempts: Iterable[Attempt]) -> None:
         part = self.file if self.shard.world == 1 else self._part(self.shard.rank)
-        with writing(part, THEN), part.open("a", encoding="utf-8") as file:
+        with writing(part, RESUME), part.open("a", encoding="utf-8") as file:
             file.writelines(attempt_line(attempt) for attempt in attempts)
 
     def gather(self) -> None:

@@ -54,7 +54,7 @@ def diagnose(recipe: Recipe, examples: int = EXAMPLES) -> dict[str, Any]:
     table = score(model, chosen, pad_id=renderer.pad_id)
     hardest = np.argsort(table.nll_E)[::-1][:5]
     return {
-        **figures(table),
+        **metrics(table),
         "examples": len(chosen),
         "least_likely_examples": [{"id": chosen[i].id, "nll": float(table.nll_E[i])} for i in hardest],
         "data": counts,
@@ -68,7 +68,7 @@ def diagnose(recipe: Recipe, examples: int = EXAMPLES) -> dict[str, Any]:
     }
 
 
-def figures(table: TokenTable) -> dict[str, Any]:
+def metrics(table: TokenTable) -> dict[str, Any]:
     """The diagnosis of scored tokens: all numbers behind the verdict, and the verdict."""
     p_T = table.p_T
     mean = float(p_T.mean())
@@ -96,12 +96,12 @@ def effective(weight_T: np.ndarray) -> float:
 
 def advice(mean_probability: float) -> tuple[str, str]:
     """The objective that a mean target probability favours (dft, sft or either), and the sentence."""
-    said = f"The base gives your target tokens a probability of {mean_probability:.2f} on average"
+    lead = f"The base gives your target tokens a probability of {mean_probability:.2f} on average"
     if mean_probability >= FAVOURS_DFT:
-        return "dft", f"{said}: it mostly knows how to write these solutions, which favours DFT."
+        return "dft", f"{lead}: it mostly knows how to write these solutions, which favours DFT."
     if mean_probability <= FAVOURS_SFT:
-        return "sft", f"{said}: much of this is new to it, and DFT would hardly learn it; use SFT."
-    return "either", f"{said}: between the two regimes, with no expected winner; train both and compare."
+        return "sft", f"{lead}: much of this is new to it, and DFT would hardly learn it; use SFT."
+    return "either", f"{lead}: between the two regimes, with no expected winner; train both and compare."
 
 
 def text(diagnosis: Mapping[str, Any]) -> str:

@@ -49,16 +49,16 @@ class Protocol:
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What differs from a recorded protocol, in words."""
-        said = [
+        found = [
             f"{k}: {other.get(k)!r} -> {v!r}"
             for k, v in asdict(self).items()
             if k not in (*WEIGHTS, "engine") and other.get(k) != v
         ]
         if (engine := other.get("engine", self.engine)) != self.engine:
-            said.append(f"engine: {engine!r} -> {self.engine!r}")
+            found.append(f"engine: {engine!r} -> {self.engine!r}")
         if why := other_weights(other, self.adapter, self.base):
-            said.append(why)
-        return said
+            found.append(why)
+        return found
 
     @classmethod
     def of(

@@ -17,9 +17,9 @@ from ..runs.folder import RunFolder, make_writable, write_json, write_text
 from ..runs.provenance import certificate
 from . import statistics as st
 from .protocol import FORGETTING, WEIGHTS, Protocol
-from .task_results import Answered, complete_tasks, evaluated_tasks
-from .text import markdown
-from .token_metrics import token_figures
+from .task_results import TaskResults, complete_tasks, evaluated_tasks
+from .text import report_markdown
+from .token_metrics import token_metrics
 
 
 def build(
@@ -31,12 +31,12 @@ def build(
     the fields of the protocol named in `free` may differ.
     """
     names = run_names(folders)
-    answered: dict[str, dict[str, Answered]] = {}
+    results: dict[str, dict[str, TaskResults]] = {}
     for name, folder in zip(names, folders, strict=True):
         evaluated = tasks or evaluated_tasks(folder)
         if not evaluated:
             raise RequestError(f"{folder.path}: no evaluation there; run dft-lora evaluate {folder.path}")
-        answered[name] = {task: Answered.read(folder, task) for task in evaluated}
+        results[name] = {task: TaskResults.read(folder, task) for task in evaluated}
     runs = {}
     for name, folder in zip(names, folders, strict=True):
         runs[name] = {
@@ -44,13 +44,13 @@ def build(
             "template": folder.run()["template"],
             **(trained(folder) if folder.has_adapter else {"objective": None}),
             "adapter": folder.adapter_digest,
-            "tasks": {task: answers.summary() for task, answers in answered[name].items()},
+            "tasks": {task: result.summary() for task, result in results[name].items()},
         }
-    pairs = [_compare(a, b, answered[a], answered[b], free) for a, b in combinations(names, 2)]
+    pairs = [_compare(a, b, results[a], results[b], free) for a, b in combinations(names, 2)]
     return {
         "runs": runs,
         "paired": _with_holm([entry for entries in pairs for entry in entries]),
-        "tokens": token_figures(dict(zip(names, folders, strict=True))),
+        "tokens": token_metrics(dict(zip(names, folders, strict=True))),
         "steps": {name: steps(folder) for name, folder in zip(names, folders, strict=True)},
         "provenance": certificate(**_weights(folders)),
     }
@@ -77,12 +77,12 @@ def _mean(lines: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 def _weights(folders: Sequence[RunFolder]) -> dict[str, str]:
     """{"weights": how the base's weights are held}, of all runs; empty for runs that do not say."""
-    said = {folder.run().get("provenance", {}).get("weights") for folder in folders} - {None}
-    return {"weights": "; ".join(sorted(said))} if said else {}
+    held = {folder.run().get("provenance", {}).get("weights") for folder in folders} - {None}
+    return {"weights": "; ".join(sorted(held))} if held else {}
 
 
 def _compare(
-    a: str, b: str, left: Mapping[str, Answered], right: Mapping[str, Answered], free: Collection[str]
+    a: str, b: str, left: Mapping[str, TaskResults], right: Mapping[str, TaskResults], free: Collection[str]
 ) -> list[dict[str, Any]]:
     """Paired entries of two runs: b - a over the same problems, at temperature and greedy, task by task."""
     shared = [task for task in left if task in right]
@@ -108,25 +108,25 @@ def _compare(
     return entries
 
 
-def _differences(left: Answered, right: Answered, free: Collection[str]) -> str:
+def _differences(left: TaskResults, right: TaskResults, free: Collection[str]) -> str:
     """What differs between two protocols, in words; empty where nothing does."""
-    told_below = {"problems", "problems_hash", "template_hash"}
-    known = {f.name for f in fields(Protocol)} - told_below - {*free, *WEIGHTS}
-    said = [
+    reported_below = {"problems", "problems_hash", "template_hash"}
+    known = {f.name for f in fields(Protocol)} - reported_below - {*free, *WEIGHTS}
+    found = [
         f"{k} {left.protocol[k]!r} and {right.protocol[k]!r}"
         for k in left.protocol
         if k in known and left.protocol[k] != right.protocol[k]
     ]
     only = [len(set(x.problems) - set(y.problems)) for x, y in ((left, right), (right, left))]
     if any(only):
-        said.append(
+        found.append(
             f"{only[0]} of {len(left.problems)} and {only[1]} of {len(right.problems)} problems differ"
         )
     elif left.protocol["problems_hash"] != right.protocol["problems_hash"]:
-        said.append("problems of the same names have other texts or answers")
-    if not said and left.protocol["template_hash"] != right.protocol["template_hash"]:
-        said.append(f"template {left.protocol['template']!r} renders other ids")
-    return "; ".join(said)
+        found.append("problems of the same names have other texts or answers")
+    if not found and left.protocol["template_hash"] != right.protocol["template_hash"]:
+        found.append(f"template {left.protocol['template']!r} renders other ids")
+    return "; ".join(found)
 
 
 def paired(comparison: st.Comparison) -> dict[str, Any]:
@@ -154,8 +154,7 @@ def steps(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
     for path in sorted((folder.path / "steps").glob("step-*")):
         run = RunFolder.open(path)
         for task in complete_tasks(run):
-            answers = Answered.read(run, task)
-            scores_P = st.avg_at_n(answers.correct_PN)
+            scores_P = st.avg_at_n(TaskResults.read(run, task).correct_PN)
             entry = {"step": run.run()["step"], "avg": float(scores_P.mean())}
             curve[task].append(entry | {"ci95": list(st.interval(scores_P))})
     return curve
@@ -178,16 +177,16 @@ def write_report(
         write_json(out / "report.json", report)
         plots.accuracy(report, out / "plots" / "accuracy.png")
         plots.curves(named, out / "plots" / "training.png")
-        for title, figures in report["tokens"].items():
+        for title, metrics in report["tokens"].items():
             if title != FORGETTING:
-                plots.probabilities(figures, out / "plots" / f"probabilities-{title}.png")
+                plots.probabilities(metrics, out / "plots" / f"probabilities-{title}.png")
         if any(report["steps"].values()):
             plots.steps(report["steps"], out / "plots" / "steps.png")
-        write_text(out / "report.md", markdown(report))
+        write_text(out / "report.md", report_markdown(report))
         if comparator:
             for entry in report["paired"]:
                 a, b, task = entry["a"], entry["b"], entry["task"]
-                pair = [Answered.read(named[name], task) for name in (a, b)]
+                pair = [TaskResults.read(named[name], task) for name in (a, b)]
                 name = f"{a}-{b}-{task}.json".replace("/", "_")
                 write_json(out / "llm-comparator" / name, llm_comparator(a, b, *pair))
     return report
@@ -198,7 +197,7 @@ def write_own_report(folder: RunFolder) -> dict[str, Any]:
     return write_report([folder], folder.path, tasks=complete_tasks(folder))
 
 
-def llm_comparator(a: str, b: str, left: Answered, right: Answered) -> dict[str, Any]:
+def llm_comparator(a: str, b: str, left: TaskResults, right: TaskResults) -> dict[str, Any]:
     """Greedy answers side by side in the JSON format that Google's LLM Comparator opens.
 
     Its score is above 0 where A is better: here 1, 0 or -1 by the verdicts.
@@ -230,8 +229,8 @@ def _name_tokens(report: dict[str, Any], folders: Sequence[RunFolder]) -> None:
     """Put the text of each listed token in place of its id."""
     listed = [
         entry
-        for figures in report["tokens"].values()
-        for run in figures.values()
+        for metrics in report["tokens"].values()
+        for run in metrics.values()
         for entry in (*run.get("gained", ()), *run.get("suppressed", ()))
     ]
     if listed:

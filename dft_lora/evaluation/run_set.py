@@ -69,9 +69,9 @@ def same_settings(
     for folder, recipe in zip(folders[1:], recipes[1:], strict=True):
         differing = {k: v for k, v in dict(recipe.evaluate).items() if v != first[k] and k not in free}
         if differing:
-            said = "; ".join(f"evaluate.{k} {first[k]!r} and {v!r}" for k, v in differing.items())
+            named = "; ".join(f"evaluate.{k} {first[k]!r} and {v!r}" for k, v in differing.items())
             raise RequestError(
-                f"{folders[0].path} and {folder.path} have different settings: {said}; evaluate them apart, "
+                f"{folders[0].path} and {folder.path} have different settings: {named}; evaluate them apart, "
                 f"or name one for all with --set {next(iter(differing))}=VALUE"
             )
 

@@ -21,7 +21,7 @@ from .tokens import entropy, states, temperature_for
 SOLUTIONS = 100
 
 
-def cooled(run: RunFolder, other: RunFolder, out: Path, task: str) -> RunFolder:
+def entropy_matched(run: RunFolder, other: RunFolder, out: Path, task: str) -> RunFolder:
     """A run folder `out` with the adapter of `run` and the temperature that gives it the entropy of `other`.
 
     Both entropies are means over the tokens of the first reference solutions of `task`. It is evaluated like
@@ -30,7 +30,7 @@ def cooled(run: RunFolder, other: RunFolder, out: Path, task: str) -> RunFolder:
     """
     folder = RunFolder(out)
     made_from = {"adapter": run.adapter_digest, "entropy_of_adapter": other.adapter_digest}
-    if folder.begun and made_from.items() <= folder.run().get("cooled", {}).items():
+    if folder.begun and made_from.items() <= folder.run().get("entropy_matched", {}).items():
         return folder
     recipe = run.recipe()
     renderer = Renderer(load_tokenizer(recipe.model), run.run()["template"])
@@ -46,6 +46,6 @@ def cooled(run: RunFolder, other: RunFolder, out: Path, task: str) -> RunFolder:
     temperature = temperature_for(head, h_TD, wanted)
     shutil.copytree(run.adapter, folder.adapter, dirs_exist_ok=True)
     changed = recipe.override([f"evaluate.temperature={temperature:.4f}", f"output={out}"])
-    figures = {"entropy_of": str(other.path), "entropy": wanted, "temperature": temperature, **made_from}
-    folder.write_run(**run.run() | {"recipe": changed.as_dict(), "cooled": figures})
+    match = {"entropy_of": str(other.path), "entropy": wanted, "temperature": temperature, **made_from}
+    folder.write_run(**run.run() | {"recipe": changed.as_dict(), "entropy_matched": match})
     return folder

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -24,19 +23,8 @@ from .protocol import GREEDY, other_weights
 log = logging.getLogger(__name__)
 
 
-def _damage_is_told(read: Callable[..., Any]) -> Callable[..., Any]:
-    """Files that do not fit together, told by name instead of by a KeyError."""
-
-    @wraps(read)
-    def told(cls: Any, folder: RunFolder, task: str) -> Any:
-        with parsing(folder.evaluation(task)):
-            return read(cls, folder, task)
-
-    return told
-
-
 @dataclass(frozen=True)
-class Answered:
+class TaskResults:
     """One run's answers to one task, as arrays. `correct_PN` holds 0 and 1; `greedy_P` too."""
 
     protocol: dict[str, Any]
@@ -54,10 +42,13 @@ class Answered:
     greedy_text_P: list[str]
 
     @classmethod
-    @_damage_is_told
-    def read(cls, folder: RunFolder, task: str) -> Answered:
-        """Raises RequestError when the evaluation is missing, damaged, cut short, or of other weights."""
-        facts, attempts = _complete(folder, task)
+    def read(cls, folder: RunFolder, task: str) -> TaskResults:
+        """Raises RequestError when the evaluation is missing, damaged, incomplete, or of other weights."""
+        with parsing(folder.evaluation(task)):
+            return cls._of(*_complete(folder, task))
+
+    @classmethod
+    def _of(cls, facts: dict[str, Any], attempts: list[Attempt]) -> TaskResults:
         samples, problems = facts["protocol"]["samples"], list(facts["problems"])
         where = {problem: i for i, problem in enumerate(problems)}
         correct = np.full((len(problems), samples + 1), -1)  # greedy in the last column, as index -1

@@ -9,7 +9,7 @@ from typing import Any
 from .protocol import FORGETTING
 
 
-def table(report: dict[str, Any]) -> str:
+def report_table(report: dict[str, Any]) -> str:
     """One row a run and task: avg@n with its interval, greedy, shares; then the paired differences."""
     head = ["run", "task", "avg@n", "95 % interval", "greedy", "truncated", "unparsable"]
     rows = [
@@ -50,9 +50,9 @@ def table(report: dict[str, Any]) -> str:
     return text
 
 
-def markdown(report: dict[str, Any]) -> str:
+def report_markdown(report: dict[str, Any]) -> str:
     """report.md: the table, accuracy by tag, figures, birth certificate."""
-    parts = ["# Comparison", table(report)]
+    parts = ["# Comparison", report_table(report)]
     for tag in sorted({tag for _, _, r in _results(report) for tag in r["by_tag"]}):
         rows = [
             [
@@ -80,10 +80,12 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     if any(report["steps"].values()):
         parts.append("![Accuracy against step](plots/steps.png)")
-    birth = report["provenance"]
-    made = f"Made by `{birth['command']}` on {birth['date']}, commit {birth['commit']}"
-    weights = f", base {birth['weights']}" if "weights" in birth else ""
-    parts += [f"{made}, torch {birth['versions']['torch']}{weights}."]
+    made = report["provenance"]
+    weights = f", base {made['weights']}" if "weights" in made else ""
+    parts.append(
+        f"Made by `{made['command']}` on {made['date']}, commit {made['commit']}, "
+        f"torch {made['versions']['torch']}{weights}."
+    )
     return "\n\n".join(parts) + "\n"
 
 
@@ -114,28 +116,28 @@ def _tokens(report: dict[str, Any]) -> list[str]:
         return []
     head = ["run", "text", "NLL", "95 % interval", "change", "mean p", "entropy", "p < 0.1", "p > 0.9"]
     rows = []
-    for title, figures in report["tokens"].items():
-        for run, f in figures.items():
-            change = f.get("nll_change_ci95")
+    for title, metrics in report["tokens"].items():
+        for run, m in metrics.items():
+            change = m.get("nll_change_ci95")
             rows.append(
                 [
                     run,
                     title,
-                    f"{f['nll']:.3f}",
-                    f"{f['nll_ci95'][0]:.3f} to {f['nll_ci95'][1]:.3f}",
+                    f"{m['nll']:.3f}",
+                    f"{m['nll_ci95'][0]:.3f} to {m['nll_ci95'][1]:.3f}",
                     f"{change[0]:+.3f} to {change[1]:+.3f}" if change else "",
-                    f"{f['mean_probability']:.3f}",
-                    f"{f['entropy']:.3f}",
-                    percent(f["share_below_0.1"]),
-                    percent(f["share_above_0.9"]),
+                    f"{m['mean_probability']:.3f}",
+                    f"{m['entropy']:.3f}",
+                    percent(m["share_below_0.1"]),
+                    percent(m["share_above_0.9"]),
                 ]
             )
     moved = [
-        [run, title, _movement(f["gained"]), _movement(f["suppressed"])]
-        for title, figures in report["tokens"].items()
+        [run, title, _movement(m["gained"]), _movement(m["suppressed"])]
+        for title, metrics in report["tokens"].items()
         if title != FORGETTING
-        for run, f in figures.items()
-        if "gained" in f
+        for run, m in metrics.items()
+        if "gained" in m
     ]
     parts = [
         "## Tokens of the reference solutions",

@@ -19,7 +19,7 @@ SHOWN = 12  # tokens that gained or lost most
 SEEN = 3  # times a token must occur to be listed
 
 
-def token_figures(folders: Mapping[str, RunFolder]) -> dict[str, Any]:
+def token_metrics(folders: Mapping[str, RunFolder]) -> dict[str, Any]:
     """For each text that was scored: plain figures of every run, and which tokens gained on the first run.
 
     Runs whose tables hold other tokens than the first one's are left out of the comparison; tables of
@@ -31,19 +31,19 @@ def token_figures(folders: Mapping[str, RunFolder]) -> dict[str, Any]:
             if TokenTable.weights(file).get("adapter") == (folder.adapter_digest or ""):
                 title = file.name.removesuffix(".tokens.safetensors")
                 found[title][name] = TokenTable.load(file)
-    return {title: _figures(tables) for title, tables in found.items()}
+    return {title: _metrics(tables) for title, tables in found.items()}
 
 
-def _figures(tables: Mapping[str, TokenTable]) -> dict[str, Any]:
+def _metrics(tables: Mapping[str, TokenTable]) -> dict[str, Any]:
     first = next(iter(tables.values()))
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for name, table in tables.items():
         edges = np.linspace(0, 1, BINS + 1)
         bin_T = np.minimum((table.p_T * BINS).astype(int), BINS - 1)
         count = np.bincount(bin_T, minlength=BINS)
         pull = np.bincount(bin_T, table.pull_T, minlength=BINS) / np.maximum(count, 1)
         dft = np.bincount(bin_T, table.pull_T * table.p_T, minlength=BINS) / np.maximum(count, 1)
-        figures[name] = {
+        metrics[name] = {
             "tokens": len(table.ids_T),
             "nll": float(table.nll_E.mean()),
             "nll_ci95": list(_mean_interval(table.nll_E)),
@@ -57,9 +57,9 @@ def _figures(tables: Mapping[str, TokenTable]) -> dict[str, Any]:
             "dft_gradient": dft.tolist(),
         }
         if table is not first and np.array_equal(table.ids_T, first.ids_T):
-            figures[name]["nll_change_ci95"] = list(_mean_interval(table.nll_E - first.nll_E))
-            figures[name]["gained"], figures[name]["suppressed"] = _movers(first, table)
-    return figures
+            metrics[name]["nll_change_ci95"] = list(_mean_interval(table.nll_E - first.nll_E))
+            metrics[name]["gained"], metrics[name]["suppressed"] = _movers(first, table)
+    return metrics
 
 
 def _movers(before: TokenTable, after: TokenTable) -> tuple[list[list[float]], list[list[float]]]:
