@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -67,12 +68,24 @@ def interval(score_P: ArrayLike, level: float = 0.95) -> Interval:
     does, the share that would is at most u = 1 - ((1 - level) / 2) ** (1 / P) (Clopper and Pearson 1934), and
     those end at 0 or 1 at worst. For 0 % and 100 % this is the Clopper-Pearson interval itself.
     """
-    return _bootstrap(_scores(score_P), level, worst=0.0, best=1.0)
+    return _bootstrap(_scores(score_P), level, bounds=(0.0, 1.0))
 
 
 def paired_interval(a_P: ArrayLike, b_P: ArrayLike, level: float = 0.95) -> Interval:
     """As `interval`, of mean(b - a) over the same problems; equal differences end at -1 or 1 at worst."""
-    return _bootstrap(_paired(a_P, b_P), level, worst=-1.0, best=1.0)
+    return _bootstrap(_paired(a_P, b_P), level, bounds=(-1.0, 1.0))
+
+
+def unbounded_interval(value_P: ArrayLike, level: float = 0.95) -> Interval:
+    """Interval of the mean of values that may be any number, such as NLLs: percentile bootstrap, seed 0.
+
+    Token metrics use it. It gives the intervals in reports that were recorded before, which BCa would not.
+    Equal values have an interval of width 0.
+    """
+    value_P = np.asarray(value_P, dtype=float)
+    if value_P.ndim != 1 or value_P.size == 0:
+        raise ValueError(f"values have shape {value_P.shape}: give a list of at least one")
+    return _bootstrap(value_P, level, method="percentile", resamples=2000)
 
 
 def sign_flip_test(a_P: ArrayLike, b_P: ArrayLike) -> float:
@@ -149,18 +162,29 @@ def compare(a_P: ArrayLike, b_P: ArrayLike) -> Comparison:
     )
 
 
-def _bootstrap(value_P: Scores, level: float, worst: float, best: float) -> Interval:
+def _bootstrap(
+    value_P: Scores,
+    level: float,
+    bounds: Interval | None = None,
+    method: Literal["BCa", "percentile"] = "BCa",
+    resamples: int = RESAMPLES,
+) -> Interval:
+    """Interval of the mean; equal values are judged by `bounds`, the worst and the best that may occur."""
     if not 0 < level < 1:
         raise ValueError(f"level = {level}: give a number between 0 and 1")
     if np.ptp(value_P) == 0:
+        value = float(value_P[0])
+        if bounds is None:
+            return value, value
+        low, high = bounds
         share = 1 - ((1 - level) / 2) ** (1 / len(value_P))
-        return tuple(float((1 - share) * value_P[0] + share * end) for end in (worst, best))
+        return (1 - share) * value + share * low, (1 - share) * value + share * high
     result = stats.bootstrap(
         (value_P,),
         np.mean,
         confidence_level=level,
-        method="BCa",
-        n_resamples=RESAMPLES,
+        method=method,
+        n_resamples=resamples,
         batch=1000,
         rng=np.random.default_rng(0),
     ).confidence_interval

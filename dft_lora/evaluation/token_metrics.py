@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..runs.folder import RunFolder
+from . import statistics as st
 from .token_table import TokenTable
 
 BINS = 20  # of a probability
@@ -46,7 +47,7 @@ def _metrics(tables: Mapping[str, TokenTable]) -> dict[str, Any]:
         metrics[name] = {
             "tokens": len(table.ids_T),
             "nll": float(table.nll_E.mean()),
-            "nll_ci95": list(_mean_interval(table.nll_E)),
+            "nll_ci95": list(st.unbounded_interval(table.nll_E)),
             "mean_probability": float(table.p_T.mean()),
             "entropy": float(table.entropy_T.mean()),
             "share_below_0.1": float((table.p_T < 0.1).mean()),
@@ -57,7 +58,7 @@ def _metrics(tables: Mapping[str, TokenTable]) -> dict[str, Any]:
             "dft_gradient": dft.tolist(),
         }
         if table is not first and np.array_equal(table.ids_T, first.ids_T):
-            metrics[name]["nll_change_ci95"] = list(_mean_interval(table.nll_E - first.nll_E))
+            metrics[name]["nll_change_ci95"] = list(st.unbounded_interval(table.nll_E - first.nll_E))
             metrics[name]["gained"], metrics[name]["suppressed"] = _movers(first, table)
     return metrics
 
@@ -69,10 +70,3 @@ def _movers(before: TokenTable, after: TokenTable) -> tuple[list[list[float]], l
     order = [int(i) for i in np.argsort(change) if seen[i] >= SEEN]
     entry = [[int(ids[i]), int(seen[i]), float(change[i])] for i in order]
     return [e for e in entry[::-1][:SHOWN] if e[2] > 0], [e for e in entry[:SHOWN] if e[2] < 0]
-
-
-def _mean_interval(value_E: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean over solutions (percentile, seed 0)."""
-    drawn = np.random.default_rng(0).integers(len(value_E), size=(2000, len(value_E)))
-    low, high = np.quantile(value_E[drawn].mean(1), (0.025, 0.975))
-    return float(low), float(high)
