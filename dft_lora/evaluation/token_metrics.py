@@ -1,4 +1,4 @@
-"""What the token tables of several runs say beside each other: plain NLL, histograms, which tokens moved.
+"""Metrics from the token tables of several runs: plain NLL, histograms, and which tokens changed most.
 
 Legend: T tokens of the reference solutions, E solutions.
 """
@@ -15,16 +15,16 @@ from ..runs.folder import RunFolder
 from . import statistics as st
 from .token_table import TokenTable
 
-BINS = 20  # of a probability
-SHOWN = 12  # tokens that gained or lost most
-SEEN = 3  # times a token must occur to be listed
+BINS = 20  # of a histogram over probabilities
+SHOWN = 12  # tokens listed per run and direction
+SEEN = 3  # occurrences that a token needs to be listed
 
 
 def token_metrics(folders: Mapping[str, RunFolder]) -> dict[str, Any]:
-    """For each text that was scored: plain figures of every run, and which tokens gained on the first run.
+    """The metrics of every run on each scored text, with changes relative to the first run.
 
-    Runs whose tables hold other tokens than the first one's are left out of the comparison; tables of
-    another adapter than the run's present one are left out altogether.
+    A run whose table holds other tokens than the first run's gets no changes. Tables that were computed with
+    another adapter than the run has now are ignored.
     """
     found: dict[str, dict[str, TokenTable]] = defaultdict(dict)
     for name, folder in folders.items():
@@ -64,7 +64,7 @@ def _metrics(tables: Mapping[str, TokenTable]) -> dict[str, Any]:
 
 
 def _movers(before: TokenTable, after: TokenTable) -> tuple[list[list[float]], list[list[float]]]:
-    """[id, times seen, mean change of its probability] of the tokens that gained and lost most."""
+    """[id, occurrences, mean change in probability] of the tokens that gained most and lost most."""
     ids, of_T, seen = np.unique(before.ids_T, return_inverse=True, return_counts=True)
     change = np.bincount(of_T, after.p_T - before.p_T) / seen
     order = [int(i) for i in np.argsort(change) if seen[i] >= SEEN]
