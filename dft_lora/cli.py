@@ -142,9 +142,9 @@ def train(
             raise RequestError("--sweep: put changes into its file, under 'set'")
         if resume:
             raise RequestError("--resume: a sweep always continues where it stopped; leave the option out")
-        from .experiments.sweep import Sweep, markdown, run_sweep
+        from .experiments.sweep import Sweep, run_sweep, sweep_markdown
 
-        click.echo(markdown(run_sweep(Sweep.load(sweep))), nl=False)
+        click.echo(sweep_markdown(run_sweep(Sweep.load(sweep))), nl=False)
         return
     chosen = load_recipe(recipe, changes)
     from .training.loop import train as run
@@ -489,9 +489,9 @@ def _shipped(name: str) -> Path:
 
 
 def show_report(report: dict[str, Any], as_json: bool) -> None:
-    from .evaluation.text import table
+    from .evaluation.text import report_table
 
-    click.echo(json.dumps(report, indent=1) if as_json else table(report))
+    click.echo(json.dumps(report, indent=1) if as_json else report_table(report))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from dft_lora.errors import MissingPart, RequestError
 from dft_lora.evaluation.attempts import read_attempts
 from dft_lora.evaluation.evaluate import evaluate
 from dft_lora.evaluation.report import build, write_own_report
-from dft_lora.evaluation.sharpening import cooled
+from dft_lora.evaluation.sharpening import entropy_matched
 from dft_lora.evaluation.token_table import TokenTable, tokens_file
 from dft_lora.evaluation.tokens import entropy, score, temperature_for
 from dft_lora.model.head import check_head
@@ -330,12 +330,15 @@ def test_temperature_for_gives_back_the_entropy(loaded):
         assert temperature_for(head, h_TD, wanted) == pytest.approx(temperature, rel=1e-3)
 
 
-def test_a_cooled_twin_has_the_other_runs_entropy(runs, tmp_path):
-    twin = cooled(RunFolder(runs[1]), RunFolder(runs[2]), tmp_path / "twin", "arithmetic")
-    facts = twin.run()["cooled"]
+def test_an_entropy_matched_run_has_the_other_runs_entropy(runs, tmp_path):
+    twin = entropy_matched(RunFolder(runs[1]), RunFolder(runs[2]), tmp_path / "twin", "arithmetic")
+    facts = twin.run()["entropy_matched"]
     assert twin.recipe().evaluate.temperature == pytest.approx(facts["temperature"], abs=1e-4)
     assert json.dumps(facts) and 0.05 < facts["temperature"] < 5
-    assert cooled(RunFolder(runs[1]), RunFolder(runs[2]), tmp_path / "twin", "arithmetic").run() == twin.run()
-    turned = cooled(RunFolder(runs[2]), RunFolder(runs[1]), tmp_path / "twin", "arithmetic")
+    assert (
+        entropy_matched(RunFolder(runs[1]), RunFolder(runs[2]), tmp_path / "twin", "arithmetic").run()
+        == twin.run()
+    )
+    turned = entropy_matched(RunFolder(runs[2]), RunFolder(runs[1]), tmp_path / "twin", "arithmetic")
     assert turned.adapter_digest == RunFolder(runs[2]).adapter_digest, "made anew from another adapter"
-    assert turned.run()["cooled"]["temperature"] != facts["temperature"]
+    assert turned.run()["entropy_matched"]["temperature"] != facts["temperature"]

@@ -1,10 +1,10 @@
-"""The file format of an evaluation: which answers are on disk, which are missing, and how one is added.
+"""The answers of an evaluation on disk: which are there, which are missing, and how one is added.
 
-    evaluation/TASK.jsonl     one line per sample
+    evaluation/TASK.jsonl     one line per answer
     evaluation/TASK.json      the protocol, the problems, the provenance
 
-Under `accelerate launch` each process appends to a part of its own, TASK.rank-N.jsonl, and the main process
-gathers the parts at the end.
+Under `accelerate launch` each process appends to its own file, TASK.rank-N.jsonl. At the end the main process
+merges these files into TASK.jsonl.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .protocol import GREEDY, Protocol
 from .shard import Shard
 from .token_table import tokens_file
 
-THEN = "evaluate again: it goes on where it stopped"
+RESUME = "run the same evaluation again; it continues where it stopped"
 
 
 class Answers:
-    """One run's answers to one task: what is on disk, what is missing, and the way to add."""
+    """One run's answers to one task on disk. Raises RequestError when they have another protocol."""
 
     def __init__(
         self,
@@ -38,59 +38,60 @@ class Answers:
     ):
         self.folder, self.protocol, self.problems, self.shard = folder, protocol, problems, shard
         self.file = folder.evaluation(protocol.task)
-        self.facts_file = self.file.with_suffix(".json")
+        self.metadata_file = self.file.with_suffix(".json")
         self.overwrite = overwrite
-        if not overwrite and self.facts_file.is_file():
-            differences = protocol.differences(read_json(self.facts_file)["protocol"])
+        if not overwrite and self.metadata_file.is_file():
+            differences = protocol.differences(read_json(self.metadata_file)["protocol"])
             if differences:
                 raise RequestError(
-                    f"{self.file}: answered under another protocol ({'; '.join(differences)}); "
-                    "--overwrite replaces these answers"
+                    f"{self.file}: its answers were made under another protocol ({'; '.join(differences)}); "
+                    "--overwrite replaces them"
                 )
         self.done = set() if overwrite else set(self.on_disk())
 
     @property
     def asked(self) -> int:
-        """How many answers there are to be, the greedy ones included."""
+        """The number of answers in a complete evaluation, including the greedy ones."""
         return len(self.problems) * (self.protocol.samples + 1)
 
     def missing(self) -> list[tuple[Problem, int]]:
-        """(problem, sample) pairs still to be answered by this process; sample -1 is the greedy answer."""
+        """The (problem, sample) pairs that this process has yet to answer; sample -1 is the greedy answer."""
         samples = (GREEDY, *range(self.protocol.samples))
         mine = self.problems[self.shard.rank :: self.shard.world]
         return [(p, s) for p in mine for s in samples if (p.id, s) not in self.done]
 
-    def begin(self, birth: dict[str, Any]) -> None:
-        """Record the protocol, before the first answer; what is to be overwritten goes now."""
-        with writing(self.file, THEN):
+    def begin(self, provenance: dict[str, Any]) -> None:
+        """Record the protocol before the first answer. With `overwrite`, delete the old answers now."""
+        with writing(self.file, RESUME):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             if self.overwrite and self.shard.is_main:
                 tables = tokens_file(self.folder, self.protocol.task)
-                for old in (self.file, self.facts_file, tables, *self._parts()):
+                for old in (self.file, self.metadata_file, tables, *self._parts()):
                     old.unlink(missing_ok=True)
         self.overwrite = False
-        if self.shard.is_main and not self.facts_file.is_file():
+        if self.shard.is_main and not self.metadata_file.is_file():
             problems = {
                 p.id: {"question": p.question, "answer": p.answer, "tags": dict(p.tags)}
                 for p in self.problems
             }
-            facts = {"protocol": asdict(self.protocol), "provenance": birth, "problems": problems}
-            write_json(self.facts_file, facts)
+            metadata = {"protocol": asdict(self.protocol), "provenance": provenance, "problems": problems}
+            write_json(self.metadata_file, metadata)
 
     def add(self, attempts: Iterable[Attempt]) -> None:
+        """Append attempts to this process's file."""
         part = self.file if self.shard.world == 1 else self._part(self.shard.rank)
-        with writing(part, THEN), part.open("a", encoding="utf-8") as file:
+        with writing(part, RESUME), part.open("a", encoding="utf-8") as file:
             file.writelines(attempt_line(attempt) for attempt in attempts)
 
     def gather(self) -> None:
-        """Bring the parts of several processes together, also those that a kill has left."""
+        """Merge the files of several processes, including files left by a killed evaluation."""
         if parts := self._parts():
             write_text(self.file, "".join(map(attempt_line, self.on_disk().values())))
             for part in parts:
                 part.unlink()
 
     def on_disk(self) -> dict[tuple[str, int], Attempt]:
-        """By problem and sample; also in the parts that several processes have written."""
+        """All answers by (problem, sample), including those in the files of single processes."""
         files = (self.file, *self._parts())
         return {(a.problem, a.sample): a for file in files for a in read_attempts(file)}
 
@@ -102,12 +103,16 @@ class Answers:
 
 
 def attempt_line(attempt: Attempt) -> str:
+    """One line of `evaluation/TASK.jsonl`."""
     values = asdict(attempt) | {"verdict": attempt.verdict.status, "extracted": attempt.verdict.extracted}
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 
 def read_attempts(file: Path) -> list[Attempt]:
-    """The attempts of a file, none when it does not exist. A line cut off by a kill is dropped."""
+    """The attempts in a file; none if it does not exist.
+
+    An incomplete last line, left by a killed process, is removed from the file.
+    """
     if not file.is_file():
         return []
     text = file.read_bytes()

@@ -1,4 +1,4 @@
-"""The untouched base of a recipe as a run folder."""
+"""The untrained base of a recipe as a run folder, so that it can be evaluated like any other run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..runs.provenance import certificate
 
 
 def base_run(recipe: Recipe, path: str | Path) -> RunFolder:
-    """A run folder for the untouched base of a recipe: no adapter, so that it is evaluated like any run."""
+    """Create a run folder without an adapter for the recipe's base. Raises RequestError if `path` exists."""
     folder = RunFolder.create(path)
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
     folder.write_run(

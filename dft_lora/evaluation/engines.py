@@ -1,4 +1,4 @@
-"""What generates the answers: the package's own decoding loop, or vLLM, behind one interface."""
+"""Engines that generate answers: the package's own decoding loop and vLLM, behind one interface."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ class Engine(Protocol):
     """One base with the adapters of some runs, loaded and ready to generate."""
 
     scores_tokens: ClassVar[bool]
-    """Whether `model` is a torch model whose hidden states can be read, to score given texts."""
+    """Whether `model` is a torch model that can also score given texts token by token."""
 
     model: Any
     facts: dict[str, Any]
-    """What provenance records of it: device, dtype."""
+    """What provenance records: device, dtype."""
 
     def __init__(self, recipe: Recipe, adapters: Mapping[str, Path], renderer: Renderer): ...
 
     def generate(self, requests: Sequence[Request], on_progress: Callable[[int, Completion], None]) -> None:
-        """Answer all requests; `on_progress(i, completion)` is called as each is complete."""
+        """Answer all requests; call `on_progress(i, completion)` for each one when it is complete."""
 
 
 class Plain:
-    """Answers by the package's own decoding loop (model/generate.py)."""
+    """The package's own decoding loop (model/generate.py)."""
 
-    scores_tokens = True
+    scores_tokens: ClassVar[bool] = True
 
     def __init__(self, recipe: Recipe, adapters: Mapping[str, Path], renderer: Renderer):
         base, hardware = load_base(recipe.model, for_answers=True)
@@ -52,4 +52,4 @@ class Plain:
 
 
 ENGINES: Mapping[str, type[Engine]] = {"plain": Plain, "vllm": Vllm}
-"""By the names that evaluate.engine takes."""
+"""The values of evaluate.engine."""

@@ -1,14 +1,15 @@
-"""Sample, judge and keep: `evaluation/TASK.jsonl` in each run folder.
+"""Evaluate runs: sample answers, judge them, and write them to `evaluation/` in each run folder.
 
-Runs of one base are answered in the same batches, each with its own adapter. Every sample is
-drawn from a random stream of its own, named by (seed, problem, sample): all runs see the same
-streams, and a killed evaluation goes on where it stopped. Under `accelerate launch` each process takes
-every n-th problem; nothing in the answers depends on how many there were.
+Runs of one base are sampled in the same batches, each with its own adapter. Every sample has its own random
+stream, determined by (seed, problem, sample), so all runs draw from the same streams and a killed evaluation
+continues where it stopped. Under `accelerate launch` each process takes every n-th problem; the answers do
+not depend on the number of processes.
 
-    evaluation/TASK.jsonl                 one line a sample
-    evaluation/TASK.json                  the protocol, the problems, a birth certificate
-    evaluation/TASK.tokens.safetensors    probabilities of the reference solutions' tokens (tokens.py)
-    evaluation/other-text.tokens.safetensors    and of a text that has nothing to do with the task
+    protocol.py      what must be equal for answers to be comparable
+    run_set.py       which runs can be evaluated together
+    attempts.py      the answers on disk
+    engines.py       what generates them
+    references.py    token-by-token scores of the reference solutions
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from .run_set import (
 )
 from .shard import Shard
 
-CHUNK = 256  # answers judged and written at a time
+CHUNK = 256  # answers that are judged together
 
 
 def evaluate(
@@ -50,15 +51,15 @@ def evaluate(
     changes: Sequence[str] = (),
     overwrite: bool = False,
 ) -> list[RunFolder]:
-    """Answer and judge `tasks` with every run, over one base loaded once.
+    """Evaluate every run on `tasks`; the base that they share is loaded once. Returns the run folders.
 
-    A path RUN_DIR/checkpoints/step-N stands for that checkpoint. `tasks` default to the recipes' own;
-    `limit` takes the first problems of each; `changes` are `evaluate.field=value` (or `field=value`) and
-    apply to all runs. An interrupted evaluation with the same protocol is completed; answers under another
-    protocol, or of other weights, are refused unless `overwrite`.
+    RUN_DIR/checkpoints/step-N evaluates that checkpoint. `tasks` default to the recipe's own; `limit` takes
+    only the first problems of each. `changes` (`evaluate.field=value` or `field=value`) apply to all runs.
+    An interrupted evaluation is completed. Existing answers with another protocol or by other weights are an
+    error unless `overwrite` is set.
 
     Raises RequestError before a model is loaded when runs, tasks, settings or templates do not fit together,
-    or a run has not finished; Interrupted after Ctrl-C, with all answers kept.
+    or when a run has not finished. Raises Interrupted after Ctrl-C; answers given so far are kept.
     """
     folders = open_runs(run_dirs)
     if not folders:
@@ -80,13 +81,13 @@ def evaluate(
     complete = all(answers.missing() == [] for answers in work.values())
     if ENGINES[settings.engine].scores_tokens:
         complete &= all(references_scored(folder, problems, base) for folder in folders)
-    shard.wait()  # all have read before one writes
+    shard.wait()  # no process writes before all have read
     if not complete:
         try:
             _complete(dict(zip(names, folders, strict=True)), recipes[0], renderer, problems, work, base)
         except KeyboardInterrupt:
             if any(answers.overwrite for answers in work.values()):
-                raise  # while the model was loaded: nothing is replaced yet
+                raise  # interrupted while the model was loading: nothing has been replaced yet
             raise Interrupted(_kept(work.values()), signal.SIGINT) from None
     return folders
 
@@ -99,13 +100,13 @@ def _complete(
     work: Mapping[tuple[str, str], Answers],
     base: str,
 ) -> None:
-    """Load the model, answer what is missing, and score the reference solutions token by token."""
+    """Load the model, generate the missing answers, and score the reference solutions token by token."""
     shard = next(iter(work.values())).shard
     adapters = {name: folder.adapter for name, folder in folders.items() if folder.has_adapter}
     engine = ENGINES[recipe.evaluate.engine](recipe, adapters, renderer)
     for answers in work.values():
         answers.begin(certificate(**engine.facts))
-    shard.wait()  # what is replaced is gone before one adds
+    shard.wait()  # no process adds answers before the old ones are deleted
     for task in problems:
         mine = {name: answers for (t, name), answers in work.items() if t == task}
         _answer(engine, renderer, mine, recipe.evaluate, task)
@@ -118,7 +119,7 @@ def _complete(
 
 
 def _kept(work: Collection[Answers]) -> str:
-    """What an interrupted evaluation leaves behind, in words."""
+    """The message of an interrupted evaluation: how many answers are kept."""
     kept, asked = sum(len(a.on_disk()) for a in work), sum(a.asked for a in work)
     return f"evaluation stopped: {kept} of {asked} answers are kept"
 
@@ -128,14 +129,14 @@ def _problems(task: str, limit: int | None) -> list[Problem]:
         raise RequestError(f"--limit: {limit}; give at least 1")
     problems = list(get_task(task).problems()[:limit])
     if not problems:
-        raise RequestError(f"--task {task}: it has no problems")
+        raise RequestError(f"--task {task}: the task has no problems")
     return problems
 
 
 def _answer(
     engine: Engine, renderer: Renderer, work: Mapping[str, Answers], settings: EvaluateConfig, task: str
 ) -> None:
-    """Generate and judge all that is missing, run by run in the same batches, and write it in chunks."""
+    """Generate, judge and write the missing answers of all runs to one task, in batches across runs."""
     from tqdm import tqdm
 
     prompts: dict[str, tuple[int, ...]] = {}
@@ -179,5 +180,5 @@ def _answer(
 
         try:
             engine.generate(requests, on_progress)
-        finally:  # Ctrl-C, or an error, loses no answer that is complete
+        finally:  # neither Ctrl-C nor an error loses a complete answer
             flush()

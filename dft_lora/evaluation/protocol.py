@@ -1,6 +1,6 @@
-"""What answers were made with: two evaluations can be added up or compared only where it agrees.
+"""The protocol of an evaluation: what must be equal for answers to be comparable.
 
-Reports and the page read recorded protocols, so this file imports no torch.
+Reports and the page read recorded protocols, so this file does not import torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GREEDY = -1
 """The sample number of the greedy answer."""
 
 FORGETTING = "other-text"
-"""The name under which runs are scored on a text that has nothing to do with the task."""
+"""The name of an English text, unrelated to any task, that every run is scored on to measure forgetting."""
 
 WEIGHTS = ("adapter", "base")
 """The fields of a protocol that name the weights; each run has its own."""
@@ -26,9 +26,9 @@ WEIGHTS = ("adapter", "base")
 
 @dataclass(frozen=True)
 class Protocol:
-    """All that must be equal for answers to be added to those on disk.
+    """Everything that must be equal for new answers to be added to those on disk.
 
-    All but the weights (`adapter`, `base`) must be equal for two runs to be comparable, too.
+    Two runs are comparable when everything but their weights (`adapter`, `base`) is equal.
     """
 
     task: str
@@ -43,22 +43,22 @@ class Protocol:
     seed: int
     engine: str
     adapter: str | None
-    """The digest of the adapter; None: the bare base."""
+    """The digest of the adapter; None for the bare base."""
     base: str
     """The fingerprint of the base's weights."""
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """What differs from a recorded protocol, in words."""
-        said = [
+        """The differences from a recorded protocol, each as text for an error message."""
+        found = [
             f"{k}: {other.get(k)!r} -> {v!r}"
             for k, v in asdict(self).items()
             if k not in (*WEIGHTS, "engine") and other.get(k) != v
         ]
         if (engine := other.get("engine", self.engine)) != self.engine:
-            said.append(f"engine: {engine!r} -> {self.engine!r}")
+            found.append(f"engine: {engine!r} -> {self.engine!r}")
         if why := other_weights(other, self.adapter, self.base):
-            said.append(why)
-        return said
+            found.append(why)
+        return found
 
     @classmethod
     def of(
@@ -70,7 +70,7 @@ class Protocol:
         adapter: str | None,
         base: str,
     ) -> Protocol:
-        """The protocol under which a run with these weights answers these problems."""
+        """The protocol for a run with these weights on these problems."""
         return cls(
             task=task,
             problems=len(problems),
@@ -89,18 +89,18 @@ class Protocol:
 
 
 def other_weights(recorded: Mapping[str, Any], adapter: str | None, base: str) -> str | None:
-    """Why answers with the `recorded` protocol are not of these weights, in words; None where they are."""
+    """Why these weights did not give the answers with the `recorded` protocol; None if they did."""
     if not set(WEIGHTS) <= set(recorded):
-        return "an earlier version of dft-lora made them and did not record the weights"
+        return "they were made by an earlier version of dft-lora, which did not record the weights"
     if recorded["adapter"] != adapter:
-        return "the run's adapter has changed since"
+        return "the run's adapter has changed since then"
     if recorded["base"] != base:
-        return "the base's weights have changed since"
+        return "the base's weights have changed since then"
     return None
 
 
 def answer_limit(task: str, settings: EvaluateConfig) -> int:
-    """Tokens of the longest answer: evaluate.max_new_tokens where it was set, else the task's own limit."""
+    """The most tokens of an answer: evaluate.max_new_tokens where it was set, else the task's own limit."""
     longest = settings.max_new_tokens
     if "max_new_tokens" in settings.model_fields_set:
         return longest

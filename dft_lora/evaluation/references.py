@@ -24,7 +24,7 @@ def score_references(
     problems: Mapping[str, list[Problem]],
     base: str,
 ) -> None:
-    """Token tables of the reference solutions, and of the text that has nothing to do with them."""
+    """Write every run's token table for the reference solutions of each task and for the unrelated text."""
     texts = {
         task: [renderer.render(p) for p in its_problems if p.solution is not None][:SCORED]
         for task, its_problems in problems.items()
@@ -39,7 +39,7 @@ def score_references(
 
 
 def references_scored(folder: RunFolder, problems: Mapping[str, list[Problem]], base: str) -> bool:
-    """Whether `score_references` has scored everything with the run's present weights."""
+    """Whether the run has all token tables that `score_references` writes, made with its present weights."""
     wanted = [task for task, its_problems in problems.items() if any(p.solution for p in its_problems)]
     return all(_is_current(folder, title, base) for title in (*wanted, FORGETTING))
 

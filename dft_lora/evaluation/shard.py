@@ -1,4 +1,4 @@
-"""Which part of an evaluation this process does, where `accelerate launch` started several."""
+"""Which problems this process answers when `accelerate launch` starts several processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shard:
-    """This process among those of an `accelerate launch`: it takes every `world`-th problem."""
+    """One process of `world`: it answers every `world`-th problem, starting at `rank`."""
 
     rank: int = 0
     world: int = 1
@@ -28,6 +28,7 @@ class Shard:
         return self.rank == 0
 
     def wait(self) -> None:
+        """Wait until all processes have reached this point."""
         if self.world > 1:
             from accelerate import PartialState
 

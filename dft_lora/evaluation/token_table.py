@@ -1,9 +1,9 @@
-"""Token probabilities of given texts under one run, as arrays and as a file in its run folder.
+"""Probabilities of the tokens of given texts under one run, as arrays and as a file in its run folder.
 
-    evaluation/TASK.tokens.safetensors          the tokens of the reference solutions
-    evaluation/other-text.tokens.safetensors    the tokens of a text that has nothing to do with the task
+    evaluation/TASK.tokens.safetensors          tokens of the reference solutions
+    evaluation/other-text.tokens.safetensors    tokens of a text that is unrelated to the task
 
-Reports and the page read these files, so this file imports no torch.
+Reports and the page read these files, so this file does not import torch.
 
 Legend: T scored tokens, E examples.
 """
@@ -21,9 +21,10 @@ from ..runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class TokenTable:
-    """One entry a supervised token, in the order of the examples.
+    """One entry per supervised token, in the order of the examples.
 
-    `pull_T` is the norm of d log p / d h, the hidden state's gradient under SFT; DFT's is p times that.
+    `pull_T` is the norm of d log p / d h, which is the gradient at the hidden state under SFT. Under DFT the
+    gradient is p times that.
     """
 
     ids_T: np.ndarray
@@ -38,11 +39,11 @@ class TokenTable:
 
     @property
     def nll_E(self) -> np.ndarray:
-        """Mean NLL of each example, nats a token."""
+        """Mean NLL of each example, in nats per token."""
         return np.bincount(self.example_T, -self.logp_T) / np.bincount(self.example_T)
 
     def save(self, file: Path, weights: Mapping[str, str] | None = None) -> None:
-        """Write the table; `weights` names the adapter and the base that gave it."""
+        """Write the table. `weights` identifies the adapter and the base that it was computed with."""
         from safetensors.numpy import save_file
 
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +60,7 @@ class TokenTable:
 
     @staticmethod
     def weights(file: Path) -> dict[str, str]:
-        """The weights that a saved table was made with; empty where they were not recorded."""
+        """The weights that a saved table was computed with; empty if they were not recorded."""
         from safetensors import safe_open
 
         with safe_open(file, "np") as saved:
@@ -67,4 +68,5 @@ class TokenTable:
 
 
 def tokens_file(folder: RunFolder, title: str) -> Path:
+    """Where the token table for a task, or for the text `title`, is saved."""
     return folder.evaluation(title).with_suffix(".tokens.safetensors")

@@ -116,7 +116,7 @@ def score_rows(
 def chunk_probabilities_(
     u_CV: Tensor, head: Head, h_CD: Tensor, y_C: Tensor, *, write: bool, needs: frozenset[str] = frozenset()
 ) -> tuple[Target, OtherEntries, Tensor]:
-    """Writes a chunk's logits into the workspace; returns the target, the other entries, and z_t - cap(shift).
+    """Writes a chunk's logits into the workspace; returns target, other entries, and z_t - cap(shift).
 
     The shift is the target's logit rounded to the workspace's dtype. The subtracted value must be the rounded
     one, and all sums are relative to it; otherwise its rounding error would come back. With a soft-cap they

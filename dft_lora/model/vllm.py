@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 from ..config import Recipe
 from ..data.templates import Renderer
@@ -37,7 +37,7 @@ def lora_rank(ranks: Iterable[int]) -> int:
 class Vllm:
     """An engine of evaluation/engines.py. Raises MissingPart where vLLM, or a device for it, is missing."""
 
-    scores_tokens = False
+    scores_tokens: ClassVar[bool] = False
 
     def __init__(self, recipe: Recipe, adapters: Mapping[str, Path], renderer: Renderer):
         if find_spec("vllm") is None:
