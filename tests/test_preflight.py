@@ -146,7 +146,20 @@ def test_proposals_grow_with_memory_and_fit_it():
 
 def test_sizes_are_read_or_refused():
     assert read_size("16GB") == read_size("16 GiB") == 16 * 2**30 and read_size("512mb") == 512 * MIB
-    for wrong in ("16", "GB", "lots", "16TB"):
+    for wrong in (
+        "16",
+        "GB",
+        "lots",
+        "16TB",
+        "0GB",
+        "-5GB",
+        "0.0 MB",
+        "infGB",
+        "nanGB",
+        "",
+        "1e9GB",
+        "9" * 99 + "GB",
+    ):
         with pytest.raises(RequestError, match="--gpu-memory"):
             read_size(wrong)
 
