@@ -23,11 +23,11 @@ from dft_lora.config import ModelConfig, load_recipe
 from dft_lora.data.templates import Renderer
 from dft_lora.errors import MissingPart, RequestError
 from dft_lora.evaluation.attempts import read_attempts
-from dft_lora.evaluation.evaluate import answer_limit, evaluate, read_attempts, tokens_file
+from dft_lora.evaluation.evaluate import answer_limit, evaluate
 from dft_lora.evaluation.report import build, write_own_report
 from dft_lora.evaluation.sharpening import entropy_matched
 from dft_lora.evaluation.token_table import TokenTable, tokens_file
-from dft_lora.evaluation.tokens import TokenTable, entropy, score, temperature_for
+from dft_lora.evaluation.tokens import entropy, score, temperature_for
 from dft_lora.model.head import check_head
 from dft_lora.model.load import load_adapters, load_base, load_tokenizer, resolve
 from dft_lora.runs.folder import RunFolder, read_json
