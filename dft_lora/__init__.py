@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import Recipe, load_recipe
     from .errors import DftLoraError, RequestError, RunError
-    from .evaluation.sampling import evaluate
+    from .evaluation.evaluate import evaluate
     from .loss import TokenScores, objective, objective_names, token_logps
     from .runs.folder import RunFolder
     from .tasks import get_task, task_names
@@ -25,7 +25,7 @@ _HOMES = {
     "RunError": ".errors",
     "RunFolder": ".runs.folder",
     "TokenScores": ".loss",
-    "evaluate": ".evaluation.sampling",
+    "evaluate": ".evaluation.evaluate",
     "get_task": ".tasks",
     "judge": ".tasks.judge",
     "load_recipe": ".config",

@@ -146,7 +146,7 @@ def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = No
     if recipe.data.source.count("/") == 1 and not Path(recipe.data.source).exists():
         header["datasets"] = [recipe.data.source]
     objective, train = recipe.objective.name, recipe.train
-    birth, last = facts["provenance"], facts["figures"]["last"]
+    made, last = facts["provenance"], facts["figures"]["last"]
     lines = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {name}",
@@ -156,12 +156,12 @@ def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = No
         + (", then merged into the 16-bit base." if merged else "."),
         "## Training",
         f"{last['step']} steps of {train.batch_size} examples, AdamW {train.learning_rate:g}, "
-        f"{train.schedule}, seed {train.seed}; {facts['figures']['seconds']:.0f} s on {birth['device']} in "
-        f"{birth['dtype']}. Last step: NLL {last['nll']:.3f}, mean target probability "
+        f"{train.schedule}, seed {train.seed}; {facts['figures']['seconds']:.0f} s on {made['device']} in "
+        f"{made['dtype']}. Last step: NLL {last['nll']:.3f}, mean target probability "
         f"{last['mean_probability']:.3f}. Prompt template: `{facts['template']}`.",
-        f"Made with dft-lora {birth['versions']['dft-lora']} (commit {birth['commit']}), "
-        f"torch {birth['versions']['torch']}, transformers {birth['versions']['transformers']}, "
-        f"{birth['date'][:10]}.",
+        f"Made with dft-lora {made['versions']['dft-lora']} (commit {made['commit']}), "
+        f"torch {made['versions']['torch']}, transformers {made['versions']['transformers']}, "
+        f"{made['date'][:10]}.",
         "## Evaluation",
         _results(run),
     ]

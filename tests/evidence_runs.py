@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from dft_lora.config import digest, load_recipe
-from dft_lora.evaluation.sampling import base_run
+from dft_lora.evaluation.base_run import base_run
 from dft_lora.model.fingerprint import base_fingerprint
 from dft_lora.runs.folder import RunFolder, write_json
 from dft_lora.training.loop import train

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from patience import HANG
+from second_opinion import audit
 
 from dft_lora.errors import DataError, RequestError
 from dft_lora.tasks import get_task, task_names
-from dft_lora.tasks.audit import audit
 from dft_lora.tasks.judge import judge_many
 
 SIZES = {

@@ -10,8 +10,8 @@ from dft_lora.cli import main
 from dft_lora.config import load_recipe
 from dft_lora.data.templates import Renderer
 from dft_lora.errors import DataError
-from dft_lora.evaluation.diagnosis import advice, diagnose, effective, figures, text
-from dft_lora.evaluation.tokens import TokenTable
+from dft_lora.evaluation.diagnosis import advice, diagnose, effective, metrics, text
+from dft_lora.evaluation.token_table import TokenTable
 
 
 def table(p):
@@ -59,14 +59,14 @@ def test_rows_are_drawn_before_they_are_tokenized(tmp_path, monkeypatch):
     assert (found["data"]["rows"], found["data"]["duplicates"]) == (400, 1)
     said = text(found)
     assert "all rows: rows 400" in said and f"drawn rows: rows {len(rendered)}" in said
-    assert "same tokens as an earlier row: kept: 1 of all rows" in said
+    assert "same text as an earlier row: kept: 1 of all rows" in said
     assert f"left out: {found['drawn']['over_long']} of drawn rows" in said
 
 
 @pytest.mark.parametrize(("p", "favoured"), [(0.8, "dft"), (0.5, "either"), (0.1, "sft")])
 def test_advice_at_the_anchors_of_the_literature(p, favoured):
     assert advice(p)[0] == favoured
-    assert figures(table([p] * 50))["favours"] == favoured
+    assert metrics(table([p] * 50))["favours"] == favoured
 
 
 def test_advice_turns_once():
@@ -76,7 +76,7 @@ def test_advice_turns_once():
 
 
 def test_shares_and_effective_tokens():
-    found = figures(table([0.05, 0.05, 0.5, 0.95]))
+    found = metrics(table([0.05, 0.05, 0.5, 0.95]))
     assert (found["share_below_0.1"], found["share_above_0.9"]) == (0.5, 0.25)
     assert found["nll"] == pytest.approx(-np.log([0.05, 0.05, 0.5, 0.95]).mean(), rel=1e-5)
     even, weights = np.ones(7), np.random.default_rng(0).random(50)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,18 +17,22 @@ from evidence_runs import QUICK, trained
 from fault_runs import finish, start
 from patience import HANG, wait_for
 
+from dft_lora import tasks
 from dft_lora.cli import main
 from dft_lora.config import ModelConfig, load_recipe
 from dft_lora.data.templates import Renderer
 from dft_lora.errors import MissingPart, RequestError
+from dft_lora.evaluation.attempts import read_attempts
+from dft_lora.evaluation.evaluate import answer_limit, evaluate
 from dft_lora.evaluation.report import build, write_own_report
-from dft_lora.evaluation.sampling import checkpoint_runs, evaluate, read_attempts, tokens_file
-from dft_lora.evaluation.sharpening import cooled
-from dft_lora.evaluation.tokens import TokenTable, entropy, score, temperature_for
+from dft_lora.evaluation.sharpening import entropy_matched
+from dft_lora.evaluation.token_table import TokenTable, tokens_file
+from dft_lora.evaluation.tokens import entropy, score, temperature_for
 from dft_lora.model.head import check_head
 from dft_lora.model.load import load_adapters, load_base, load_tokenizer, resolve
 from dft_lora.runs.folder import RunFolder, read_json
 from dft_lora.tasks import get_task
+from dft_lora.tasks.base import Task, Verdict
 from dft_lora.training.loop import train
 
 ARGUMENTS = ("--task", "arithmetic", "--samples", "3", "--limit", "24")
@@ -47,6 +52,20 @@ def fresh(runs, tmp_path):
     for path in runs:
         shutil.copytree(path, tmp_path / path.name, ignore=shutil.ignore_patterns("evaluation", "steps"))
     return [tmp_path / path.name for path in runs]
+
+
+@pytest.mark.parametrize(("change", "tokens"), [("top_p=1.0", 96), ("max_new_tokens=130", 130)])
+def test_the_longest_answer_is_the_tasks_own_unless_it_is_set(fresh, change, tokens):
+    evaluate(fresh[:1], ["arithmetic"], limit=1, changes=["samples=1", change])
+    assert read_json(fresh[0] / "evaluation/arithmetic.json")["protocol"]["max_new_tokens"] == tokens
+
+
+def test_a_limit_above_the_tasks_own_is_obeyed(fresh):
+    recipe = RunFolder(fresh[0]).recipe()  # run.json holds 4096, the default, as it holds every field
+    assert answer_limit("gsm8k", recipe.override([]).evaluate) == 1024
+    for tokens in (500, 3000, 4096):
+        changed = recipe.override([f"evaluate.max_new_tokens={tokens}"])
+        assert answer_limit("gsm8k", changed.evaluate) == tokens
 
 
 def command(*arguments, launcher=()):
@@ -226,8 +245,32 @@ def test_vllm_says_what_is_missing(fresh):
         evaluate([fresh[0]], ["arithmetic"], limit=2, changes=["samples=1", "engine=vllm"])
 
 
+class Echo(Task):
+    """A task whose answers are to start with a word of the question, not to be mathematics."""
+
+    name, description, max_new_tokens = "echo", "starts with the question's first word", 8
+
+    def problems(self, split="test"):
+        return [replace(problem, answer=None) for problem in get_task("arithmetic").problems(split)]
+
+    def judge_many(self, pairs):
+        return [
+            Verdict("correct" if text.split()[:1] == problem.question.split()[:1] else "wrong", text)
+            for text, problem in pairs
+        ]
+
+
+def test_a_task_judges_its_own_answers(fresh, monkeypatch):
+    monkeypatch.setitem(tasks._tasks(), "echo", Echo())
+    evaluate([fresh[0]], ["echo"], limit=3, changes=["samples=2"])
+    found = read_attempts(RunFolder(fresh[0]).evaluation("echo"))
+    problems = {problem.id: problem for problem in Echo().problems()}
+    assert len(found) == 3 * 3
+    assert [a.verdict for a in found] == Echo().judge_many([(a.text, problems[a.problem]) for a in found])
+
+
 def test_checkpoints_are_evaluated_like_runs(runs):
-    steps = checkpoint_runs(RunFolder(runs[1]))
+    steps = RunFolder(runs[1]).checkpoint_runs()
     assert [step.run()["step"] for step in steps] == [1, 2]
     evaluate([step.path for step in steps], ["arithmetic"], limit=6, changes=["samples=2"])
     curve = build([RunFolder(runs[1])])["steps"]["sft"]["arithmetic"]
@@ -301,12 +344,15 @@ def test_temperature_for_gives_back_the_entropy(loaded):
         assert temperature_for(head, h_TD, wanted) == pytest.approx(temperature, rel=1e-3)
 
 
-def test_a_cooled_twin_has_the_other_runs_entropy(runs, tmp_path):
-    twin = cooled(RunFolder(runs[1]), RunFolder(runs[2]), tmp_path / "twin", "arithmetic")
-    facts = twin.run()["cooled"]
+def test_an_entropy_matched_run_has_the_other_runs_entropy(runs, tmp_path):
+    twin = entropy_matched(RunFolder(runs[1]), RunFolder(runs[2]), tmp_path / "twin", "arithmetic")
+    facts = twin.run()["entropy_matched"]
     assert twin.recipe().evaluate.temperature == pytest.approx(facts["temperature"], abs=1e-4)
     assert json.dumps(facts) and 0.05 < facts["temperature"] < 5
-    assert cooled(RunFolder(runs[1]), RunFolder(runs[2]), tmp_path / "twin", "arithmetic").run() == twin.run()
-    turned = cooled(RunFolder(runs[2]), RunFolder(runs[1]), tmp_path / "twin", "arithmetic")
+    assert (
+        entropy_matched(RunFolder(runs[1]), RunFolder(runs[2]), tmp_path / "twin", "arithmetic").run()
+        == twin.run()
+    )
+    turned = entropy_matched(RunFolder(runs[2]), RunFolder(runs[1]), tmp_path / "twin", "arithmetic")
     assert turned.adapter_digest == RunFolder(runs[2]).adapter_digest, "made anew from another adapter"
-    assert turned.run()["cooled"]["temperature"] != facts["temperature"]
+    assert turned.run()["entropy_matched"]["temperature"] != facts["temperature"]

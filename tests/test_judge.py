@@ -14,11 +14,11 @@ from typing import NamedTuple
 import psutil
 import pytest
 from patience import HANG, wait_for
+from second_opinion import audit, second_opinion
 
 from dft_lora.errors import DataError, RunError
 from dft_lora.tasks import judge as judging
 from dft_lora.tasks.answers import NeedsAlgebra, agree
-from dft_lora.tasks.audit import audit, second_opinion
 from dft_lora.tasks.base import Verdict
 from dft_lora.tasks.extraction import clean_gsm8k, extract
 from dft_lora.tasks.judge import judge, judge_many

@@ -336,8 +336,8 @@ def test_the_bound_follows_a_head_that_changes():
 BAD = {
     "hidden: must be [N, D]": {"hidden": torch.zeros(2, 3, 4)},
     "hidden: must be floating point": {"hidden": torch.zeros(5, 4, dtype=torch.int64)},
-    "hidden: holds NaN": {"hidden": torch.full((5, 4), math.nan)},
-    "hidden: holds NaN or infinite": {"hidden": torch.full((5, 4), math.inf)},
+    "hidden: contains NaN": {"hidden": torch.full((5, 4), math.nan)},
+    "hidden: contains NaN or infinite": {"hidden": torch.full((5, 4), math.inf)},
     "weight: must be [V >= 2, 4]": {"weight": torch.zeros(9, 3)},
     "weight: must be [V >= 2, 4] to": {"weight": torch.zeros(1, 4)},
     "weight: is torch.bfloat16": {"weight": torch.zeros(9, 4, dtype=torch.bfloat16)},

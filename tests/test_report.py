@@ -1,17 +1,26 @@
 """The report: what it says follows from the answers on disk, and what cannot be compared is refused."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from evidence_runs import answered
+from patience import HANG
 
 from dft_lora.errors import RequestError
 from dft_lora.evaluation import statistics as st
 from dft_lora.evaluation.report import build, write_report
-from dft_lora.evaluation.text import table
+from dft_lora.evaluation.text import report_table
 
 RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("module", ["evaluation.report", "evaluation.text", "ui.results", "ui.votes"])
+def test_what_reads_recorded_results_does_not_import_torch(module):
+    code = f"import sys, dft_lora.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=HANG).returncode == 0
 
 
 def draws(chance: float, problems: int = 40, samples: int = 4) -> list[list[int]]:
@@ -65,7 +74,7 @@ def test_small_differences_are_called_noise_and_holm_only_raises(report):
         assert entry["p_value"] <= entry["p_holm"] <= 1
     adjusted = st.holm([entry["p_value"] for entry in report["paired"]])
     assert [entry["p_holm"] for entry in report["paired"]] == pytest.approx(adjusted.tolist())
-    assert "noise" in table(report)
+    assert "noise" in report_table(report)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +95,8 @@ def test_other_protocols_are_refused_with_the_difference(folders, tmp_path, chan
 
 
 def test_a_protocol_field_may_differ_where_that_is_the_question(folders, tmp_path):
-    cooled = answered(tmp_path / "cooled", draws(0.5), temperature=0.6)
-    assert build([folders[0], cooled], free={"temperature"})["paired"]
+    other = answered(tmp_path / "other", draws(0.5), temperature=0.6)
+    assert build([folders[0], other], free={"temperature"})["paired"]
 
 
 def test_other_problems_are_refused_by_number(folders, tmp_path):
@@ -128,8 +137,10 @@ def test_files_of_a_report(folders, tmp_path):
 def test_the_report_says_when_another_template_asked_the_questions(tmp_path):
     same = build([answered(tmp_path / "same", [[1, 1], [0, 1]])])
     other = build([answered(tmp_path / "other", [[1, 1], [0, 1]], template="plain")])
-    assert "as trained" not in table(same)
-    assert "other answered arithmetic with template 'plain', not with 'chat' as trained" in table(other)
+    assert "as trained" not in report_table(same)
+    assert "other answered arithmetic with template 'plain', not with 'chat' as trained" in report_table(
+        other
+    )
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 5, 8])

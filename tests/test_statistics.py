@@ -17,6 +17,7 @@ from dft_lora.evaluation.statistics import (
     pass_at_k,
     sign_flip_test,
     smallest_detectable,
+    unbounded_interval,
 )
 
 
@@ -64,6 +65,21 @@ def test_majority_of_one_sample_is_that_sample():
     correct = random_correct(50, 1)
     answers = [["right" if c else "wrong" for c in row] for row in correct]
     assert maj_at_k(answers, correct).tolist() == avg_at_n(correct).tolist()
+
+
+@pytest.mark.parametrize("count", [2, 7, 128, 300])
+def test_an_unbounded_interval_is_the_plain_percentile_bootstrap(count):
+    """Recorded reports hold intervals that were computed by the two lines below."""
+    values = np.random.default_rng(1).gamma(2.0, 0.5, count)
+    drawn = np.random.default_rng(0).integers(count, size=(2000, count))
+    assert unbounded_interval(values) == tuple(np.quantile(values[drawn].mean(1), (0.025, 0.975)))
+
+
+def test_equal_unbounded_values_have_an_interval_without_width():
+    assert unbounded_interval([1.5]) == unbounded_interval([1.5, 1.5]) == (1.5, 1.5)
+    for values in ([], [[1.0]]):
+        with pytest.raises(ValueError, match="shape"):
+            unbounded_interval(values)
 
 
 def test_interval_is_scipys_bca_bootstrap_and_repeats_exactly():

@@ -17,7 +17,9 @@ from evidence_runs import trained
 from dft_lora.config import ModelConfig
 from dft_lora.data.templates import Renderer
 from dft_lora.errors import RequestError
-from dft_lora.evaluation.sampling import Plain, evaluate, read_attempts
+from dft_lora.evaluation.attempts import read_attempts
+from dft_lora.evaluation.engines import Plain
+from dft_lora.evaluation.evaluate import evaluate
 from dft_lora.model.load import load_base, load_tokenizer, unpack
 from dft_lora.model.vllm import RANKS, Vllm, lora_rank, use_own_gpu
 from dft_lora.runs.folder import RunFolder

@@ -21,7 +21,7 @@ from gradio_client import Client
 from patience import HANG, wait_for
 
 from dft_lora.config import load_recipe
-from dft_lora.evaluation.sampling import base_run
+from dft_lora.evaluation.base_run import base_run
 from dft_lora.model.adapters import adapter_layers
 from dft_lora.model.generate import Request, generate
 from dft_lora.model.generate import stream as generate_stream

@@ -1,9 +1,10 @@
-"""Advice before the run: how probable the user's own solutions are under the base, and what that favours.
+"""Advice before training: how probable the solutions are under the base, and which objective that favours.
 
-DFT weighs a token by its probability. Where the base already finds the solutions likely (mathematics) this
-helps; where it does not (new facts, other languages) there is next to nothing left to learn from. Beyond Log
-Likelihood (arXiv 2510.00526, table 5) measured where the turn is: at a mean target probability of about 0.8
-DFT wins, at 0.5 nobody does, near 0.1 plain NLL wins. The limits below lie halfway between.
+DFT weights each token by its probability. This helps where the base already finds the solutions likely
+(mathematics). Where it does not (new facts, other languages), almost no gradient is left. Beyond Log
+Likelihood (arXiv 2510.00526, table 5) measured the turning point: DFT wins at a mean target probability of
+about 0.8, neither wins at 0.5, and plain NLL wins near 0.1. The thresholds below lie halfway between these
+points.
 
 Legend: T supervised tokens.
 """
@@ -18,42 +19,43 @@ from typing import Any
 import numpy as np
 
 from ..config import Recipe
-from ..data.doctor import of_examples, of_rows, usable
+from ..data.doctor import check_examples, check_rows, usable
 from ..data.sources import load_problems
 from ..data.templates import Example, Renderer
 from ..errors import DataError
 from ..model.load import load_base, load_tokenizer
 from ..runs.provenance import certificate
 from ..tasks.base import Problem
-from .tokens import TokenTable, score
+from .token_table import TokenTable
+from .tokens import score
 
 FAVOURS_DFT, FAVOURS_SFT = 0.65, 0.30
 LOW, HIGH = 0.1, 0.9
 BINS = 10
-EXAMPLES = 256  # of about 200 tokens each: the mean probability is then known to about 0.01
+EXAMPLES = 256  # with about 200 tokens each, enough to know the mean probability to about 0.01
 
 
 def diagnose(recipe: Recipe, examples: int = EXAMPLES) -> dict[str, Any]:
-    """Score at most `examples` of the recipe's training examples under its base; figures and a verdict.
+    """Score at most `examples` of the recipe's training examples under its base: metrics and a verdict.
 
-    Only drawn rows are tokenized: `data` counts what the texts of all rows show, `drawn` what the tokens of
-    the drawn ones show, and each finding says among which rows it was made.
+    Only the drawn rows are tokenized. `data` counts what can be seen in the texts of all rows, `drawn` what
+    can be seen in the tokens of the drawn rows. Each finding states in which of the two it was made.
 
-    Raises a RequestError before a model is loaded when recipe or data cannot be used.
+    Raises a RequestError before a model is loaded when the recipe or the data cannot be used.
     """
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
     rows = load_problems(recipe.data, recipe.train.seed)
-    counts, findings = of_rows(rows, recipe.evaluate.tasks)
+    counts, findings = check_rows(rows, recipe.evaluate.tasks)
     solved = [problem for problem in rows.problems if problem.solution is not None]
     chosen, rendered = _draw(solved, examples, renderer, recipe)
     if not chosen:
-        raise DataError(f"data.source {recipe.data.source!r}: no example is left to look at")
-    drawn_counts, drawn_findings = of_examples(rendered, recipe.data.max_length)
+        raise DataError(f"data.source {recipe.data.source!r}: no example is left to score")
+    drawn_counts, drawn_findings = check_examples(rendered, recipe.data.max_length)
     model, hardware = load_base(recipe.model)
     table = score(model, chosen, pad_id=renderer.pad_id)
     hardest = np.argsort(table.nll_E)[::-1][:5]
     return {
-        **figures(table),
+        **metrics(table),
         "examples": len(chosen),
         "least_likely_examples": [{"id": chosen[i].id, "nll": float(table.nll_E[i])} for i in hardest],
         "data": counts,
@@ -67,8 +69,8 @@ def diagnose(recipe: Recipe, examples: int = EXAMPLES) -> dict[str, Any]:
     }
 
 
-def figures(table: TokenTable) -> dict[str, Any]:
-    """The diagnosis of scored tokens: all numbers behind the verdict, and the verdict."""
+def metrics(table: TokenTable) -> dict[str, Any]:
+    """The metrics of scored tokens and the verdict that follows from them."""
     p_T = table.p_T
     mean = float(p_T.mean())
     dft_pull_T = p_T * table.pull_T
@@ -89,22 +91,22 @@ def figures(table: TokenTable) -> dict[str, Any]:
 
 
 def effective(weight_T: np.ndarray) -> float:
-    """How many equal tokens would weigh as evenly: (sum w)^2 / sum w^2 (Kish 1965)."""
+    """The effective sample size of these weights: (sum w)^2 / sum w^2 (Kish 1965)."""
     return float(weight_T.sum() ** 2 / np.square(weight_T).sum())
 
 
 def advice(mean_probability: float) -> tuple[str, str]:
-    """The objective that a mean target probability favours (dft, sft or either), and the sentence."""
-    said = f"The base gives your target tokens a probability of {mean_probability:.2f} on average"
+    """The objective that a mean target probability favours (dft, sft or either), and why, in one sentence."""
+    lead = f"The base gives your target tokens a probability of {mean_probability:.2f} on average"
     if mean_probability >= FAVOURS_DFT:
-        return "dft", f"{said}: it mostly knows how to write these solutions, which favours DFT."
+        return "dft", f"{lead}: it already writes most of these solutions, which favours DFT."
     if mean_probability <= FAVOURS_SFT:
-        return "sft", f"{said}: much of this is new to it, and DFT would hardly learn it; use SFT."
-    return "either", f"{said}: between the two regimes, with no expected winner; train both and compare."
+        return "sft", f"{lead}: much of this is new to it, and DFT would learn little of it; use SFT."
+    return "either", f"{lead}: neither objective is expected to win; train both and compare."
 
 
 def text(diagnosis: Mapping[str, Any]) -> str:
-    """The diagnosis for a terminal: the sentence first, then what it rests on."""
+    """The diagnosis for a terminal: the verdict first, then the metrics behind it."""
     tokens = diagnosis["tokens"]
     widest = max(diagnosis["histogram"]) or 1
     bars = [
@@ -116,10 +118,10 @@ def text(diagnosis: Mapping[str, Any]) -> str:
     lines = [
         diagnosis["verdict"],
         "",
-        f"{tokens} target tokens of {diagnosis['examples']} examples; probability under the base:",
+        f"{tokens} target tokens in {diagnosis['examples']} examples; probability under the base:",
         *bars,
         f"below 0.1: {diagnosis['share_below_0.1']:.1%}; above 0.9: {diagnosis['share_above_0.9']:.1%}; "
-        f"plain NLL {diagnosis['nll']:.3f} nats a token",
+        f"plain NLL {diagnosis['nll']:.3f} nats per token",
         f"effective tokens, of {tokens}: {even['sft']:.0f} under SFT, {even['dft']:.0f} under DFT, "
         f"which keeps {diagnosis['gradient_kept']:.0%} of the gradient",
         f"least likely examples (NLL): {rest}",
@@ -137,9 +139,9 @@ def _counts(counts: Mapping[str, int]) -> str:
 def _draw(
     problems: Sequence[Problem], wanted: int, renderer: Renderer, recipe: Recipe
 ) -> tuple[list[Example], list[Example]]:
-    """At most `wanted` usable examples, drawn at random, and everything that was rendered to find them.
+    """At most `wanted` usable examples, drawn at random, and all examples that were rendered to find them.
 
-    Rows are drawn before they are rendered; for each that cannot be used another one is drawn.
+    Rows are drawn before they are rendered. A row that cannot be used is replaced by another.
     """
     rng, left = random.Random(recipe.train.seed), list(problems)
     rendered: list[Example] = []

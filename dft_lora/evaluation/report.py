@@ -1,6 +1,6 @@
-"""From answers on disk to numbers with intervals: report.json, report.md, plots, LLM Comparator files.
+"""Build reports from the answers on disk: report.json, report.md, plots, LLM Comparator files.
 
-Reads run folders only; nothing is generated, judged or loaded here.
+Only run folders are read; no model is loaded and nothing is generated or judged.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from ..errors import RequestError
 from ..runs.folder import RunFolder, make_writable, write_json, write_text
 from ..runs.provenance import certificate
 from . import statistics as st
-from .sampling import FORGETTING, WEIGHTS, Protocol
-from .task_results import Answered, complete_tasks, evaluated_tasks
-from .text import markdown
-from .token_metrics import token_figures
+from .protocol import FORGETTING, WEIGHTS, Protocol
+from .task_results import TaskResults, complete_tasks, evaluated_tasks
+from .text import report_markdown
+from .token_metrics import token_metrics
 
 
 def build(
     folders: Sequence[RunFolder], tasks: Iterable[str] = (), free: Collection[str] = ()
 ) -> dict[str, Any]:
-    """The report of some runs, over `tasks` or all that were evaluated.
+    """The report on some runs, over `tasks` or every task that they were evaluated on.
 
-    Raises RequestError when two runs answered a task under different protocols, naming the difference;
-    the fields of the protocol named in `free` may differ.
+    Raises RequestError when two runs were evaluated on a task under different protocols, naming the
+    difference. The protocol fields in `free` may differ.
     """
     names = run_names(folders)
-    answered: dict[str, dict[str, Answered]] = {}
+    results: dict[str, dict[str, TaskResults]] = {}
     for name, folder in zip(names, folders, strict=True):
         evaluated = tasks or evaluated_tasks(folder)
         if not evaluated:
-            raise RequestError(f"{folder.path}: no evaluation there; run dft-lora evaluate {folder.path}")
-        answered[name] = {task: Answered.read(folder, task) for task in evaluated}
+            raise RequestError(f"{folder.path}: not evaluated yet; run dft-lora evaluate {folder.path}")
+        results[name] = {task: TaskResults.read(folder, task) for task in evaluated}
     runs = {}
     for name, folder in zip(names, folders, strict=True):
         runs[name] = {
@@ -44,22 +44,22 @@ def build(
             "template": folder.run()["template"],
             **(trained(folder) if folder.has_adapter else {"objective": None}),
             "adapter": folder.adapter_digest,
-            "tasks": {task: answers.summary() for task, answers in answered[name].items()},
+            "tasks": {task: result.summary() for task, result in results[name].items()},
         }
-    pairs = [_compare(a, b, answered[a], answered[b], free) for a, b in combinations(names, 2)]
+    pairs = [_compare(a, b, results[a], results[b], free) for a, b in combinations(names, 2)]
     return {
         "runs": runs,
         "paired": _with_holm([entry for entries in pairs for entry in entries]),
-        "tokens": token_figures(dict(zip(names, folders, strict=True))),
+        "tokens": token_metrics(dict(zip(names, folders, strict=True))),
         "steps": {name: steps(folder) for name, folder in zip(names, folders, strict=True)},
         "provenance": certificate(**_weights(folders)),
     }
 
 
 def trained(folder: RunFolder) -> dict[str, Any]:
-    """What an adapter was trained on, and the objective's own loss beside plain NLL.
+    """What an adapter was trained on, with the means of the objective's own loss and of plain NLL.
 
-    `training`: means over the logged steps, in nats per token.
+    `training` holds means over the logged steps, in nats per token.
     """
     recipe, steps = folder.recipe(), folder.metrics()
     return {
@@ -70,30 +70,33 @@ def trained(folder: RunFolder) -> dict[str, Any]:
 
 
 def _mean(lines: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """The mean of a figure over the steps that have it: a skipped step logs None."""
+    """The mean of a metric over the steps that logged it; a skipped step logs None."""
     values = [line[key] for line in lines if line[key] is not None]
     return sum(values) / len(values) if values else None
 
 
 def _weights(folders: Sequence[RunFolder]) -> dict[str, str]:
-    """{"weights": how the base's weights are held}, of all runs; empty for runs that do not say."""
-    said = {folder.run().get("provenance", {}).get("weights") for folder in folders} - {None}
-    return {"weights": "; ".join(sorted(said))} if said else {}
+    """{"weights": how the base's weights are held} over all runs; empty if no run recorded it."""
+    held = {folder.run().get("provenance", {}).get("weights") for folder in folders} - {None}
+    return {"weights": "; ".join(sorted(held))} if held else {}
 
 
 def _compare(
-    a: str, b: str, left: Mapping[str, Answered], right: Mapping[str, Answered], free: Collection[str]
+    a: str, b: str, left: Mapping[str, TaskResults], right: Mapping[str, TaskResults], free: Collection[str]
 ) -> list[dict[str, Any]]:
-    """Paired entries of two runs: b - a over the same problems, at temperature and greedy, task by task."""
+    """Entries for b - a over the same problems, sampled and greedy, one per task that both runs have."""
     shared = [task for task in left if task in right]
     if not shared:
         raise RequestError(
-            f"{a} was evaluated on {', '.join(left)}, {b} on {', '.join(right)}: no task in common to compare"
+            f"{a} was evaluated on {', '.join(left)}, {b} on {', '.join(right)}: no task in common; "
+            "evaluate both on the same task"
         )
     entries = []
     for task in shared:
         if differing := _differences(left[task], right[task], free):
-            raise RequestError(f"{a} and {b} answered {task!r} under different protocols: {differing}")
+            raise RequestError(
+                f"{a} and {b} were evaluated on {task!r} under different protocols: {differing}"
+            )
         drawn = st.compare(st.avg_at_n(left[task].correct_PN), st.avg_at_n(right[task].correct_PN))
         greedy = st.compare(left[task].greedy_P, right[task].greedy_P)
         entries.append(
@@ -108,29 +111,29 @@ def _compare(
     return entries
 
 
-def _differences(left: Answered, right: Answered, free: Collection[str]) -> str:
-    """What differs between two protocols, in words; empty where nothing does."""
-    told_below = {"problems", "problems_hash", "template_hash"}
-    known = {f.name for f in fields(Protocol)} - told_below - {*free, *WEIGHTS}
-    said = [
+def _differences(left: TaskResults, right: TaskResults, free: Collection[str]) -> str:
+    """The differences between two protocols as text; empty if there are none."""
+    reported_below = {"problems", "problems_hash", "template_hash"}
+    known = {f.name for f in fields(Protocol)} - reported_below - {*free, *WEIGHTS}
+    found = [
         f"{k} {left.protocol[k]!r} and {right.protocol[k]!r}"
         for k in left.protocol
         if k in known and left.protocol[k] != right.protocol[k]
     ]
     only = [len(set(x.problems) - set(y.problems)) for x, y in ((left, right), (right, left))]
     if any(only):
-        said.append(
+        found.append(
             f"{only[0]} of {len(left.problems)} and {only[1]} of {len(right.problems)} problems differ"
         )
     elif left.protocol["problems_hash"] != right.protocol["problems_hash"]:
-        said.append("problems of the same names have other texts or answers")
-    if not said and left.protocol["template_hash"] != right.protocol["template_hash"]:
-        said.append(f"template {left.protocol['template']!r} renders other ids")
-    return "; ".join(said)
+        found.append("problems with the same ids have different texts or answers")
+    if not found and left.protocol["template_hash"] != right.protocol["template_hash"]:
+        found.append(f"template {left.protocol['template']!r} gives different token ids")
+    return "; ".join(found)
 
 
 def paired(comparison: st.Comparison) -> dict[str, Any]:
-    """A comparison as plain values."""
+    """A comparison as JSON values."""
     return {
         "difference": comparison.difference,
         "ci95": list(comparison.ci95),
@@ -141,7 +144,7 @@ def paired(comparison: st.Comparison) -> dict[str, Any]:
 
 
 def _with_holm(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """p-values adjusted over everything that the report compares at temperature."""
+    """Add Holm-adjusted p-values, over all sampled comparisons of the report."""
     if entries:
         for entry, p in zip(entries, st.holm([entry["p_value"] for entry in entries]), strict=True):
             entry["p_holm"] = float(p)
@@ -149,13 +152,12 @@ def _with_holm(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def steps(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
-    """Accuracy of the checkpoints that were evaluated (`steps/`), by task."""
+    """Accuracy of the run's evaluated checkpoints (`steps/`), by task."""
     curve: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in sorted((folder.path / "steps").glob("step-*")):
         run = RunFolder.open(path)
         for task in complete_tasks(run):
-            answers = Answered.read(run, task)
-            scores_P = st.avg_at_n(answers.correct_PN)
+            scores_P = st.avg_at_n(TaskResults.read(run, task).correct_PN)
             entry = {"step": run.run()["step"], "avg": float(scores_P.mean())}
             curve[task].append(entry | {"ci95": list(st.interval(scores_P))})
     return curve
@@ -164,9 +166,9 @@ def steps(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
 def write_report(
     folders: Sequence[RunFolder], out: Path | None, tasks: Iterable[str] = (), comparator: bool = False
 ) -> dict[str, Any]:
-    """Build the report and, where `out` is given, write report.json, report.md and plots/ there.
+    """Build the report and, if `out` is given, write report.json, report.md and plots/ there.
 
-    With `comparator` also a file for Google's LLM Comparator a pair of runs and task.
+    With `comparator`, also write a file for Google's LLM Comparator per pair of runs and task.
     """
     report = build(folders, tasks)
     named = dict(zip(run_names(folders), folders, strict=True))
@@ -178,30 +180,30 @@ def write_report(
         write_json(out / "report.json", report)
         plots.accuracy(report, out / "plots" / "accuracy.png")
         plots.curves(named, out / "plots" / "training.png")
-        for title, figures in report["tokens"].items():
+        for title, metrics in report["tokens"].items():
             if title != FORGETTING:
-                plots.probabilities(figures, out / "plots" / f"probabilities-{title}.png")
+                plots.probabilities(metrics, out / "plots" / f"probabilities-{title}.png")
         if any(report["steps"].values()):
             plots.steps(report["steps"], out / "plots" / "steps.png")
-        write_text(out / "report.md", markdown(report))
+        write_text(out / "report.md", report_markdown(report))
         if comparator:
             for entry in report["paired"]:
                 a, b, task = entry["a"], entry["b"], entry["task"]
-                pair = [Answered.read(named[name], task) for name in (a, b)]
+                pair = [TaskResults.read(named[name], task) for name in (a, b)]
                 name = f"{a}-{b}-{task}.json".replace("/", "_")
                 write_json(out / "llm-comparator" / name, llm_comparator(a, b, *pair))
     return report
 
 
 def write_own_report(folder: RunFolder) -> dict[str, Any]:
-    """The report of one run in its folder: all its tasks with complete answers, whichever came last."""
+    """Write the report on one run to its folder, with every task that it has completely answered."""
     return write_report([folder], folder.path, tasks=complete_tasks(folder))
 
 
-def llm_comparator(a: str, b: str, left: Answered, right: Answered) -> dict[str, Any]:
-    """Greedy answers side by side in the JSON format that Google's LLM Comparator opens.
+def llm_comparator(a: str, b: str, left: TaskResults, right: TaskResults) -> dict[str, Any]:
+    """Greedy answers side by side, in the JSON format of Google's LLM Comparator.
 
-    Its score is above 0 where A is better: here 1, 0 or -1 by the verdicts.
+    Its score is positive where A is better; here it is 1, 0 or -1 according to the verdicts.
     """
     examples = []
     for i, problem in enumerate(left.problems):
@@ -227,11 +229,11 @@ def llm_comparator(a: str, b: str, left: Answered, right: Answered) -> dict[str,
 
 
 def _name_tokens(report: dict[str, Any], folders: Sequence[RunFolder]) -> None:
-    """Put the text of each listed token in place of its id."""
+    """Replace the id of each listed token by its text."""
     listed = [
         entry
-        for figures in report["tokens"].values()
-        for run in figures.values()
+        for metrics in report["tokens"].values()
+        for run in metrics.values()
         for entry in (*run.get("gained", ()), *run.get("suppressed", ()))
     ]
     if listed:
@@ -243,7 +245,7 @@ def _name_tokens(report: dict[str, Any], folders: Sequence[RunFolder]) -> None:
 
 
 def run_names(folders: Sequence[RunFolder]) -> list[str]:
-    """Folder names; with their parents' where two are equal."""
+    """The folder names; equal ones are preceded by their parent's name."""
     names = [folder.name for folder in folders]
     return [
         name if names.count(name) == 1 else "/".join(folder.path.resolve().parts[-2:])

@@ -1,7 +1,7 @@
-"""Is a gain at temperature 1 more than a sharper distribution? The same run, cooled until it is as sharp.
+"""Is a gain at temperature 1 more than a sharper distribution?
 
-A run's twin at the temperature at which its mean entropy on held-out solutions is that of another run: what
-is left of the other's lead over the twin is not sharpening.
+`entropy_matched` gives a run the sampling temperature at which its mean entropy on held-out solutions equals
+that of another run. If the other run still scores higher, its lead is not sharpening alone.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from ..runs.folder import RunFolder
 from ..tasks import get_task
 from .tokens import entropy, states, temperature_for
 
-SOLUTIONS = 100
+SOLUTIONS = 100  # over which the entropies are averaged
 
 
-def cooled(run: RunFolder, other: RunFolder, out: Path, task: str) -> RunFolder:
-    """A run folder `out` with the adapter of `run` and the temperature that gives it the entropy of `other`.
+def entropy_matched(run: RunFolder, other: RunFolder, out: Path, task: str) -> RunFolder:
+    """A run folder `out` with the adapter of `run` and the temperature that matches `other`'s entropy.
 
-    Both entropies are means over the tokens of the first reference solutions of `task`. It is evaluated like
-    any run, and compared with `report.build(..., free={"temperature"})`. A folder made before from the same
-    two adapters is used again.
+    Both entropies are means over the tokens of the first SOLUTIONS reference solutions of `task`. The result
+    is evaluated like any run and compared with `report.build(..., free={"temperature"})`. An existing folder
+    is reused if it was made from the same two adapters.
     """
     folder = RunFolder(out)
     made_from = {"adapter": run.adapter_digest, "entropy_of_adapter": other.adapter_digest}
-    if folder.begun and made_from.items() <= folder.run().get("cooled", {}).items():
+    if folder.begun and made_from.items() <= folder.run().get("entropy_matched", {}).items():
         return folder
     recipe = run.recipe()
     renderer = Renderer(load_tokenizer(recipe.model), run.run()["template"])
@@ -46,6 +46,6 @@ def cooled(run: RunFolder, other: RunFolder, out: Path, task: str) -> RunFolder:
     temperature = temperature_for(head, h_TD, wanted)
     shutil.copytree(run.adapter, folder.adapter, dirs_exist_ok=True)
     changed = recipe.override([f"evaluate.temperature={temperature:.4f}", f"output={out}"])
-    figures = {"entropy_of": str(other.path), "entropy": wanted, "temperature": temperature, **made_from}
-    folder.write_run(**run.run() | {"recipe": changed.as_dict(), "cooled": figures})
+    match = {"entropy_of": str(other.path), "entropy": wanted, "temperature": temperature, **made_from}
+    folder.write_run(**run.run() | {"recipe": changed.as_dict(), "entropy_matched": match})
     return folder

@@ -1,7 +1,7 @@
-"""What a number is worth: scores per problem, intervals, paired tests, and what could have been seen at all.
+"""Statistics of evaluations: scores per problem, intervals, paired tests, smallest detectable differences.
 
-Problems are the independent units, samples of one problem are not: every interval and test below works on
-one score a problem. Pure functions of numpy arrays; whatever is random has a fixed seed.
+Problems are independent, the samples of one problem are not, so every interval and test below takes one score
+per problem. All functions are pure functions of numpy arrays; random ones have a fixed seed.
 
 Shapes: P problems, N samples of each, M comparisons. `correct_PN` holds 0/1, scores lie in [0, 1].
 Wrong arguments raise ValueError.
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,12 +25,12 @@ RESAMPLES = 9999
 
 
 def avg_at_n(correct_PN: ArrayLike) -> Scores:
-    """Share of correct samples of each problem [P]; their mean is avg@N, the paper's accuracy."""
+    """Share of correct samples per problem [P]. The mean over problems is avg@N, the paper's accuracy."""
     return _correct(correct_PN).mean(1)
 
 
 def pass_at_k(correct_PN: ArrayLike, k: int) -> Scores:
-    """Chance that at least one of k samples of a problem is correct [P], without bias.
+    """Unbiased estimate, per problem, of the chance that at least one of k samples is correct [P].
 
     With c of N correct: 1 - C(N-c, k) / C(N, k) (Chen et al. 2021, arXiv 2107.03374, equation 1).
     """
@@ -47,8 +48,8 @@ def pass_at_k(correct_PN: ArrayLike, k: int) -> Scores:
 def maj_at_k(answers_PN: Sequence[Sequence[Hashable]], correct_PN: ArrayLike, k: int | None = None) -> Scores:
     """Whether the most frequent of a problem's first k answers is correct [P] (arXiv 2203.11171).
 
-    `answers_PN` are extracted answers in a form that is equal where they mean the same; None (nothing found)
-    has no vote. Answers with equally many votes share the score, as a coin would; without any vote it is 0.
+    `answers_PN` are extracted answers, in a form in which equivalent ones are equal; None (no answer found)
+    does not vote. Tied answers share the score, as if one were picked at random; without votes it is 0.
     """
     correct_PN = _correct(correct_PN)
     n = correct_PN.shape[1]
@@ -56,40 +57,52 @@ def maj_at_k(answers_PN: Sequence[Sequence[Hashable]], correct_PN: ArrayLike, k:
     if not 1 <= k <= n:
         raise ValueError(f"k = {k}: give 1 to the number of samples, {n}")
     if [len(row) for row in answers_PN] != [n] * len(correct_PN):
-        raise ValueError(f"answers_PN has not the shape of correct_PN, {correct_PN.shape}")
+        raise ValueError(f"answers_PN does not have the shape of correct_PN, {correct_PN.shape}")
     return np.array([_majority(a[:k], c[:k]) for a, c in zip(answers_PN, correct_PN, strict=True)])
 
 
 def interval(score_P: ArrayLike, level: float = 0.95) -> Interval:
     """Interval of the mean score over problems: bootstrap, BCa (Efron 1987), seed 0.
 
-    Where all scores are equal a resample tells nothing, yet another problem could differ. With none of P that
-    does, the share that would is at most u = 1 - ((1 - level) / 2) ** (1 / P) (Clopper and Pearson 1934), and
-    those end at 0 or 1 at worst. For 0 % and 100 % this is the Clopper-Pearson interval itself.
+    If all P scores are equal, resampling gives no width, although an unseen problem could differ. The share
+    of such problems is then at most u = 1 - ((1 - level) / 2) ** (1 / P) (Clopper and Pearson 1934), and they
+    score 0 or 1 at worst. At 0 % and 100 % this is the Clopper-Pearson interval.
     """
-    return _bootstrap(_scores(score_P), level, worst=0.0, best=1.0)
+    return _bootstrap(_scores(score_P), level, bounds=(0.0, 1.0))
 
 
 def paired_interval(a_P: ArrayLike, b_P: ArrayLike, level: float = 0.95) -> Interval:
-    """As `interval`, of mean(b - a) over the same problems; equal differences end at -1 or 1 at worst."""
-    return _bootstrap(_paired(a_P, b_P), level, worst=-1.0, best=1.0)
+    """As `interval`, for mean(b - a) over the same problems, whose differences lie in [-1, 1]."""
+    return _bootstrap(_paired(a_P, b_P), level, bounds=(-1.0, 1.0))
+
+
+def unbounded_interval(value_P: ArrayLike, level: float = 0.95) -> Interval:
+    """Interval of the mean of values that may be any number, such as NLLs: percentile bootstrap, seed 0.
+
+    Token metrics use it. It gives the intervals in reports that were recorded before, which BCa would not.
+    Equal values have an interval of width 0.
+    """
+    value_P = np.asarray(value_P, dtype=float)
+    if value_P.ndim != 1 or value_P.size == 0:
+        raise ValueError(f"values have shape {value_P.shape}: give a list of at least one")
+    return _bootstrap(value_P, level, method="percentile", resamples=2000)
 
 
 def sign_flip_test(a_P: ArrayLike, b_P: ArrayLike) -> float:
-    """Two-sided p-value of mean(b - a) when each problem's difference could as well have the other sign.
+    """Two-sided p-value of mean(b - a), if the sign of each problem's difference were random.
 
-    Exact over all sign patterns while there are at most 9999 of them (13 problems that differ), else over
-    9999 random ones with seed 0, where the smallest possible value is 0.0002. Problems without a difference
-    change nothing and are left out; without any the p-value is 1.
+    Exact over all sign patterns if there are at most 9999 (up to 13 problems that differ). Otherwise
+    estimated from 9999 random patterns with seed 0, where the smallest possible value is 0.0002. Problems
+    without a difference do not matter and are left out; if none differ, the p-value is 1.
     """
     difference_P = _paired(a_P, b_P)
     difference_P = difference_P[difference_P != 0]
-    if len(difference_P) < 2:  # one: both of its patterns are as extreme as what was seen
+    if len(difference_P) < 2:  # with one, both sign patterns are as extreme as the data
         return 1.0
     result = stats.permutation_test(
         (difference_P,),
         lambda x, axis: x.mean(axis),
-        permutation_type="samples",  # of one sample: its signs
+        permutation_type="samples",  # for a single sample: flips signs
         vectorized=True,
         n_resamples=RESAMPLES,
         rng=np.random.default_rng(0),
@@ -98,7 +111,7 @@ def sign_flip_test(a_P: ArrayLike, b_P: ArrayLike) -> float:
 
 
 def holm(p_M: ArrayLike) -> Scores:
-    """p-values adjusted for M comparisons (Holm 1979); under 0.05, any false alarm has a chance under 5 %."""
+    """p-values adjusted for M comparisons (Holm 1979), which controls the family-wise error rate."""
     p_M = np.asarray(p_M, dtype=float)
     if p_M.ndim != 1 or not ((p_M >= 0) & (p_M <= 1)).all():
         raise ValueError("p_M: give a list of numbers in [0, 1]")
@@ -110,11 +123,11 @@ def holm(p_M: ArrayLike) -> Scores:
 
 
 def smallest_detectable(a_P: ArrayLike, b_P: ArrayLike, power: float = 0.8, level: float = 0.95) -> float:
-    """The true difference of means that a paired test on such data would find with chance `power`.
+    """The smallest true difference of means that a paired test on such data detects with this `power`.
 
     (z(1 - (1 - level) / 2) + z(power)) * s / sqrt(P), with s the standard deviation of b - a over problems:
-    2.8 standard errors by default. A difference below it is called noise. Where all differences are equal s
-    says nothing, and the farther half of `paired_interval` stands in.
+    2.8 standard errors by default. A smaller difference is called noise. If all differences are equal, s is 0
+    and the longer half of `paired_interval` is used instead.
     """
     difference_P = _paired(a_P, b_P)
     if np.ptp(difference_P) == 0:
@@ -135,12 +148,12 @@ class Comparison:
 
     @property
     def noise(self) -> bool:
-        """The difference is smaller than what such data can show."""
+        """Whether the difference is too small to be detected with such data."""
         return abs(self.difference) < self.smallest_detectable
 
 
 def compare(a_P: ArrayLike, b_P: ArrayLike) -> Comparison:
-    """All of the above for one pair of runs, from their scores on the same problems in the same order."""
+    """Compare two runs by their scores on the same problems in the same order."""
     return Comparison(
         difference=float(_paired(a_P, b_P).mean()),
         ci95=paired_interval(a_P, b_P),
@@ -149,18 +162,29 @@ def compare(a_P: ArrayLike, b_P: ArrayLike) -> Comparison:
     )
 
 
-def _bootstrap(value_P: Scores, level: float, worst: float, best: float) -> Interval:
+def _bootstrap(
+    value_P: Scores,
+    level: float,
+    bounds: Interval | None = None,
+    method: Literal["BCa", "percentile"] = "BCa",
+    resamples: int = RESAMPLES,
+) -> Interval:
+    """Interval of the mean. `bounds`, the worst and best possible values, serve values that are all equal."""
     if not 0 < level < 1:
         raise ValueError(f"level = {level}: give a number between 0 and 1")
     if np.ptp(value_P) == 0:
+        value = float(value_P[0])
+        if bounds is None:
+            return value, value
+        low, high = bounds
         share = 1 - ((1 - level) / 2) ** (1 / len(value_P))
-        return tuple(float((1 - share) * value_P[0] + share * end) for end in (worst, best))
+        return (1 - share) * value + share * low, (1 - share) * value + share * high
     result = stats.bootstrap(
         (value_P,),
         np.mean,
         confidence_level=level,
-        method="BCa",
-        n_resamples=RESAMPLES,
+        method=method,
+        n_resamples=resamples,
         batch=1000,
         rng=np.random.default_rng(0),
     ).confidence_interval
@@ -187,14 +211,14 @@ def _correct(correct_PN: ArrayLike) -> Scores:
             f"correct_PN has shape {correct_PN.shape}: give [problems, samples], at least one of each"
         )
     if not np.isin(correct_PN, (0, 1)).all():
-        raise ValueError("correct_PN holds other values than 0 and 1")
+        raise ValueError("correct_PN holds values other than 0 and 1")
     return correct_PN
 
 
 def _scores(score_P: ArrayLike) -> Scores:
     score_P = np.asarray(score_P, dtype=float)
     if score_P.ndim != 1 or score_P.size == 0:
-        raise ValueError(f"scores have shape {score_P.shape}: give one a problem, at least one")
+        raise ValueError(f"scores have shape {score_P.shape}: give one per problem, at least one")
     if not ((score_P >= 0) & (score_P <= 1)).all():
         raise ValueError("scores lie outside [0, 1]")
     return score_P
@@ -203,5 +227,5 @@ def _scores(score_P: ArrayLike) -> Scores:
 def _paired(a_P: ArrayLike, b_P: ArrayLike) -> Scores:
     a_P, b_P = _scores(a_P), _scores(b_P)
     if a_P.shape != b_P.shape:
-        raise ValueError(f"{len(a_P)} and {len(b_P)} problems: a pair needs the same ones")
+        raise ValueError(f"{len(a_P)} and {len(b_P)} problems: give scores on the same ones")
     return b_P - a_P

@@ -1,4 +1,4 @@
-"""One run's answers to one task, from the files of an evaluation to arrays and a line of the report.
+"""One run's results on one task: from the files of an evaluation to arrays and an entry of the report.
 
 Legend: P problems, N samples of each.
 """
@@ -7,38 +7,25 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import numpy as np
 
 from ..errors import RequestError
-from ..model.fingerprint import local_fingerprint
 from ..runs.folder import RunFolder, parsing, read_json
-from ..tasks.audit import Audit, audit
 from ..tasks.base import Attempt
 from . import statistics as st
-from .sampling import GREEDY, other_weights, read_attempts
+from .attempts import read_attempts
+from .protocol import GREEDY, other_weights
 
 log = logging.getLogger(__name__)
 
 
-def _damage_is_told(read: Callable[..., Any]) -> Callable[..., Any]:
-    """Files that do not fit together, told by name instead of by a KeyError."""
-
-    @wraps(read)
-    def told(cls: Any, folder: RunFolder, task: str) -> Any:
-        with parsing(folder.evaluation(task)):
-            return read(cls, folder, task)
-
-    return told
-
-
 @dataclass(frozen=True)
-class Answered:
-    """One run's answers to one task, as arrays. `correct_PN` holds 0 and 1; `greedy_P` too."""
+class TaskResults:
+    """One run's judged answers to one task. `correct_PN` and `greedy_P` hold 0 and 1."""
 
     protocol: dict[str, Any]
     problems: list[str]
@@ -51,42 +38,39 @@ class Answered:
     timed_out: float
     mean_tokens: float
     answers_PN: list[list[str | None]]
-    """Extracted answers; all correct ones carry the reference, since they mean the same."""
+    """Extracted answers. A correct one is given as the reference answer, if any, so that all are equal."""
     greedy_text_P: list[str]
-    second_opinion: Audit
 
     @classmethod
-    @_damage_is_told
-    def read(cls, folder: RunFolder, task: str) -> Answered:
-        """Raises RequestError when the evaluation is missing, damaged, cut short, or of other weights."""
-        facts, attempts = _complete(folder, task)
-        samples, problems = facts["protocol"]["samples"], list(facts["problems"])
-        where = {problem: i for i, problem in enumerate(problems)}
-        correct = np.full((len(problems), samples + 1), -1)  # greedy in the last column, as index -1
-        cells: list[list[Attempt | None]] = [[None] * (samples + 1) for _ in problems]
-        for attempt in attempts:
-            correct[where[attempt.problem], attempt.sample] = attempt.verdict.correct
-            cells[where[attempt.problem]][attempt.sample] = attempt
-        drawn = [attempt for row in cells for attempt in row[:-1] if attempt]
-        reference = {problem: values["answer"] for problem, values in facts["problems"].items()}
+    def read(cls, folder: RunFolder, task: str) -> TaskResults:
+        """Raises RequestError when the evaluation is missing, damaged, incomplete, or of other weights."""
+        with parsing(folder.evaluation(task)):
+            return cls._of(*_complete(folder, task))
+
+    @classmethod
+    def _of(cls, metadata: dict[str, Any], attempts: list[Attempt]) -> TaskResults:
+        problems, samples = metadata["problems"], range(metadata["protocol"]["samples"])
+        answer = {(attempt.problem, attempt.sample): attempt for attempt in attempts}
+        drawn_PN = [[answer[problem, sample] for sample in samples] for problem in problems]
+        greedy_P = [answer[problem, GREEDY] for problem in problems]
+        drawn = [attempt for row in drawn_PN for attempt in row]
         statuses = [attempt.verdict.status for attempt in drawn]
         return cls(
-            protocol=facts["protocol"],
-            problems=problems,
-            questions={problem: values.get("question") for problem, values in facts["problems"].items()},
-            tags={problem: values["tags"] for problem, values in facts["problems"].items()},
-            correct_PN=correct[:, :-1],
-            greedy_P=correct[:, -1],
+            protocol=metadata["protocol"],
+            problems=list(problems),
+            questions={problem: values.get("question") for problem, values in problems.items()},
+            tags={problem: values["tags"] for problem, values in problems.items()},
+            correct_PN=np.array([[attempt.verdict.correct for attempt in row] for row in drawn_PN], int),
+            greedy_P=np.array([attempt.verdict.correct for attempt in greedy_P], int),
             truncated=_share(attempt.truncated for attempt in drawn),
             unparsable=_share(status == "unparsable" for status in statuses),
             timed_out=_share(status == "timed_out" for status in statuses),
             mean_tokens=float(np.mean([attempt.tokens for attempt in drawn])),
             answers_PN=[
-                [reference[a.problem] if a.verdict.correct else a.verdict.extracted for a in row[:-1] if a]
-                for row in cells
+                [(a.verdict.correct and problems[a.problem]["answer"]) or a.verdict.extracted for a in row]
+                for row in drawn_PN
             ],
-            greedy_text_P=[row[GREEDY].text for row in cells if row[GREEDY]],
-            second_opinion=audit((attempt.verdict, reference[attempt.problem]) for attempt in drawn),
+            greedy_text_P=[attempt.text for attempt in greedy_P],
         )
 
     def summary(self) -> dict[str, Any]:
@@ -103,10 +87,6 @@ class Answered:
             "maj_at": {
                 str(k): float(st.maj_at_k(self.answers_PN, self.correct_PN, k).mean())
                 for k in _powers(self.correct_PN.shape[1])
-            },
-            "audit": {
-                "compared": self.second_opinion.compared,
-                "disagreement": self.second_opinion.rate,
             },
             "samples": self.correct_PN.shape[1],
             "problems": len(self.problems),
@@ -140,15 +120,17 @@ class Answered:
 
 
 def _complete(folder: RunFolder, task: str) -> tuple[dict[str, Any], list[Attempt]]:
-    """What the evaluation recorded, and all its attempts.
+    """The recorded metadata of an evaluation and all its attempts.
 
-    Raises RequestError when it is missing, was cut short, or is of other weights than the run has now.
+    Raises RequestError when it is missing, incomplete, or was made with other weights than the run has now.
     """
-    facts_file = folder.evaluation(task).with_suffix(".json")
-    if not facts_file.is_file():
+    from ..model.fingerprint import local_fingerprint  # late, since it imports torch
+
+    metadata_file = folder.evaluation(task).with_suffix(".json")
+    if not metadata_file.is_file():
         raise RequestError(f"{folder.path}: not evaluated on {task!r}; run dft-lora evaluate {folder.path}")
-    facts = read_json(facts_file)
-    protocol = facts["protocol"]
+    metadata = read_json(metadata_file)
+    protocol = metadata["protocol"]
     base = local_fingerprint(folder.recipe().model) or protocol.get("base")
     if why := other_weights(protocol, folder.adapter_digest, base):
         raise RequestError(
@@ -157,16 +139,16 @@ def _complete(folder: RunFolder, task: str) -> tuple[dict[str, Any], list[Attemp
         )
     attempts = read_attempts(folder.evaluation(task))
     given = {(attempt.problem, attempt.sample) for attempt in attempts}
-    if missing := len(facts["problems"]) * (protocol["samples"] + 1) - len(given):
+    if missing := len(metadata["problems"]) * (protocol["samples"] + 1) - len(given):
         raise RequestError(
             f"{folder.path}: {missing} answers to {task!r} are missing "
-            "(an evaluation was interrupted); run dft-lora evaluate again to complete it"
+            "(the evaluation was interrupted); run dft-lora evaluate again to complete it"
         )
-    return facts, attempts
+    return metadata, attempts
 
 
 def complete_tasks(folder: RunFolder) -> list[str]:
-    """Tasks with complete answers of the run's present weights; the log names those that are left out."""
+    """Tasks with complete answers by the run's present weights; the others are named in the log."""
     found = []
     for task in evaluated_tasks(folder):
         try:
@@ -178,7 +160,7 @@ def complete_tasks(folder: RunFolder) -> list[str]:
 
 
 def evaluated_tasks(folder: RunFolder) -> list[str]:
-    """Tasks with answers in a run folder; a name with a dot is a part of an evaluation that was cut."""
+    """Tasks with answers in a run folder. A dot in a file's stem marks a part of an unfinished evaluation."""
     files = (folder.path / "evaluation").glob("*.jsonl")
     return sorted(file.stem for file in files if "." not in file.stem)
 

@@ -1,4 +1,4 @@
-"""The report as text: the table that commands print, and report.md."""
+"""A report as text: the table that commands print, and report.md."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from .sampling import FORGETTING
+from .protocol import FORGETTING
 
 
-def table(report: dict[str, Any]) -> str:
-    """One row a run and task: avg@n with its interval, greedy, shares; then the paired differences."""
+def report_table(report: dict[str, Any]) -> str:
+    """One row per run and task, then the paired differences."""
     head = ["run", "task", "avg@n", "95 % interval", "greedy", "truncated", "unparsable"]
     rows = [
         [
@@ -50,9 +50,9 @@ def table(report: dict[str, Any]) -> str:
     return text
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """report.md: the table, accuracy by tag, figures, birth certificate."""
-    parts = ["# Comparison", table(report)]
+def report_markdown(report: dict[str, Any]) -> str:
+    """report.md: the table, accuracy by tag, sharpening, tokens, plots, provenance."""
+    parts = ["# Comparison", report_table(report)]
     for tag in sorted({tag for _, _, r in _results(report) for tag in r["by_tag"]}):
         rows = [
             [
@@ -72,7 +72,7 @@ def markdown(report: dict[str, Any]) -> str:
             aligned(["run", "task", tag, "avg@n", "95 % interval", "greedy", "problems"], rows),
         ]
     parts += _sharpening(report) + _tokens(report)
-    parts += ["## Figures", "![Accuracy](plots/accuracy.png)", "![Training](plots/training.png)"]
+    parts += ["## Plots", "![Accuracy](plots/accuracy.png)", "![Training](plots/training.png)"]
     parts += [
         f"![Token probabilities, {title}](plots/probabilities-{title}.png)"
         for title in report["tokens"]
@@ -80,22 +80,17 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     if any(report["steps"].values()):
         parts.append("![Accuracy against step](plots/steps.png)")
-    compared = sum(r["audit"]["compared"] for _, _, r in _results(report))
-    differing = sum(r["audit"]["compared"] * r["audit"]["disagreement"] for _, _, r in _results(report))
-    if compared:
-        parts.append(
-            f"A second, independent comparison differs from the judge in {differing:.0f} of {compared} "
-            "verdicts."
-        )
-    birth = report["provenance"]
-    made = f"Made by `{birth['command']}` on {birth['date']}, commit {birth['commit']}"
-    weights = f", base {birth['weights']}" if "weights" in birth else ""
-    parts += [f"{made}, torch {birth['versions']['torch']}{weights}."]
+    made = report["provenance"]
+    weights = f", base {made['weights']}" if "weights" in made else ""
+    parts.append(
+        f"Made by `{made['command']}` on {made['date']}, commit {made['commit']}, "
+        f"torch {made['versions']['torch']}{weights}."
+    )
     return "\n\n".join(parts) + "\n"
 
 
 def _sharpening(report: dict[str, Any]) -> list[str]:
-    """What remains of a gain when nothing is left to chance (greedy), or when one of k answers may hit."""
+    """Greedy accuracy and pass@k, which sharpening alone does not raise."""
     ks = sorted({int(k) for _, _, r in _results(report) for k in r["pass_at"]})
     rows = [
         [
@@ -109,50 +104,50 @@ def _sharpening(report: dict[str, Any]) -> list[str]:
     ]
     return [
         "## Sharpening",
-        "At temperature 1 a sharper model scores higher without knowing more. Greedy and pass@k tell the two "
-        "apart: a gain that is gone there was sharpening.",
+        "At temperature 1 a sharper distribution scores higher although the model knows no more. Greedy "
+        "accuracy and pass@k show the difference: a gain that disappears there was sharpening.",
         aligned(["run", "task", "greedy", *(f"pass@{k}" for k in ks), "maj@n"], rows),
     ]
 
 
 def _tokens(report: dict[str, Any]) -> list[str]:
-    """Plain NLL of texts that nobody trained on, and the tokens that moved."""
+    """Plain NLL of texts outside the training data, and the tokens whose probability changed most."""
     if not report["tokens"]:
         return []
     head = ["run", "text", "NLL", "95 % interval", "change", "mean p", "entropy", "p < 0.1", "p > 0.9"]
     rows = []
-    for title, figures in report["tokens"].items():
-        for run, f in figures.items():
-            change = f.get("nll_change_ci95")
+    for title, metrics in report["tokens"].items():
+        for run, m in metrics.items():
+            change = m.get("nll_change_ci95")
             rows.append(
                 [
                     run,
                     title,
-                    f"{f['nll']:.3f}",
-                    f"{f['nll_ci95'][0]:.3f} to {f['nll_ci95'][1]:.3f}",
+                    f"{m['nll']:.3f}",
+                    f"{m['nll_ci95'][0]:.3f} to {m['nll_ci95'][1]:.3f}",
                     f"{change[0]:+.3f} to {change[1]:+.3f}" if change else "",
-                    f"{f['mean_probability']:.3f}",
-                    f"{f['entropy']:.3f}",
-                    percent(f["share_below_0.1"]),
-                    percent(f["share_above_0.9"]),
+                    f"{m['mean_probability']:.3f}",
+                    f"{m['entropy']:.3f}",
+                    percent(m["share_below_0.1"]),
+                    percent(m["share_above_0.9"]),
                 ]
             )
     moved = [
-        [run, title, _movement(f["gained"]), _movement(f["suppressed"])]
-        for title, figures in report["tokens"].items()
+        [run, title, _movement(m["gained"]), _movement(m["suppressed"])]
+        for title, metrics in report["tokens"].items()
         if title != FORGETTING
-        for run, f in figures.items()
-        if "gained" in f
+        for run, m in metrics.items()
+        if "gained" in m
     ]
     parts = [
         "## Tokens of the reference solutions",
-        "Plain NLL in nats a token, whatever the objective; the change is the 95 % interval of the "
-        f"difference to the first run. `{FORGETTING}` is English prose: what rises there was forgotten.",
+        "Plain NLL in nats per token, whatever the objective. The change is the 95 % interval of the "
+        f"difference from the first run. `{FORGETTING}` is English prose: a rise there means forgetting.",
         aligned(head, rows),
     ]
     if moved:
         parts += [
-            "Mean change of a token's probability, in points:",
+            "Mean change in a token's probability, in percentage points:",
             aligned(["run", "text", "gained", "suppressed"], moved),
         ]
     return parts

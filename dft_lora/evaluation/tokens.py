@@ -1,16 +1,14 @@
-"""What a model thinks of given texts, token by token: probability, entropy, pull. No sampling.
+"""Score given texts token by token under a model: probability, entropy, gradient norm. Nothing is sampled.
 
-The plain figures by which objectives may be compared (never by their own losses), and the arrays behind the
-report's histograms. One forward a batch, through the chunked loss: logits of all positions never exist.
+Objectives may be compared by these metrics, never by their own losses. Each batch takes one forward pass
+through the chunked loss, so the logits of all positions never exist at the same time.
 
 Legend: B rows, L positions, T scored tokens, E examples, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,59 +16,13 @@ import torch
 
 from ..data.batches import collate
 from ..data.templates import Example, Renderer
-from ..loss import token_logps
+from ..loss import Head, token_logps
 from ..model.adapters import adapter_layers, mixed
-from ..model.head import Head, check_head, hidden_states
+from ..model.head import check_head, hidden_states
+from .token_table import TokenTable
 
 ROWS = 16
-ENTROPY_ROWS = 64  # positions whose logits [., V] exist at a time: 39 MB at V = 152k
-
-
-@dataclass(frozen=True)
-class TokenTable:
-    """One entry a supervised token, in the order of the examples.
-
-    `pull_T` is the norm of d log p / d h, the hidden state's gradient under SFT; DFT's is p times that.
-    """
-
-    ids_T: np.ndarray
-    example_T: np.ndarray
-    logp_T: np.ndarray
-    entropy_T: np.ndarray
-    pull_T: np.ndarray
-
-    @property
-    def p_T(self) -> np.ndarray:
-        return np.exp(self.logp_T)
-
-    @property
-    def nll_E(self) -> np.ndarray:
-        """Mean NLL of each example, nats a token."""
-        return np.bincount(self.example_T, -self.logp_T) / np.bincount(self.example_T)
-
-    def save(self, file: Path, weights: Mapping[str, str] | None = None) -> None:
-        """Write the table; `weights` names the adapter and the base that gave it."""
-        from safetensors.numpy import save_file
-
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.tmp")
-        arrays = {name: np.ascontiguousarray(array) for name, array in vars(self).items()}
-        save_file(arrays, temporary, dict(weights or {}))
-        temporary.replace(file)
-
-    @classmethod
-    def load(cls, file: Path) -> TokenTable:
-        from safetensors.numpy import load_file
-
-        return cls(**load_file(file))
-
-    @staticmethod
-    def weights(file: Path) -> dict[str, str]:
-        """The weights that a saved table was made with; empty where they were not recorded."""
-        from safetensors import safe_open
-
-        with safe_open(file, "np") as saved:
-            return saved.metadata() or {}
+ENTROPY_ROWS = 64  # positions whose logits [., V] exist at the same time: 39 MB at V = 152k
 
 
 def score(
@@ -81,9 +33,9 @@ def score(
     adapter: str | None = None,
     head: Head | None = None,
 ) -> TokenTable:
-    """The supervised tokens of `examples` under one adapter (None: the bare base), in float32.
+    """Score the supervised tokens of `examples` in float32 under one adapter; None is the bare base.
 
-    Raises ModelError when the model's head is not one that can be scored exactly.
+    Raises ModelError when the model has a head that cannot be scored exactly.
     """
     head = head or check_head(model)
     columns: list[tuple[np.ndarray, ...]] = []
@@ -91,24 +43,24 @@ def score(
         scores = token_logps(
             h_TD.to(head.weight_VD.dtype), targets=y_T, **head.arguments(), keep_jacobian=True
         )
-        pull_T = scores.jacobian.float().norm(dim=-1)
-        parts = (y_T, example_T, scores.logp, scores.entropy, pull_T)
+        pull_T = scores.need("jacobian").float().norm(dim=-1)
+        parts = (example_T, y_T, scores.logp, scores.entropy, pull_T)
         columns.append(tuple(part.detach().cpu().numpy() for part in parts))
-    ids_T, example_T, logp_T, entropy_T, pull_T = (np.concatenate(c) for c in zip(*columns, strict=True))
-    order_T = np.argsort(example_T, kind="stable")
+    of_T, ids_T, logp_T, entropy_T, pulls_T = (np.concatenate(c) for c in zip(*columns, strict=True))
+    order_T = np.argsort(of_T, kind="stable")
     return TokenTable(
         ids_T[order_T].astype(np.int32),
-        example_T[order_T].astype(np.int32),
+        of_T[order_T].astype(np.int32),
         logp_T[order_T].astype(np.float32),
         entropy_T[order_T].astype(np.float32),
-        pull_T[order_T].astype(np.float32),
+        pulls_T[order_T].astype(np.float32),
     )
 
 
 def states(
     model: Any, examples: Sequence[Example], *, pad_id: int, adapter: str | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(example, hidden state, target) of the supervised tokens, batch by batch: [T], [T, D], [T]."""
+    """Batches of (example [T], hidden state [T, D], target [T]) of the supervised tokens."""
     order_E = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     device = next(model.parameters()).device
     for start in range(0, len(order_E), ROWS):
@@ -124,13 +76,13 @@ def states(
 
 
 def text_examples(renderer: Renderer, texts: Sequence[str]) -> list[Example]:
-    """Plain texts as examples: no prompt, every token supervised but the first."""
+    """Plain texts as examples without a prompt: every token but the first is supervised."""
     found = [renderer.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     return [Example(f"text-{i}", tuple(ids), 0) for i, ids in enumerate(found)]
 
 
 def entropy(head: Head, h_TD: torch.Tensor, temperature: float = 1.0) -> float:
-    """Mean entropy, nats, of what the head says at `h_TD` and would sample from at `temperature`."""
+    """Mean entropy, in nats, of the head's distribution at `h_TD` with this sampling temperature."""
     total = 0.0
     for h_CD in h_TD.split(ENTROPY_ROWS):
         logp_CV = (head.logits(h_CD) / temperature).log_softmax(-1)
@@ -139,9 +91,9 @@ def entropy(head: Head, h_TD: torch.Tensor, temperature: float = 1.0) -> float:
 
 
 def temperature_for(head: Head, h_TD: torch.Tensor, wanted: float) -> float:
-    """The temperature at which the mean entropy at `h_TD` is `wanted` nats, within [0.05, 5].
+    """The temperature in [0.05, 5] at which the mean entropy at `h_TD` is `wanted` nats.
 
-    By bisection: the entropy of a softmax rises with its temperature.
+    Found by bisection, since the entropy of a softmax rises with its temperature.
     """
     low, high = 0.05, 5.0
     for _ in range(20):

@@ -14,8 +14,9 @@ from typing import Any
 
 from ..config import Recipe, load_recipe, setting
 from ..errors import RequestError
+from ..evaluation.base_run import base_run
+from ..evaluation.evaluate import evaluate
 from ..evaluation.report import write_own_report, write_report
-from ..evaluation.sampling import base_run, evaluate
 from ..runs.folder import RunFolder, make_writable, read_json, write_json
 from ..training.loop import train
 

@@ -25,11 +25,12 @@ import numpy as np
 from ..config import Recipe, load_recipe
 from ..errors import RequestError, did_you_mean
 from ..evaluation import statistics as st
+from ..evaluation.base_run import base_run
 from ..evaluation.diagnosis import diagnose
-from ..evaluation.sampling import base_run, checkpoint_runs, evaluate, tokens_file
-from ..evaluation.sharpening import cooled
-from ..evaluation.task_results import Answered
-from ..evaluation.tokens import TokenTable
+from ..evaluation.evaluate import evaluate
+from ..evaluation.sharpening import entropy_matched
+from ..evaluation.task_results import TaskResults
+from ..evaluation.token_table import TokenTable, tokens_file
 from ..model.fingerprint import base_fingerprint
 from ..runs.folder import RunFolder, read_json, write_json
 from ..runs.provenance import certificate
@@ -92,7 +93,7 @@ class Runs:
         task = "codebook" if group == "codebook" else VALIDATION
         first = {rate: self._train(group, objective, rate, self.seeds[0]) for rate in RATES}
         evaluate([folder.path for folder in first.values()], [task])
-        accuracy = {r: float(Answered.read(folder, task).correct_PN.mean()) for r, folder in first.items()}
+        accuracy = {r: float(TaskResults.read(folder, task).correct_PN.mean()) for r, folder in first.items()}
         self._rates[objective, group] = max(accuracy, key=lambda rate: (accuracy[rate], -rate))
         return self._rates[objective, group]
 
@@ -125,15 +126,15 @@ class Runs:
         )
 
     @cached_property
-    def cooled(self) -> list[RunFolder]:
-        """SFT at DFT's entropy."""
-        twins = [
-            cooled(sft, dft, self.out / "cooled" / f"seed-{seed}" / "sft", TASKS[0])
+    def sft_at_dft_entropy(self) -> list[RunFolder]:
+        """SFT's runs, each at the temperature at which it has the entropy of DFT's run of that seed."""
+        matched = [
+            entropy_matched(sft, dft, self.out / "entropy-matched" / f"seed-{seed}" / "sft", TASKS[0])
             for seed, sft, dft in zip(self.seeds, self.best("sft"), self.best("dft"), strict=True)
         ]
-        for twin in twins:  # each has a temperature of its own
-            evaluated([twin])
-        return twins
+        for folder in matched:  # one at a time, since each has its own temperature
+            evaluated([folder])
+        return matched
 
     def _train(self, group: str, objective: str, rate: float, seed: int) -> RunFolder:
         more = {"data.source": self.own_samples} if group == "own" else GROUPS[group]
@@ -151,7 +152,7 @@ def evaluated(folders: list[RunFolder], tasks: Sequence[str] = TASKS) -> list[Ru
 
 def scores(folder: RunFolder, tasks: Sequence[str] = TASKS) -> np.ndarray:
     """Sampled accuracy of each problem, task after task [P]."""
-    return np.concatenate([st.avg_at_n(Answered.read(folder, task).correct_PN) for task in tasks])
+    return np.concatenate([st.avg_at_n(TaskResults.read(folder, task).correct_PN) for task in tasks])
 
 
 def probability(folder: RunFolder) -> np.ndarray:
@@ -160,11 +161,11 @@ def probability(folder: RunFolder) -> np.ndarray:
 
 
 def greedy(folder: RunFolder) -> np.ndarray:
-    return np.concatenate([Answered.read(folder, task).greedy_P for task in TASKS]).astype(float)
+    return np.concatenate([TaskResults.read(folder, task).greedy_P for task in TASKS]).astype(float)
 
 
 def any_of_four(folder: RunFolder) -> np.ndarray:
-    return np.concatenate([st.pass_at_k(Answered.read(folder, task).correct_PN, 4) for task in TASKS])
+    return np.concatenate([st.pass_at_k(TaskResults.read(folder, task).correct_PN, 4) for task in TASKS])
 
 
 def contrast(
@@ -255,14 +256,14 @@ def new_facts(runs: Runs) -> dict[str, Any]:
         name: diagnose(folders[0].recipe())
         for name, folders in (("arithmetic", runs.best("sft")), ("codebook", sft))
     }
-    said = all(
+    foretold = all(
         found["favours"] == right for found, right in zip(advice.values(), ("dft", "sft"), strict=True)
     )
     return finding(
         "on new facts DFT loses to SFT, and diagnose says so before",
         recalled,
         known,
-        verdict=_all([recalled, known]) if said else "refuted",
+        verdict=_all([recalled, known]) if foretold else "refuted",
         diagnosis={
             name: {key: found[key] for key in ("mean_probability", "favours", "verdict")}
             for name, found in advice.items()
@@ -276,8 +277,8 @@ def sharpening(runs: Runs) -> dict[str, Any]:
         "the gain at temperature 1 is more than sharpening",
         contrast("DFT - SFT, greedy", sft, dft, greedy),
         contrast("DFT - SFT, pass@4", sft, dft, any_of_four),
-        contrast("DFT - SFT at DFT's entropy", runs.cooled, dft),
-        temperatures=[twin.run()["cooled"]["temperature"] for twin in runs.cooled],
+        contrast("DFT - SFT at DFT's entropy", runs.sft_at_dft_entropy, dft),
+        temperatures=[folder.run()["entropy_matched"]["temperature"] for folder in runs.sft_at_dft_entropy],
     )
 
 
@@ -321,7 +322,7 @@ def peak(runs: Runs) -> dict[str, Any]:
     """The checkpoint with the best validation accuracy, run by run: earlier for DFT in every seed?"""
     curves: dict[str, list[list[float]]] = {}
     for name in MAIN:
-        of_runs = [checkpoint_runs(folder) for folder in runs.best(name)]
+        of_runs = [folder.checkpoint_runs() for folder in runs.best(name)]
         evaluate([step.path for steps in of_runs for step in steps], [VALIDATION])
         curves[name] = [[float(scores(step, [VALIDATION]).mean()) for step in steps] for steps in of_runs]
         numbers = [step.run()["step"] for step in of_runs[0]]
@@ -352,11 +353,13 @@ def accuracy(runs: Runs) -> dict[str, dict[str, float]]:
         "base": runs.base,
         **{objective: runs.best(objective) for objective in (*MAIN, *RIVALS)},
         "dft on own samples": runs.at("dft", runs.rate("dft"), "own"),
-        "sft, cooled": runs.cooled,
+        "sft at the entropy of dft": runs.sft_at_dft_entropy,
     }
     return {
         name: {
-            f"{task}{mode}": float(np.mean([getattr(Answered.read(f, task), field).mean() for f in folders]))
+            f"{task}{mode}": float(
+                np.mean([getattr(TaskResults.read(f, task), field).mean() for f in folders])
+            )
             for task in TASKS
             for mode, field in (("", "correct_PN"), (" greedy", "greedy_P"))
         }

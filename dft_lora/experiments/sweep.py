@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
@@ -30,6 +30,9 @@ from ..errors import Interrupted, RecipeError
 from ..runs.folder import RunFolder, write_json, write_text
 from ..tasks import get_task
 from . import CONTINUES
+
+if TYPE_CHECKING:
+    from ..evaluation.task_results import TaskResults
 
 
 class Sweep(Part):
@@ -85,8 +88,8 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
 
     Raises a RequestError before anything is trained when the task, a field or a finished run does not fit.
     """
-    from ..evaluation.sampling import evaluate
-    from ..evaluation.task_results import Answered
+    from ..evaluation.evaluate import evaluate
+    from ..evaluation.task_results import TaskResults
 
     get_task(sweep.task)
     recipes = sweep.recipes()
@@ -95,12 +98,12 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
         evaluate([folder.path for folder in folders], limit=sweep.limit)
     except Interrupted as stop:
         raise stop.and_then(CONTINUES) from None
-    answered = {
-        name: Answered.read(folder, sweep.task) for name, folder in zip(recipes, folders, strict=True)
+    results = {
+        name: TaskResults.read(folder, sweep.task) for name, folder in zip(recipes, folders, strict=True)
     }
-    report = summary(sweep, recipes, answered)
+    report = summary(sweep, recipes, results)
     write_json(Path(sweep.output, "sweep.json"), report)
-    write_text(Path(sweep.output, "sweep.md"), markdown(report))
+    write_text(Path(sweep.output, "sweep.md"), sweep_markdown(report))
     return report
 
 
@@ -111,13 +114,13 @@ def train_once(recipe: Recipe) -> RunFolder:
     """
     from ..training.loop import train
     from ..training.ranks import Ranks
-    from ..training.resume_guard import identity, refuse_differences
+    from ..training.resume_guard import guarded_fields, refuse_differences
 
     folder = RunFolder(recipe.output_dir)
     if not (folder.has_adapter and folder.finished):
         return train(recipe, resume=folder.begun)
     ranks = Ranks(recipe)
-    now = identity(_plan(recipe), ranks.device, ranks.world)
+    now = guarded_fields(_plan(recipe), ranks.device, ranks.world)
     refuse_differences(folder.run()["identity"], now, extend=False)
     print(f"{folder.path}: already trained", file=sys.stderr)
     return folder
@@ -138,19 +141,21 @@ def _plan(recipe: Recipe) -> Any:
     return replace(_plans[key], recipe=recipe, steps=recipe.train.max_steps)
 
 
-def summary(sweep: Sweep, recipes: Mapping[str, Recipe], answered: Mapping[str, Any]) -> dict[str, Any]:
+def summary(
+    sweep: Sweep, recipes: Mapping[str, Recipe], results: Mapping[str, TaskResults]
+) -> dict[str, Any]:
     """All runs with their figures, each objective's best, and the bests against each other."""
     from ..evaluation import statistics as st
     from ..evaluation.report import paired
     from ..runs.provenance import certificate
 
-    protocols = {name: a.protocol for name, a in answered.items()}
-    scores = {name: st.avg_at_n(a.correct_PN) for name, a in answered.items()}
+    protocols = {name: result.protocol for name, result in results.items()}
+    scores = {name: st.avg_at_n(result.correct_PN) for name, result in results.items()}
     runs = {
         name: {
             "objective": recipe.objective.name,
             "fields": {field: _value(recipe, field) for field in sweep.grid},
-            **answered[name].summary(),
+            **results[name].summary(),
         }
         for name, recipe in recipes.items()
     }
@@ -176,7 +181,7 @@ def summary(sweep: Sweep, recipes: Mapping[str, Recipe], answered: Mapping[str, 
     }
 
 
-def markdown(report: Mapping[str, Any]) -> str:
+def sweep_markdown(report: Mapping[str, Any]) -> str:
     """sweep.md: every run, then each objective's best against the others'."""
     from ..evaluation.text import aligned, percent, points
 

@@ -1,9 +1,9 @@
 """The pass of `row_statistics.py` as one Triton kernel: two reads and one write of each logit, nothing else.
 
 Pass 1 is an online max, sum and entropy; pass 2 writes exp(u - max) in place. Importing this module needs
-Triton; `forward.py` does so on CUDA only. Under TRITON_INTERPRET=1 it runs on CPU tensors: so it is tested.
+Triton, so `forward.py` imports it on CUDA only. TRITON_INTERPRET=1 runs it on CPU tensors, for the tests.
 
-Shapes: C rows of a chunk, V vocabulary. u = z - cap(shift).
+Shapes (docs/shapes.md): C rows of a chunk, V vocabulary. u = z - cap(shift).
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def _rows(
 def row_sums_(
     u_CV: Tensor, shift_C: Tensor, y_C: Tensor, head: Head, *, write: bool, needs: frozenset[str]
 ) -> RowSums:
-    """The kernel's version of the pass in `row_statistics.py`; all but the top-k."""
+    """The kernel's version of the pass in `row_statistics.py`, without the top-k."""
     C, V = u_CV.shape
     max_C, sum_C, dot_C, square_C = u_CV.new_empty(4, C, dtype=torch.float32)
-    bias_V = None if head.bias_V is None else head.scale * head.bias_V.float()
+    bias_V = None if head.bias_V is None else head.logit_scale * head.bias_V.float()
     _rows[(C,)](
         u_CV, u_CV.stride(0), y_C, shift_C, head.cap(shift_C.float()), max_C if bias_V is None else bias_V,
         max_C, sum_C, dot_C, square_C, V, float(head.softcap or 1.0), HALF_GAIN, BIAS=bias_V is not None,

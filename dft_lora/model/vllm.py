@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 from ..config import Recipe
 from ..data.templates import Renderer
 from ..errors import MissingPart, RequestError
 from ..runs.folder import read_json
 from .generate import Completion, Request, random_stream
-from .hardware import choose
+from .hardware import choose, dtype_name
 from .load import count_parameters, load_model_config, resolve, unpack
 
 AT_ONCE = 1024  # requests handed over at a time: what a kill loses
@@ -35,7 +35,9 @@ def lora_rank(ranks: Iterable[int]) -> int:
 
 
 class Vllm:
-    """An engine of evaluation/sampling.py. Raises MissingPart where vLLM, or a device for it, is missing."""
+    """An engine of evaluation/engines.py. Raises MissingPart where vLLM, or a device for it, is missing."""
+
+    scores_tokens: ClassVar[bool] = False
 
     def __init__(self, recipe: Recipe, adapters: Mapping[str, Path], renderer: Renderer):
         if find_spec("vllm") is None:
@@ -49,7 +51,7 @@ class Vllm:
 
         config = recipe.model
         hardware = choose(config.dtype, count_parameters(load_model_config(config)))
-        dtype = str(hardware.dtype).removeprefix("torch.")
+        dtype = dtype_name(hardware.dtype)
         self.facts: dict[str, Any] = {"device": hardware.name, "dtype": dtype, "engine": "vllm"}
         self.stop_ids = sorted(renderer.stop_ids)
         self.loras = {

@@ -130,6 +130,10 @@ class RunFolder:
         run.write_run(**facts | {"recipe": recipe, "step": int(name.removeprefix("step-"))})
         return run
 
+    def checkpoint_runs(self) -> list[RunFolder]:
+        """`checkpoint_run` for every checkpoint that was kept, in order of steps."""
+        return [self.checkpoint_run(path.name) for path in sorted(self.checkpoints.glob("step-*"))]
+
     def write_run(self, **facts: Any) -> None:
         """Add facts to `run.json`."""
         file = self.path / "run.json"

@@ -72,17 +72,17 @@ def curves(folders: Mapping[str, RunFolder], file: Path) -> None:
     _save(figure, file)
 
 
-def probabilities(figures: Mapping[str, Any], file: Path) -> None:
+def probabilities(metrics: Mapping[str, Any], file: Path) -> None:
     """The paper's bimodal figure, target tokens by probability (log scale); and the gradient they exert."""
     figure, (counts, pulls) = _figure(2)
-    for i, (name, run) in enumerate(figures.items()):
+    for i, (name, run) in enumerate(metrics.items()):
         shares = [n / run["tokens"] for n in run["histogram"]]
         counts.stairs(shares, run["edges"], label=name, color=COLOURS[i % len(COLOURS)], lw=1.6)
     counts.set_yscale("log")
     counts.set_xlabel("probability of the target token")
     counts.set_title("share of tokens", fontsize=11)
     counts.legend(frameon=False)
-    first, run = next(iter(figures.items()))
+    first, run = next(iter(metrics.items()))
     middles = [(a + b) / 2 for a, b in pairwise(run["edges"])]
     for key, label, colour in (
         ("sft_gradient", "SFT", COLOURS[1]),

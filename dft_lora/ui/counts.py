@@ -6,10 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..tasks.answers import tidy
 from ..tasks.extraction import extract
-from .session import Answer
+
+if TYPE_CHECKING:
+    from .session import Answer
 
 
 def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:

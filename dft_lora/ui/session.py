@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import RequestError, did_you_mean
-from ..evaluation.sampling import renderer_of, same_base, unchanged_base, unique_names
+from ..evaluation.run_set import renderer_of, same_base, unchanged_base, unique_names
 from ..model.adapters import adapter_layers, mixed
 from ..model.generate import Request, stream
 from ..model.head import check_head, hidden_states

@@ -7,11 +7,14 @@ gr.Markdown is a single line, which Markdown does not touch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from .counts import Tally
-from .session import Answer, Token
 from .text import plain, rich
 from .votes import Pair, Standing
+
+if TYPE_CHECKING:  # torch is not needed to show what it computed
+    from .session import Answer, Token
 
 CHIPS = {  # status -> (class, mark, words)
     "correct": ("good", "✓", "correct"),

@@ -1,9 +1,9 @@
-r"""A second opinion on verdicts, reached another way: answers are put into numbers and the numbers compared.
+r"""A second opinion on the judge's verdicts: both answers are evaluated and their values compared.
 
-Nothing is shared with `answers` or math_verify. LaTeX is rewritten into a Python expression, the expression
-is evaluated in complex floats at three fixed points, and two answers agree when all their parts have the same
-values there. Where that cannot be done (words, units, lists of tuples), and the answers are not the same
-string, there is no opinion.
+It shares no comparison code with `dft_lora.tasks` or math_verify. LaTeX is rewritten into a Python
+expression, the expression is evaluated in complex floats at three fixed points, and two answers agree when
+all their parts have the same values there. Where that is impossible (words, units, lists of tuples) and the
+answers are not the same string, there is no opinion.
 
     audit(pairs).rate      share of verdicts, among those with a second opinion, that it contradicts
 """

@@ -1,0 +1,132 @@
+"""The answers of an evaluation on disk: which are there, which are missing, and how one is added.
+
+    evaluation/TASK.jsonl     one line per answer
+    evaluation/TASK.json      the protocol, the problems, the provenance
+
+Under `accelerate launch` each process appends to its own file, TASK.rank-N.jsonl. At the end the main process
+merges these files into TASK.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError
+from ..runs.folder import RunFolder, parsing, read_json, read_lines, write_json, write_text, writing
+from ..tasks.base import Attempt, Problem, Verdict
+from .protocol import GREEDY, Protocol
+from .shard import Shard
+from .token_table import tokens_file
+
+RESUME = "run the same evaluation again; it continues where it stopped"
+
+
+class Answers:
+    """One run's answers to one task on disk. Raises RequestError when they have another protocol."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        protocol: Protocol,
+        problems: Sequence[Problem],
+        overwrite: bool,
+        shard: Shard,
+    ):
+        self.folder, self.protocol, self.problems, self.shard = folder, protocol, problems, shard
+        self.file = folder.evaluation(protocol.task)
+        self.metadata_file = self.file.with_suffix(".json")
+        self.overwrite = overwrite
+        if not overwrite and self.metadata_file.is_file():
+            differences = protocol.differences(read_json(self.metadata_file)["protocol"])
+            if differences:
+                raise RequestError(
+                    f"{self.file}: its answers were made under another protocol ({'; '.join(differences)}); "
+                    "--overwrite replaces them"
+                )
+        self.done = set() if overwrite else set(self.on_disk())
+
+    @property
+    def asked(self) -> int:
+        """The number of answers in a complete evaluation, including the greedy ones."""
+        return len(self.problems) * (self.protocol.samples + 1)
+
+    def missing(self) -> list[tuple[Problem, int]]:
+        """The (problem, sample) pairs that this process has yet to answer; sample -1 is the greedy answer."""
+        samples = (GREEDY, *range(self.protocol.samples))
+        mine = self.problems[self.shard.rank :: self.shard.world]
+        return [(p, s) for p in mine for s in samples if (p.id, s) not in self.done]
+
+    def begin(self, provenance: dict[str, Any]) -> None:
+        """Record the protocol before the first answer. With `overwrite`, delete the old answers now."""
+        with writing(self.file, RESUME):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            if self.overwrite and self.shard.is_main:
+                tables = tokens_file(self.folder, self.protocol.task)
+                for old in (self.file, self.metadata_file, tables, *self._parts()):
+                    old.unlink(missing_ok=True)
+        self.overwrite = False
+        if self.shard.is_main and not self.metadata_file.is_file():
+            problems = {
+                p.id: {"question": p.question, "answer": p.answer, "tags": dict(p.tags)}
+                for p in self.problems
+            }
+            metadata = {"protocol": asdict(self.protocol), "provenance": provenance, "problems": problems}
+            write_json(self.metadata_file, metadata)
+
+    def add(self, attempts: Iterable[Attempt]) -> None:
+        """Append attempts to this process's file."""
+        part = self.file if self.shard.world == 1 else self._part(self.shard.rank)
+        with writing(part, RESUME), part.open("a", encoding="utf-8") as file:
+            file.writelines(attempt_line(attempt) for attempt in attempts)
+
+    def gather(self) -> None:
+        """Merge the files of several processes, including files left by a killed evaluation."""
+        if parts := self._parts():
+            write_text(self.file, "".join(map(attempt_line, self.on_disk().values())))
+            for part in parts:
+                part.unlink()
+
+    def on_disk(self) -> dict[tuple[str, int], Attempt]:
+        """All answers by (problem, sample), including those in the files of single processes."""
+        files = (self.file, *self._parts())
+        return {(a.problem, a.sample): a for file in files for a in read_attempts(file)}
+
+    def _part(self, rank: int) -> Path:
+        return self.file.with_name(f"{self.protocol.task}.rank-{rank}.jsonl")
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.file.parent.glob(f"{self.protocol.task}.rank-*.jsonl"))
+
+
+def attempt_line(attempt: Attempt) -> str:
+    """One line of `evaluation/TASK.jsonl`."""
+    values = asdict(attempt) | {"verdict": attempt.verdict.status, "extracted": attempt.verdict.extracted}
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def read_attempts(file: Path) -> list[Attempt]:
+    """The attempts in a file; none if it does not exist.
+
+    An incomplete last line, left by a killed process, is removed from the file.
+    """
+    if not file.is_file():
+        return []
+    text = file.read_bytes()
+    if not text.endswith(b"\n"):
+        file.write_bytes(text[: text.rfind(b"\n") + 1])
+    with parsing(file):
+        return [
+            Attempt(
+                line["problem"],
+                line["sample"],
+                line["text"],
+                line["tokens"],
+                line["truncated"],
+                Verdict(line["verdict"], line["extracted"]),
+            )
+            for line in read_lines(file)
+        ]

@@ -1,0 +1,184 @@
+"""Evaluate runs: sample answers, judge them, and write them to `evaluation/` in each run folder.
+
+Runs of one base are sampled in the same batches, each with its own adapter. Every sample has its own random
+stream, determined by (seed, problem, sample), so all runs draw from the same streams and a killed evaluation
+continues where it stopped. Under `accelerate launch` each process takes every n-th problem; the answers do
+not depend on the number of processes.
+
+    protocol.py      what must be equal for answers to be comparable
+    run_set.py       which runs can be evaluated together
+    attempts.py      the answers on disk
+    engines.py       what generates them
+    references.py    token-by-token scores of the reference solutions
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from ..config import EvaluateConfig, Recipe
+from ..data.templates import Renderer
+from ..errors import Interrupted, RequestError
+from ..model.generate import Completion, Request
+from ..runs.folder import RunFolder, open_runs
+from ..runs.provenance import certificate
+from ..tasks import get_task
+from ..tasks.base import Attempt, Problem
+from .attempts import Answers
+from .engines import ENGINES, Engine
+from .protocol import GREEDY, Protocol
+from .references import references_scored, score_references
+from .run_set import (
+    asked_tasks,
+    recipes_of,
+    renderer_of,
+    same_base,
+    same_settings,
+    unchanged_base,
+    unique_names,
+)
+from .shard import Shard
+
+CHUNK = 256  # answers that are judged together
+
+
+def evaluate(
+    run_dirs: Sequence[str | Path],
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    changes: Sequence[str] = (),
+    overwrite: bool = False,
+) -> list[RunFolder]:
+    """Evaluate every run on `tasks`; the base that they share is loaded once. Returns the run folders.
+
+    RUN_DIR/checkpoints/step-N evaluates that checkpoint. `tasks` default to the recipe's own; `limit` takes
+    only the first problems of each. `changes` (`evaluate.field=value` or `field=value`) apply to all runs.
+    An interrupted evaluation is completed. Existing answers with another protocol or by other weights are an
+    error unless `overwrite` is set.
+
+    Raises RequestError before a model is loaded when runs, tasks, settings or templates do not fit together,
+    or when a run has not finished. Raises Interrupted after Ctrl-C; answers given so far are kept.
+    """
+    folders = open_runs(run_dirs)
+    if not folders:
+        raise RequestError("name at least one run folder")
+    recipes = recipes_of(folders, changes)
+    settings, names = recipes[0].evaluate, unique_names(folders)
+    same_base(folders, recipes)
+    same_settings(folders, recipes, free={"tasks"} if tasks else ())
+    problems = {name: _problems(name, limit) for name in asked_tasks(recipes, tasks)}
+
+    renderer = renderer_of(folders, recipes)
+    base = unchanged_base(folders, recipes[0].model)
+    shard = Shard.of_this_process()
+    work = {}
+    for task, its_problems in problems.items():
+        for name, folder in zip(names, folders, strict=True):
+            protocol = Protocol.of(task, its_problems, settings, renderer, folder.adapter_digest, base)
+            work[task, name] = Answers(folder, protocol, its_problems, overwrite, shard)
+    complete = all(answers.missing() == [] for answers in work.values())
+    if ENGINES[settings.engine].scores_tokens:
+        complete &= all(references_scored(folder, problems, base) for folder in folders)
+    shard.wait()  # no process writes before all have read
+    if not complete:
+        try:
+            _complete(dict(zip(names, folders, strict=True)), recipes[0], renderer, problems, work, base)
+        except KeyboardInterrupt:
+            if any(answers.overwrite for answers in work.values()):
+                raise  # interrupted while the model was loading: nothing has been replaced yet
+            raise Interrupted(_kept(work.values()), signal.SIGINT) from None
+    return folders
+
+
+def _complete(
+    folders: Mapping[str, RunFolder],
+    recipe: Recipe,
+    renderer: Renderer,
+    problems: Mapping[str, list[Problem]],
+    work: Mapping[tuple[str, str], Answers],
+    base: str,
+) -> None:
+    """Load the model, generate the missing answers, and score the reference solutions token by token."""
+    shard = next(iter(work.values())).shard
+    adapters = {name: folder.adapter for name, folder in folders.items() if folder.has_adapter}
+    engine = ENGINES[recipe.evaluate.engine](recipe, adapters, renderer)
+    for answers in work.values():
+        answers.begin(certificate(**engine.facts))
+    shard.wait()  # no process adds answers before the old ones are deleted
+    for task in problems:
+        mine = {name: answers for (t, name), answers in work.items() if t == task}
+        _answer(engine, renderer, mine, recipe.evaluate, task)
+    if shard.is_main and engine.scores_tokens:
+        score_references(engine.model, renderer, folders, problems, base)
+    shard.wait()
+    for answers in work.values() if shard.is_main else ():
+        answers.gather()
+    shard.wait()
+
+
+def _kept(work: Collection[Answers]) -> str:
+    """The message of an interrupted evaluation: how many answers are kept."""
+    kept, asked = sum(len(a.on_disk()) for a in work), sum(a.asked for a in work)
+    return f"evaluation stopped: {kept} of {asked} answers are kept"
+
+
+def _problems(task: str, limit: int | None) -> list[Problem]:
+    if limit is not None and limit < 1:
+        raise RequestError(f"--limit: {limit}; give at least 1")
+    problems = list(get_task(task).problems()[:limit])
+    if not problems:
+        raise RequestError(f"--task {task}: the task has no problems")
+    return problems
+
+
+def _answer(
+    engine: Engine, renderer: Renderer, work: Mapping[str, Answers], settings: EvaluateConfig, task: str
+) -> None:
+    """Generate, judge and write the missing answers of all runs to one task, in batches across runs."""
+    from tqdm import tqdm
+
+    prompts: dict[str, tuple[int, ...]] = {}
+    jobs: list[tuple[str, Problem, int]] = []
+    for name, answers in work.items():
+        jobs += [(name, problem, sample) for problem, sample in answers.missing()]
+    for _, problem, _ in jobs:
+        if problem.id not in prompts:
+            prompts[problem.id] = tuple(renderer.prompt_ids(problem.messages))
+    limit = next(iter(work.values())).protocol.max_new_tokens
+    requests = [
+        Request(
+            prompt_ids=prompts[problem.id],
+            adapter=name if work[name].folder.has_adapter else None,
+            seed=settings.seed * 1_000_003 + sample + 1,
+            temperature=0.0 if sample == GREEDY else settings.temperature,
+            top_p=settings.top_p,
+            max_new_tokens=limit,
+        )
+        for name, problem, sample in jobs
+    ]
+    pending: list[tuple[int, Completion]] = []
+
+    def flush() -> None:
+        texts = [renderer.decode(completion.ids) for _, completion in pending]
+        pairs = [(text, jobs[i][1]) for (i, _), text in zip(pending, texts, strict=True)]
+        verdicts = get_task(task).judge_many(pairs)
+        for (i, completion), text, verdict in zip(list(pending), texts, verdicts, strict=True):
+            name, problem, sample = jobs[i]
+            made = len(completion.ids)
+            work[name].add([Attempt(problem.id, sample, text, made, not completion.finished, verdict)])
+            pending.pop(0)
+
+    with tqdm(total=len(requests), desc=task, unit="answer") as bar:
+
+        def on_progress(i: int, completion: Completion) -> None:
+            pending.append((i, completion))
+            bar.update()
+            if len(pending) >= CHUNK:
+                flush()
+
+        try:
+            engine.generate(requests, on_progress)
+        finally:  # neither Ctrl-C nor an error loses a complete answer
+            flush()

@@ -1,0 +1,107 @@
+"""The protocol of an evaluation: what must be equal for answers to be comparable.
+
+Reports and the page read recorded protocols, so this file does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..config import EvaluateConfig, digest
+from ..data.templates import Renderer
+from ..tasks import get_task
+from ..tasks.base import Problem
+
+GREEDY = -1
+"""The sample number of the greedy answer."""
+
+FORGETTING = "other-text"
+"""The name of an English text, unrelated to any task, that every run is scored on to measure forgetting."""
+
+WEIGHTS = ("adapter", "base")
+"""The fields of a protocol that name the weights; each run has its own."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything that must be equal for new answers to be added to those on disk.
+
+    Two runs are comparable when everything but their weights (`adapter`, `base`) is equal.
+    """
+
+    task: str
+    problems: int
+    problems_hash: str
+    samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    template: str
+    template_hash: str
+    seed: int
+    engine: str
+    adapter: str | None
+    """The digest of the adapter; None for the bare base."""
+    base: str
+    """The fingerprint of the base's weights."""
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """The differences from a recorded protocol, each as text for an error message."""
+        found = [
+            f"{k}: {other.get(k)!r} -> {v!r}"
+            for k, v in asdict(self).items()
+            if k not in (*WEIGHTS, "engine") and other.get(k) != v
+        ]
+        if (engine := other.get("engine", self.engine)) != self.engine:
+            found.append(f"engine: {engine!r} -> {self.engine!r}")
+        if why := other_weights(other, self.adapter, self.base):
+            found.append(why)
+        return found
+
+    @classmethod
+    def of(
+        cls,
+        task: str,
+        problems: Sequence[Problem],
+        settings: EvaluateConfig,
+        renderer: Renderer,
+        adapter: str | None,
+        base: str,
+    ) -> Protocol:
+        """The protocol for a run with these weights on these problems."""
+        return cls(
+            task=task,
+            problems=len(problems),
+            problems_hash=digest([[p.id, [dict(m) for m in p.messages], p.answer] for p in problems]),
+            samples=settings.samples,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_new_tokens=answer_limit(task, settings),
+            template=renderer.template.name,
+            template_hash=renderer.fingerprint,
+            seed=settings.seed,
+            engine=settings.engine,
+            adapter=adapter,
+            base=base,
+        )
+
+
+def other_weights(recorded: Mapping[str, Any], adapter: str | None, base: str) -> str | None:
+    """Why these weights did not give the answers with the `recorded` protocol; None if they did."""
+    if not set(WEIGHTS) <= set(recorded):
+        return "they were made by an earlier version of dft-lora, which did not record the weights"
+    if recorded["adapter"] != adapter:
+        return "the run's adapter has changed since then"
+    if recorded["base"] != base:
+        return "the base's weights have changed since then"
+    return None
+
+
+def answer_limit(task: str, settings: EvaluateConfig) -> int:
+    """The most tokens of an answer: evaluate.max_new_tokens where it was set, else the task's own limit."""
+    longest = settings.max_new_tokens
+    if "max_new_tokens" in settings.model_fields_set:
+        return longest
+    return min(longest, get_task(task).max_new_tokens)

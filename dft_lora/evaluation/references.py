@@ -1,0 +1,50 @@
+"""Token-by-token scores, under each run, of the reference solutions and of an unrelated text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..data.templates import Renderer
+from ..runs.folder import RunFolder
+from ..tasks.base import Problem
+from .protocol import FORGETTING
+from .token_table import TokenTable, tokens_file
+from .tokens import score, text_examples
+
+SCORED = 128  # problems whose reference solutions are scored
+OTHER_TEXT = Path(__file__).with_name("other_text.txt")
+
+
+def score_references(
+    model: Any,
+    renderer: Renderer,
+    folders: Mapping[str, RunFolder],
+    problems: Mapping[str, list[Problem]],
+    base: str,
+) -> None:
+    """Write every run's token table for the reference solutions of each task and for the unrelated text."""
+    texts = {
+        task: [renderer.render(p) for p in its_problems if p.solution is not None][:SCORED]
+        for task, its_problems in problems.items()
+    } | {FORGETTING: text_examples(renderer, OTHER_TEXT.read_text(encoding="utf-8").split("\n\n"))}
+    for name, folder in folders.items():
+        adapter = name if folder.has_adapter else None
+        for title, examples in texts.items():
+            file = tokens_file(folder, title)
+            if examples and not _is_current(folder, title, base):
+                table = score(model, examples, pad_id=renderer.pad_id, adapter=adapter)
+                table.save(file, {"adapter": folder.adapter_digest or "", "base": base})
+
+
+def references_scored(folder: RunFolder, problems: Mapping[str, list[Problem]], base: str) -> bool:
+    """Whether the run has all token tables that `score_references` writes, made with its present weights."""
+    wanted = [task for task, its_problems in problems.items() if any(p.solution for p in its_problems)]
+    return all(_is_current(folder, title, base) for title in (*wanted, FORGETTING))
+
+
+def _is_current(folder: RunFolder, title: str, base: str) -> bool:
+    file = tokens_file(folder, title)
+    weights = {"adapter": folder.adapter_digest or "", "base": base}
+    return file.is_file() and TokenTable.weights(file) == weights

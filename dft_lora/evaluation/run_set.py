@@ -1,0 +1,106 @@
+"""Runs that are evaluated or shown together: recipes, names, the renderer, and checks that they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from ..config import ModelConfig, Recipe
+from ..data.templates import Renderer
+from ..errors import RequestError
+from ..model.fingerprint import base_fingerprint
+from ..model.load import load_tokenizer
+from ..runs.folder import RunFolder
+
+
+def recipes_of(folders: Sequence[RunFolder], changes: Sequence[str]) -> list[Recipe]:
+    """The runs' recipes with `changes` of the form `evaluate.field=value` or `field=value`."""
+    changes = [change if change.startswith("evaluate.") else f"evaluate.{change}" for change in changes]
+    return [folder.recipe().override(changes) for folder in folders]
+
+
+def asked_tasks(recipes: Sequence[Recipe], tasks: Sequence[str]) -> tuple[str, ...]:
+    """`tasks`, or those of the first recipe if empty. Raises RequestError when that has none either."""
+    if not (tasks or recipes[0].evaluate.tasks):
+        raise RequestError("no task: give --task NAME, or evaluate.tasks in the recipe")
+    return tuple(tasks) or recipes[0].evaluate.tasks
+
+
+def renderer_of(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> Renderer:
+    """The renderer for all runs: that of training, unless evaluate.template names another template.
+
+    Raises RequestError when the training template now gives other token ids than it did in training.
+    """
+    wanted = recipes[0].evaluate.template
+    tokenizer = load_tokenizer(recipes[0].model)
+    for folder in folders:
+        trained = folder.run()
+        renderer = Renderer(tokenizer, trained["template"] if wanted == "same" else wanted)
+        if wanted == "same" and renderer.fingerprint != trained["template_hash"]:
+            raise RequestError(
+                f"{folder.path}: template {trained['template']!r} gives other token ids now than in training "
+                "(the tokenizer or the template changed); to evaluate anyway, name one with "
+                "--set template=NAME"
+            )
+    return renderer
+
+
+def same_base(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> None:
+    """Raises RequestError when the runs differ in their base or, where it matters, their template."""
+    for folder, recipe in zip(folders[1:], recipes[1:], strict=True):
+        if _weights(recipe) != _weights(recipes[0]):
+            raise RequestError(
+                f"{folder.path} has the base {recipe.model.name!r}, "
+                f"{folders[0].path} has {recipes[0].model.name!r}; evaluate them separately"
+            )
+        if (
+            recipe.evaluate.template == "same"
+            and folder.run()["template_hash"] != folders[0].run()["template_hash"]
+        ):
+            raise RequestError(
+                f"{folder.path} was trained with template {folder.run()['template']!r}, "
+                f"{folders[0].path} with {folders[0].run()['template']!r}: name one with --set template=NAME"
+            )
+
+
+def same_settings(
+    folders: Sequence[RunFolder], recipes: Sequence[Recipe], free: Collection[str] = ()
+) -> None:
+    """Raises RequestError when the runs' evaluation settings differ in a field that is not in `free`."""
+    first = dict(recipes[0].evaluate)
+    for folder, recipe in zip(folders[1:], recipes[1:], strict=True):
+        differing = {k: v for k, v in dict(recipe.evaluate).items() if v != first[k] and k not in free}
+        if differing:
+            named = "; ".join(f"evaluate.{k} {first[k]!r} and {v!r}" for k, v in differing.items())
+            raise RequestError(
+                f"{folders[0].path} and {folder.path} have different settings: {named}; evaluate them "
+                f"separately, or name one for all with --set {next(iter(differing))}=VALUE"
+            )
+
+
+def unchanged_base(folders: Sequence[RunFolder], config: ModelConfig) -> str:
+    """The base's fingerprint. Raises RequestError when a run was made with other weights of the same name."""
+    now = base_fingerprint(config)
+    for folder in folders:
+        if folder.base_fingerprint not in (None, now):
+            raise RequestError(
+                f"{folder.path}: the weights of its base {config.name!r} have changed since the run was "
+                "made; restore them, or train the run again in another folder"
+            )
+    return now
+
+
+def _weights(recipe: Recipe) -> dict[str, Any]:
+    """The fields that determine a base's weights. `unpack` only decides how they are held in memory."""
+    return recipe.model.model_dump(exclude={"unpack"})
+
+
+def unique_names(folders: Sequence[RunFolder]) -> list[str]:
+    """The folder names, made unique. They name adapters, so dots, which peft reads as module paths, go."""
+    names: list[str] = []
+    for folder in folders:
+        name = candidate = folder.name.replace(".", "_")
+        while candidate in names:
+            candidate = f"{name}-{sum(n.startswith(name) for n in names) + 1}"
+        names.append(candidate)
+    return names

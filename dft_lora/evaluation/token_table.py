@@ -1,0 +1,72 @@
+"""Probabilities of the tokens of given texts under one run, as arrays and as a file in its run folder.
+
+    evaluation/TASK.tokens.safetensors          tokens of the reference solutions
+    evaluation/other-text.tokens.safetensors    tokens of a text that is unrelated to the task
+
+Reports and the page read these files, so this file does not import torch.
+
+Legend: T scored tokens, E examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..runs.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """One entry per supervised token, in the order of the examples.
+
+    `pull_T` is the norm of d log p / d h, which is the gradient at the hidden state under SFT. Under DFT the
+    gradient is p times that.
+    """
+
+    ids_T: np.ndarray
+    example_T: np.ndarray
+    logp_T: np.ndarray
+    entropy_T: np.ndarray
+    pull_T: np.ndarray
+
+    @property
+    def p_T(self) -> np.ndarray:
+        return np.exp(self.logp_T)
+
+    @property
+    def nll_E(self) -> np.ndarray:
+        """Mean NLL of each example, in nats per token."""
+        return np.bincount(self.example_T, -self.logp_T) / np.bincount(self.example_T)
+
+    def save(self, file: Path, weights: Mapping[str, str] | None = None) -> None:
+        """Write the table. `weights` identifies the adapter and the base that it was computed with."""
+        from safetensors.numpy import save_file
+
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.tmp")
+        arrays = {name: np.ascontiguousarray(array) for name, array in vars(self).items()}
+        save_file(arrays, temporary, dict(weights or {}))
+        temporary.replace(file)
+
+    @classmethod
+    def load(cls, file: Path) -> TokenTable:
+        from safetensors.numpy import load_file
+
+        return cls(**load_file(file))
+
+    @staticmethod
+    def weights(file: Path) -> dict[str, str]:
+        """The weights that a saved table was computed with; empty if they were not recorded."""
+        from safetensors import safe_open
+
+        with safe_open(file, "np") as saved:
+            return saved.metadata() or {}
+
+
+def tokens_file(folder: RunFolder, title: str) -> Path:
+    """Where the token table for a task, or for the text `title`, is saved."""
+    return folder.evaluation(title).with_suffix(".tokens.safetensors")
