@@ -136,7 +136,7 @@ def test_a_checkpoint_sealed_without_its_optimizer_is_an_error(checkpoints):
     path = checkpoints.path / "step-000020"
     files = [(name, (path / name).read_bytes()) for name in PARTS if not name.startswith("optimizer")]
     write_sealed(path, files)
-    with pytest.raises(RunError, match=r"step-000020: optimizer\.safetensors is not part of it"):
+    with pytest.raises(RunError, match=r"step-000020: optimizer\.safetensors is not in its manifest\.json"):
         checkpoints.newest()
 
 

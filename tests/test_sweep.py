@@ -1,4 +1,4 @@
-"""Sweeps: what they train, what they refuse, that they go on, and that each objective keeps its own best."""
+"""Sweeps: what they train and refuse, that they resume, and that each objective keeps its own best run."""
 
 import json
 
@@ -9,7 +9,7 @@ from dft_lora.cli import main
 from dft_lora.config import load_recipe
 from dft_lora.errors import Interrupted, RequestError
 from dft_lora.experiments.own_samples import own_samples
-from dft_lora.experiments.sweep import Sweep, run_sweep, train_once
+from dft_lora.experiments.sweep import Sweep, run_sweep
 from dft_lora.runs.folder import RunFolder, read_lines
 from dft_lora.tasks.judge import judge
 from dft_lora.training import loop
@@ -53,7 +53,7 @@ def test_each_objective_keeps_its_own_best(made):
     assert [(p["a"], p["b"]) for p in report["paired"]] == [tuple(report["best"].values())]
 
 
-def test_it_goes_on_and_trains_nothing_twice(made):
+def test_it_resumes_and_trains_nothing_twice(made):
     """The command again: one adapter was lost, the others keep their bytes and dates."""
     import shutil
 
@@ -99,14 +99,20 @@ def test_what_cannot_be_is_refused_before_training(tmp_path, change, said):
 
 
 def test_an_interrupted_run_says_how_to_continue(tmp_path, monkeypatch):
-    """A sweep has no --resume: starting it again continues it."""
+    """A sweep has no --resume: the same command continues it."""
 
     def stopped(recipe, resume):
         raise Interrupted("runs/sweep/sft: stopped after step 3 of 120", 2)
 
     monkeypatch.setattr(loop, "train", stopped)
-    with pytest.raises(Interrupted, match="step 3 of 120; start it again, it goes on from there") as raised:
-        train_once(load_recipe("tiny_sft", [f"output={tmp_path / 'sft'}"]))
+    sweep = Sweep(
+        recipe="tiny_sft",
+        grid={"train.learning_rate": [1e-3]},
+        task="arithmetic",
+        output=str(tmp_path / "sweep"),
+    )
+    with pytest.raises(Interrupted, match="step 3 of 120; run the same command again to continue") as raised:
+        run_sweep(sweep)
     assert raised.value.exit_code == 130 and "--resume" not in str(raised.value)
 
 
