@@ -137,7 +137,7 @@ def push(run: RunFolder, repository: str, merged: Path | None = None, private: b
 
 def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = None) -> str:
     """The model card, from run.json and, if the run was evaluated, report.json."""
-    facts, recipe = run.run(), run.recipe()
+    metadata, recipe = run.run(), run.recipe()
     base, name = recipe.model.name, run.name
     header: dict[str, Any] = {
         "base_model": base,
@@ -148,7 +148,7 @@ def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = No
     if recipe.data.source.count("/") == 1 and not Path(recipe.data.source).exists():
         header["datasets"] = [recipe.data.source]
     objective, train = recipe.objective.name, recipe.train
-    made, last = facts["provenance"], facts["figures"]["last"]
+    made, last = metadata["provenance"], metadata["figures"]["last"]
     lines = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {name}",
@@ -158,9 +158,9 @@ def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = No
         + (", then merged into the 16-bit base." if merged else "."),
         "## Training",
         f"{last['step']} steps of {train.batch_size} examples, AdamW {train.learning_rate:g}, "
-        f"{train.schedule}, seed {train.seed}; {facts['figures']['seconds']:.0f} s on {made['device']} in "
+        f"{train.schedule}, seed {train.seed}; {metadata['figures']['seconds']:.0f} s on {made['device']} in "
         f"{made['dtype']}. Last step: NLL {last['nll']:.3f}, mean target probability "
-        f"{last['mean_probability']:.3f}. Prompt template: `{facts['template']}`.",
+        f"{last['mean_probability']:.3f}. Prompt template: `{metadata['template']}`.",
         f"Made with dft-lora {made['versions']['dft-lora']} (commit {made['commit']}), "
         f"torch {made['versions']['torch']}, transformers {made['versions']['transformers']}, "
         f"{made['date'][:10]}.",
@@ -172,8 +172,8 @@ def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = No
         lines += [
             "The adapter was trained on the 4-bit base and merged into the 16-bit base. Compared with the "
             f"model as trained, the largest logit change is {far['largest_logit_change']:.3g}, the mean KL "
-            f"is {far['mean_kl']:.2g} nats, and the most probable token is the same at {far['same_top1']:.1%} "
-            "of positions. The results above are those of the 4-bit model."
+            f"is {far['mean_kl']:.2g} nats, and the most probable token is the same at "
+            f"{far['same_top1']:.1%} of positions. The results above are those of the 4-bit model."
         ]
     lines += ["## Use", "```sh\n" + (f"vllm serve {name}" if merged else vllm_command(run)) + "\n```"]
     return "\n\n".join(lines) + "\n"

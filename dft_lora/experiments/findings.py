@@ -261,14 +261,14 @@ def new_facts(runs: Runs) -> dict[str, Any]:
         name: diagnose(folders[0].recipe())
         for name, folders in (("arithmetic", runs.best("sft")), ("codebook", sft))
     }
-    foretold = all(
+    as_expected = all(
         found["favours"] == right for found, right in zip(advice.values(), ("dft", "sft"), strict=True)
     )
     return finding(
         "on new facts DFT loses to SFT, and diagnose says so before",
         recalled,
         known,
-        verdict=_all([recalled, known]) if foretold else "refuted",
+        verdict=_all([recalled, known]) if as_expected else "refuted",
         diagnosis={
             name: {key: found[key] for key in ("mean_probability", "favours", "verdict")}
             for name, found in advice.items()

@@ -52,7 +52,7 @@ class Vllm:
         config = recipe.model
         hardware = choose(config.dtype, count_parameters(load_model_config(config)))
         dtype = str(hardware.dtype).removeprefix("torch.")
-        self.facts: dict[str, Any] = {"device": hardware.name, "dtype": dtype, "engine": "vllm"}
+        self.provenance: dict[str, Any] = {"device": hardware.name, "dtype": dtype, "engine": "vllm"}
         self.stop_ids = sorted(renderer.stop_ids)
         self.loras = {
             name: LoRARequest(name, number, str(path.resolve()))

@@ -66,10 +66,11 @@ class RunFolder:
         """
         if not self.begun:
             return False
-        facts = self.run()
-        if "step" in facts or "steps" not in facts:  # a checkpoint; nothing was trained
-            return self.has_adapter or "step" not in facts
-        return self.has_adapter and facts.get("figures", {}).get("last", {}).get("step") == facts["steps"]
+        metadata = self.run()
+        if "step" in metadata or "steps" not in metadata:  # a checkpoint, or a bare base
+            return self.has_adapter or "step" not in metadata
+        trained = metadata.get("figures", {}).get("last", {}).get("step")
+        return self.has_adapter and trained == metadata["steps"]
 
     @property
     def adapter_digest(self) -> str | None:
@@ -79,8 +80,8 @@ class RunFolder:
     @property
     def base_fingerprint(self) -> str | None:
         """The fingerprint of the base when the run was made; None if an earlier version did not record it."""
-        facts = self.run()
-        return facts.get("identity", facts).get("base")
+        metadata = self.run()
+        return metadata.get("identity", metadata).get("base")
 
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
@@ -107,9 +108,6 @@ class RunFolder:
         folder = cls(path)
         if not folder.begun:
             raise RequestError(f"{folder.path}: not a run folder (no run.json)")
-        facts = folder.run()
-        if missing := [key for key in ("recipe", "template", "template_hash") if key not in facts]:
-            raise DataError(f"{folder.path / 'run.json'}: broken ({', '.join(missing)} missing)")
         folder.recipe()
         return folder
 
@@ -125,30 +123,30 @@ class RunFolder:
             kept = ", ".join(sorted(path.name for path in self.checkpoints.glob("step-*"))) or "none"
             raise RequestError(f"{checkpoint}: no complete checkpoint there ({why}); available: {kept}")
         shutil.copytree(checkpoint / "adapter", run.adapter, dirs_exist_ok=True)
-        facts = self.run()
-        recipe = facts["recipe"] | {"name": name, "output": str(run.path)}
-        run.write_run(**facts | {"recipe": recipe, "step": int(name.removeprefix("step-"))})
+        metadata = self.run()
+        recipe = metadata["recipe"] | {"name": name, "output": str(run.path)}
+        run.write_run(**metadata | {"recipe": recipe, "step": int(name.removeprefix("step-"))})
         return run
 
     def checkpoint_runs(self) -> list[RunFolder]:
         """The run folders of all kept checkpoints (see `checkpoint_run`), in order of steps."""
         return [self.checkpoint_run(path.name) for path in sorted(self.checkpoints.glob("step-*"))]
 
-    def write_run(self, **facts: Any) -> None:
+    def write_run(self, **metadata: Any) -> None:
         """Add or replace keys of `run.json`."""
         file = self.path / "run.json"
         before = self.run() if file.is_file() else {}
         with writing(file):
-            write_json(file, before | facts)
+            write_json(file, before | metadata)
 
     def run(self) -> dict[str, Any]:
         """The content of `run.json`. Raises DataError when it cannot be read or lacks a key of ALWAYS."""
         file = self.path / "run.json"
-        facts = read_json(file)
-        missing = [key for key in ALWAYS if not isinstance(facts, dict) or key not in facts]
+        metadata = read_json(file)
+        missing = [key for key in ALWAYS if not isinstance(metadata, dict) or key not in metadata]
         if missing:
             raise DataError(f"{file}: not the record of a run ({', '.join(missing)} missing)")
-        return facts
+        return metadata
 
     def recipe(self) -> Recipe:
         """The recipe this run was made with."""
