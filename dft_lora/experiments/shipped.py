@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..runs.atomic import write_sealed
+from ..runs.atomic import write_folder
 from ..runs.folder import RunFolder, read_json, write_json
 
 HOME = Path(__file__).with_name("shipped_runs")
@@ -53,7 +53,7 @@ def _name_base(folder: RunFolder) -> None:
     config = folder.adapter / "adapter_config.json"
     write_json(config, read_json(config) | {"base_model_name_or_path": folder.recipe().model.name})
     files = sorted(folder.adapter.glob("adapter_*"))
-    write_sealed(folder.adapter, [(file.name, file.read_bytes()) for file in files])
+    write_folder(folder.adapter, [(file.name, file.read_bytes()) for file in files])
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -20,7 +20,7 @@ from ..config import digest
 MANIFEST = "manifest.json"
 
 
-def write_sealed(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
+def write_folder(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
     """Write `files`, (relative name, content) pairs that are consumed one at a time, as the folder `path`.
 
     An existing folder is replaced. Raises OSError when the disk is full or broken; the old folder then stays
@@ -31,13 +31,13 @@ def write_sealed(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
         if leftover.exists():
             shutil.rmtree(leftover)
     try:
-        manifest = {}
+        listed = {}
         for name, content in files:
             _write(aside / name, content)
-            manifest[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        sealed = {"files": manifest, "sha256": digest(manifest)}
-        _write(aside / MANIFEST, json.dumps(sealed, indent=1).encode())
-        for folder in {aside, *((aside / name).parent for name in manifest)}:
+            listed[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest = {"files": listed, "sha256": digest(listed)}
+        _write(aside / MANIFEST, json.dumps(manifest, indent=1).encode())
+        for folder in {aside, *((aside / name).parent for name in listed)}:
             _flush(folder)
         if why := damage(aside):
             raise OSError(f"{path} differs from what was written when it is read back: {why}")
@@ -58,9 +58,9 @@ def damage(path: Path, required: Collection[str] = ()) -> str | None:
     `required` names files that must be in the manifest.
     """
     try:
-        sealed = json.loads((path / MANIFEST).read_bytes())
-        files: dict[str, Any] = sealed["files"]
-        if sealed["sha256"] != digest(files):
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        files: dict[str, Any] = manifest["files"]
+        if manifest["sha256"] != digest(files):
             return f"{MANIFEST} is damaged"
         if missing := sorted(set(required) - set(files)):
             return f"{', '.join(missing)} is not in its {MANIFEST}"
