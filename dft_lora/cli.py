@@ -24,7 +24,7 @@ from .experiments import NAMES as EXPERIMENTS
 
 
 class Commands(click.Group):
-    """A group that turns our errors into one line and an exit code, and knows near names."""
+    """A group that turns our errors into one line and an exit code, and suggests near names."""
 
     def resolve_command(self, context, arguments):
         name = arguments[0] if arguments else ""
@@ -48,7 +48,7 @@ class Commands(click.Group):
 
 
 class UserPath(click.Path):
-    """A path that the system can look up; it need not exist. The empty path is not the current folder."""
+    """A path that the system can look up; it need not exist. An empty path is an error."""
 
     def convert(self, value, param, ctx):
         text = os.fspath(value)
@@ -69,13 +69,13 @@ def main() -> None:
 
 
 def set_option(example: str, part: str = "a recipe") -> Callable[..., Any]:
-    """--set, with a change as its example that this command does take."""
+    """The option --set, with an example that the command accepts."""
     return click.option(
         "--set",
         "changes",
         multiple=True,
         metavar="FIELD=VALUE",
-        help=f"Change {part} field, such as {example}; repeat for more.",
+        help=f"Override {part} field, for example {example}; may be repeated.",
     )
 
 
@@ -87,20 +87,20 @@ runs_argument = click.argument("run_dirs", nargs=-1, required=True, metavar="RUN
 @click.option(
     "--out",
     type=UserPath(),
-    help="Where everything is written.  [default: runs/demo, runs/demo-clean with --clean]",
+    help="Output folder.  [default: runs/demo, or runs/demo-clean with --clean]",
 )
 @click.option(
     "--seed",
     default=0,
     show_default=True,
     type=click.IntRange(0, SEEDS - 1),
-    help="Seed of training and sampling.",
+    help="Seed for training and sampling.",
 )
-@click.option("--quick", is_flag=True, help="A few steps and problems, to see that it works.")
+@click.option("--quick", is_flag=True, help="Run a few steps and problems only, as a check.")
 @click.option(
     "--clean",
     is_flag=True,
-    help="Train on demonstrations without wrong steps (otherwise 8 % of the steps are wrong).",
+    help="Train on demonstrations without errors; by default 8 % of their steps are wrong.",
 )
 @json_option
 def demo(out: str | None, seed: int, quick: bool, clean: bool, as_json: bool) -> None:
@@ -114,19 +114,19 @@ def demo(out: str | None, seed: int, quick: bool, clean: bool, as_json: bool) ->
     try:
         show_report(run_demo(folder, seed=seed, quick=quick, clean=clean), as_json)
     except Interrupted as stop:
-        raise stop.and_then("run it again to start over") from None
+        raise stop.and_then("run the command again to start over") from None
 
 
 @main.command()
 @click.argument("recipe", required=False)
 @set_option("train.seed=1")
-@click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint.")
-@click.option("--extend", is_flag=True, help="Go on, with a larger train.max_steps or train.epochs.")
+@click.option("--resume", is_flag=True, help="Resume from the newest intact checkpoint.")
+@click.option("--extend", is_flag=True, help="Resume with a larger train.max_steps or train.epochs.")
 @click.option(
     "--sweep",
     metavar="FILE",
     type=UserPath(),
-    help="Train and judge all combinations that FILE names; started again, it goes on where it stopped.",
+    help="Train and evaluate every combination in FILE; run it again to continue.",
 )
 def train(
     recipe: str | None, changes: tuple[str, ...], resume: bool, extend: bool, sweep: str | None
@@ -136,12 +136,12 @@ def train(
     Example: dft-lora train tiny_dft --set train.max_steps=20
     """
     if (recipe is None) == (sweep is None):
-        raise RequestError("give a RECIPE, or --sweep FILE (which names its recipe)")
+        raise RequestError("give either a RECIPE or --sweep FILE, which names its own recipe")
     if sweep is not None:
         if changes or extend:
             raise RequestError("--sweep: put changes into its file, under 'set'")
         if resume:
-            raise RequestError("--resume: a sweep continues where it stopped by itself; leave the option out")
+            raise RequestError("--resume: a sweep always continues where it stopped; leave the option out")
         from .experiments.sweep import Sweep, run_sweep, sweep_markdown
 
         click.echo(sweep_markdown(run_sweep(Sweep.load(sweep))), nl=False)
@@ -152,26 +152,28 @@ def train(
     try:
         click.echo(run(chosen, resume=resume, extend=extend).path)
     except Interrupted as stop:
-        raise stop.and_then("go on with --resume") from None
+        raise stop.and_then("resume with --resume") from None
 
 
 @main.command()
 @runs_argument
-@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Task to answer; repeat for more.")
-@click.option("--samples", type=click.IntRange(1), help="Samples a problem, beside the greedy answer.")
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Task to evaluate; may be repeated.")
+@click.option(
+    "--samples", type=click.IntRange(1), help="Sampled answers per problem, in addition to the greedy one."
+)
 @click.option("--temperature", type=float, help="Sampling temperature.")
-@click.option("--limit", type=click.IntRange(1), help="Only the first N problems of each task.")
-@click.option("--checkpoints", is_flag=True, help="Also each checkpoint that was kept, below RUN_DIR/steps.")
-@click.option("--overwrite", is_flag=True, help="Replace answers of other settings or weights.")
+@click.option("--limit", type=click.IntRange(1), help="Use only the first N problems of each task.")
+@click.option("--checkpoints", is_flag=True, help="Also evaluate the kept checkpoints, below RUN_DIR/steps.")
+@click.option("--overwrite", is_flag=True, help="Replace answers made with other settings or weights.")
 @set_option("max_new_tokens=1024", "an evaluate")
 @json_option
 def evaluate(run_dirs, tasks, samples, temperature, limit, checkpoints, overwrite, changes, as_json) -> None:
-    """Answer and judge tasks with one or more runs of the same base.
+    """Evaluate one or more runs of the same base on tasks.
 
-    A stopped evaluation goes on where it was. Answers belong to the exact weights: where the adapter, the
-    base or a setting has changed since, they are refused unless --overwrite replaces them. A run must have
-    finished; RUN_DIR/checkpoints/step-N evaluates one of its checkpoints, as the run RUN_DIR/steps/step-N.
-    The run's report.json holds all its tasks, not only those asked now.
+    Run the command again to continue a stopped evaluation. Answers belong to the exact weights: if the
+    adapter, the base or a setting has changed, the command refuses unless --overwrite replaces the old
+    answers. The run must have finished. RUN_DIR/checkpoints/step-N evaluates a checkpoint instead; its
+    results go to RUN_DIR/steps/step-N. The run's report.json covers all tasks evaluated so far.
 
     Several GPUs: accelerate launch -m dft_lora evaluate ...
 
@@ -201,8 +203,10 @@ def evaluate(run_dirs, tasks, samples, temperature, limit, checkpoints, overwrit
 
 @main.command()
 @runs_argument
-@click.option("--out", type=UserPath(), help="Write report.json, report.md and plots here.")
-@click.option("--llm-comparator", is_flag=True, help="Also files for Google's LLM Comparator, below --out.")
+@click.option("--out", type=UserPath(), help="Write report.json, report.md and plots to this folder.")
+@click.option(
+    "--llm-comparator", is_flag=True, help="Also write files for Google's LLM Comparator, below --out."
+)
 @json_option
 def compare(run_dirs, out, llm_comparator, as_json) -> None:
     """Compare runs evaluated on the same problems.
@@ -213,30 +217,28 @@ def compare(run_dirs, out, llm_comparator, as_json) -> None:
     from .runs.folder import RunFolder, open_runs
 
     if llm_comparator and not out:
-        raise RequestError("--llm-comparator: name a folder with --out")
+        raise RequestError("--llm-comparator needs --out FOLDER")
     if out and RunFolder(out).begun:
-        raise RequestError(f"--out: {out} is a run and keeps its own report; name another folder")
+        raise RequestError(f"--out: {out} is a run folder and has its own report; choose another folder")
     folders = open_runs(run_dirs)
     show_report(write_report(folders, Path(out) if out else None, comparator=llm_comparator), as_json)
 
 
 @main.command()
 @click.argument("name", type=click.Choice(EXPERIMENTS))
+@click.option("--out", type=UserPath(path_type=Path), help="Output folder.  [default: runs/NAME]")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Training seeds, separated by commas.")
 @click.option(
-    "--out", type=UserPath(path_type=Path), help="Where the runs and the result go; default: runs/NAME."
-)
-@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of training, separated by commas.")
-@click.option(
-    "--only", multiple=True, metavar="PART", help="Renew only this part of OUT's result; repeat for more."
+    "--only", multiple=True, metavar="PART", help="Redo only this part of the result; may be repeated."
 )
 def experiment(name: str, out: Path | None, seeds: str, only: tuple[str, ...]) -> None:
-    """Run a whole experiment, from training to verdicts. Run it again to continue where it was stopped.
+    """Run a whole experiment, from training to verdicts; run it again to continue.
 
     Example: dft-lora experiment findings
     """
     numbers = seeds.split(",")
     if not all(number.strip().isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
-        raise RequestError(f"--seeds {seeds!r}: write different whole numbers, such as 0,1,2")
+        raise RequestError(f"--seeds {seeds!r}: give distinct whole numbers, such as 0,1,2")
     from .experiments import run_experiment
 
     try:
@@ -249,10 +251,12 @@ def experiment(name: str, out: Path | None, seeds: str, only: tuple[str, ...]) -
 @main.command()
 @click.argument("recipe")
 @set_option("data.source=codebook")
-@click.option("--examples", default=256, show_default=True, type=click.IntRange(1), help="How many to score.")
+@click.option(
+    "--examples", default=256, show_default=True, type=click.IntRange(1), help="Number of examples to score."
+)
 @json_option
 def diagnose(recipe: str, changes: tuple[str, ...], examples: int, as_json: bool) -> None:
-    """Before training: how probable your solutions are under the base, and which objective that favours.
+    """Check before training how probable your solutions are under the base, and which objective fits.
 
     Example: dft-lora diagnose tiny_dft --set data.source=codebook
     """
@@ -277,22 +281,22 @@ def diagnose(recipe: str, changes: tuple[str, ...], examples: int, as_json: bool
     "--port",
     type=click.IntRange(1, 65535),
     envvar="GRADIO_SERVER_PORT",
-    help="Default: from 7860, the first free one.",
+    help="Port.  [default: the first free one from 7860]",
 )
 @click.option("--share", is_flag=True, help="Make a public link through Gradio's servers.")
-@click.option("--auth", is_flag=True, help="Ask for DFT_LORA_USER and DFT_LORA_PASSWORD (environment).")
+@click.option("--auth", is_flag=True, help="Require a login; set DFT_LORA_USER and DFT_LORA_PASSWORD.")
 @click.option(
     "--results-only",
     is_flag=True,
     envvar="DFT_LORA_RESULTS_ONLY",
-    help="Load no model: show the recorded results.",
+    help="Show recorded results without loading a model.",
 )
 @click.option(
     "--votes",
     default="runs/votes.jsonl",
     show_default=True,
     type=UserPath(path_type=Path),
-    help="Where blind votes are kept.",
+    help="File that stores blind votes.",
 )
 def app(run_dirs, **options) -> None:
     """Open the page: compare the runs' answers side by side, token by token.
@@ -313,7 +317,7 @@ def recipes() -> None:
 
 @recipes.command("list")
 def list_recipes() -> None:
-    """Names and first lines.
+    """List the recipes, each with its first line.
 
     Example: dft-lora recipes list
     """
@@ -335,7 +339,7 @@ def show(name: str) -> None:
 @click.argument("name")
 @click.argument("path", type=UserPath())
 def copy(name: str, path: str) -> None:
-    """Copy a recipe to PATH, to change it there.
+    """Copy a recipe to PATH, to edit it there.
 
     Example: dft-lora recipes copy tiny_dft mine.yaml
     """
@@ -354,10 +358,12 @@ def copy(name: str, path: str) -> None:
 @main.command()
 @click.argument("recipe")
 @set_option("train.micro_batch_size=8")
-@click.option("--gpu-memory", metavar="SIZE", help="Fit a GPU of this size, such as 16GB, here or elsewhere.")
+@click.option(
+    "--gpu-memory", metavar="SIZE", help="Fit a GPU of this size, such as 16GB, on this machine or another."
+)
 @json_option
 def preflight(recipe: str, changes: tuple[str, ...], gpu_memory: str | None, as_json: bool) -> None:
-    """Measure memory and time of a run before it, and propose settings that fit.
+    """Measure the memory and time of a run in advance, and propose settings that fit.
 
     Example: dft-lora preflight qwen2.5-math-1.5b_dft --gpu-memory 16GB
     """
@@ -378,7 +384,7 @@ run_argument = click.argument("run_dir", type=UserPath())
 @click.option("--dtype", default="bfloat16", type=click.Choice(["bfloat16", "float16"]), show_default=True)
 @json_option
 def merge(run_dir: str, out: str, dtype: str, as_json: bool) -> None:
-    """Merge a run's adapter into the 16-bit base, and print how far the logits moved.
+    """Merge a run's adapter into the 16-bit base, and print how much the logits change.
 
     Example: dft-lora merge runs/tiny_dft merged/tiny_dft
     """
@@ -401,9 +407,9 @@ def merge(run_dir: str, out: str, dtype: str, as_json: bool) -> None:
     type=UserPath(exists=True, file_okay=False),
     help="Push this merged model instead of the adapter.",
 )
-@click.option("--public", is_flag=True, help="Make the repository public; it is private otherwise.")
+@click.option("--public", is_flag=True, help="Make the repository public; it is private by default.")
 def push(run_dir: str, repository: str, merged: str | None, public: bool) -> None:
-    """Upload a run's adapter to the Hub, with a model card made from its figures.
+    """Upload a run's adapter to the Hub, with a model card generated from its metrics.
 
     Example: dft-lora push runs/tiny_dft me/tiny-dft
     """
@@ -416,12 +422,14 @@ def push(run_dir: str, repository: str, merged: str | None, public: bool) -> Non
 @main.command()
 @run_argument
 @click.option("--to", "target", required=True, type=click.Choice(["vllm", "llama.cpp", "gguf", "ollama"]))
-@click.option("--merged", type=UserPath(), help="The merged model (gguf, ollama).")
-@click.option("--out", type=UserPath(), help="The GGUF file; by default in RUN_DIR or the merged model.")
-@click.option("--quantize", metavar="TYPE", help="Quantise with llama-quantize, such as Q4_K_M.")
-@click.option("--llama-cpp", type=UserPath(), help="A checkout of llama.cpp; LLAMA_CPP by default.")
+@click.option("--merged", type=UserPath(), help="The merged model, for gguf and ollama.")
+@click.option(
+    "--out", type=UserPath(), help="The GGUF file.  [default: in RUN_DIR or beside the merged model]"
+)
+@click.option("--quantize", metavar="TYPE", help="Quantize with llama-quantize, for example to Q4_K_M.")
+@click.option("--llama-cpp", type=UserPath(), help="A checkout of llama.cpp.  [default: LLAMA_CPP]")
 def export(run_dir, target, merged, out, quantize, llama_cpp) -> None:
-    """Hand a run to another engine: vLLM's command line, llama.cpp's adapter, a GGUF file, a model in Ollama.
+    """Export a run: a vLLM command, a llama.cpp adapter, a GGUF file, or a model in Ollama.
 
     Example: dft-lora export runs/tiny_dft --to vllm
     """
@@ -455,15 +463,15 @@ def export(run_dir, target, merged, out, quantize, llama_cpp) -> None:
 @set_option("data.source=mine.jsonl")
 @json_option
 def doctor(recipe: str | None, changes: tuple[str, ...], as_json: bool) -> None:
-    """Versions, device, dtype rules, what is missing; with RECIPE, what is wrong with its data.
+    """Show versions, device, dtype rules and missing packages; with RECIPE, problems in its data.
 
     Example: dft-lora doctor tiny_dft
     """
-    from .environment import examine, examine_data
+    from .environment import data_report, machine_report
 
     if recipe is None and changes:
-        raise RequestError("--set: give the RECIPE that it changes")
-    found = examine() if recipe is None else examine_data(load_recipe(recipe, changes))
+        raise RequestError("--set needs a RECIPE to change")
+    found = machine_report() if recipe is None else data_report(load_recipe(recipe, changes))
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from .config import Recipe
-from .data.doctor import table
+from .data.doctor import findings_table
 from .loss.forward import kernel_missing
-from .model.hardware import RULES, choose
+from .model.hardware import RULES, choose, dtype_name
 from .runs.provenance import commit, versions
 
 OPTIONAL = {
@@ -18,26 +18,27 @@ OPTIONAL = {
 }
 
 
-def examine_data(recipe: Recipe) -> dict[str, str]:
+def data_report(recipe: Recipe) -> dict[str, str]:
     """The rows, counts and findings of a recipe's data: all bad rows are told, none is refused."""
     from .training.plan import make_plan
 
     plan = make_plan(recipe.override(["data.skip_bad_rows=1"]))
     found = {name.replace("_", " "): f"{count:,}" for name, count in plan.counts.items()}
     return found | {
-        f"finding {i}": line.strip() for i, line in enumerate(table(plan.findings).splitlines(), start=1)
+        f"finding {i}": line.strip()
+        for i, line in enumerate(findings_table(plan.findings).splitlines(), start=1)
     }
 
 
-def examine() -> dict[str, str]:
+def machine_report() -> dict[str, str]:
     """Part and finding, one line each."""
     small, large = choose(parameters=0), choose(parameters=10**10)
     found = {"commit": commit() or "installed package"}
     found |= {package: version or "missing" for package, version in versions().items()}
     found |= {
         "device": f"{small.device} ({small.name})",
-        "dtype, small model": f"{small.dtype} ({small.rule})".replace("torch.", ""),
-        "dtype, large model": f"{large.dtype} ({large.rule})".replace("torch.", ""),
+        "dtype, small model": f"{dtype_name(small.dtype)} ({small.rule})",
+        "dtype, large model": f"{dtype_name(large.dtype)} ({large.rule})",
         "loss row pass": f"torch operations ({why})" if (why := kernel_missing()) else "Triton kernel",
     }
     found |= {f"rule: {rule.where}": rule.consequence for rule in RULES}

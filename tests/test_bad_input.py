@@ -42,7 +42,7 @@ DEMO = [
 ]
 
 TRAIN = [
-    ("train", 2, "give a RECIPE, or --sweep FILE"),
+    ("train", 2, "give either a RECIPE or --sweep FILE"),
     ("train nope.yaml", 2, "no recipe file or shipped recipe 'nope.yaml'"),
     ("train tiny_dtf", 2, "did you mean 'tiny_dft'?"),
     ("train taken", 2, "no recipe file or shipped recipe 'taken'"),
@@ -98,7 +98,7 @@ TRAIN = [
 ]
 
 SWEEP = [
-    ("train mine.yaml --sweep sweep.yaml", 2, "give a RECIPE, or --sweep FILE"),
+    ("train mine.yaml --sweep sweep.yaml", 2, "give either a RECIPE or --sweep FILE"),
     ("train --sweep nope.yaml", 2, "--sweep nope.yaml: No such file"),
     ("train --sweep taken", 2, "--sweep taken: Is a directory"),
     ("train --sweep list.yaml", 2, "--sweep list.yaml: the file"),
@@ -141,10 +141,10 @@ COMPARE = [
     ("compare answered cut-answers", 2, "cut-answers/evaluation/arithmetic.jsonl: line 2 is broken"),
     ("compare answered odd-answers", 2, "odd-answers/evaluation/arithmetic.jsonl: not in the format"),
     ("compare answered few-answers", 2, "answers to 'arithmetic' are missing"),
-    ("compare answered --out answered", 2, "--out: answered is a run and keeps its own report"),
+    ("compare answered --out answered", 2, "--out: answered is a run folder and has its own report"),
     ("compare answered --out precious.txt", 2, "report: cannot write precious.txt: File exists"),
     ("compare answered --out precious.txt/report", 2, "report: cannot write precious.txt/report"),
-    ("compare answered --llm-comparator", 2, "--llm-comparator: name a folder with --out"),
+    ("compare answered --llm-comparator", 2, "--llm-comparator needs --out FOLDER"),
 ]
 
 BEFORE = [
@@ -158,7 +158,7 @@ BEFORE = [
     ("preflight mine.yaml --gpu-memory ''", 2, "--gpu-memory ''"),
     ("preflight nope", 2, "no recipe file or shipped recipe 'nope'"),
     ("doctor nope", 2, "no recipe file or shipped recipe 'nope'"),
-    ("doctor --set train.seed=1", 2, "--set: give the RECIPE that it changes"),
+    ("doctor --set train.seed=1", 2, "--set needs a RECIPE to change"),
     ("doctor mine.yaml --set data.source=nope.jsonl", 2, "data.source: no file 'nope.jsonl'"),
 ]
 

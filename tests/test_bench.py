@@ -6,12 +6,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from dft_lora.bench import decode
 from dft_lora.bench.__main__ import main
+from dft_lora.bench.generation import random_adapters
 from dft_lora.bench.inputs import SOURCES, prescribed
 from dft_lora.bench.loss import measure, relative, true_gradient
 from dft_lora.bench.peers import FLOOR, VARIANTS
-from dft_lora.bench.table import loss_table
+from dft_lora.bench.table import generation_table, loss_table
+from dft_lora.config import ModelConfig
 from dft_lora.loss import token_logps
+from dft_lora.model.head import bare
+from dft_lora.model.load import load_base
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +101,22 @@ def test_what_is_missing_is_said():
     reason = result["variants"]["Liger fused linear CE, token scaling"]["missing"]
     assert reason in ("liger_kernel is not installed", "needs a CUDA GPU")
     assert f"not run: {reason}" in loss_table(result)
+
+
+def test_generation_measures_the_same_work_on_every_side():
+    """The embedded base: each side decodes as many tokens; a case that is too large is named, not run."""
+    base, _ = load_base(ModelConfig(unpack=True), for_answers=True)
+    model = random_adapters(base, decode.RANKS)
+    case = decode.Case(rows=6, prompt=5, adapters=3, temperature=1.0)
+    requests = case.requests(4, vocabulary=64)
+    assert [len(ticks) for ticks in decode.ours(model, requests)] == [5]
+    assert [len(ticks) for ticks in decode.theirs_mended(model, requests)] == [5, 5, 5]
+    assert not bare(model).get_output_embeddings()._forward_pre_hooks
+
+    result = decode.measure("tiny", rows=(1, 6), prompts=(5, 50), tokens=4, rounds=1, most_prompt_tokens=100)
+    assert len(result["cases"]) == 2 + 4 + 2 and len(result["left_out"]) == 2 + 2 + 4
+    for measured in result["cases"]:
+        assert measured["floor_seconds"] > 0
+        for side in measured["sides"].values():
+            assert side["decode_tokens_per_second"] > 0 and side["prefill_tokens_per_second"] > 0
+    assert len(generation_table(result).splitlines()) == 4 + len(result["cases"])

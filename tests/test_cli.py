@@ -1,14 +1,18 @@
 """The command line: light, and one clear line for a wrong request, before anything is loaded."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 from click.testing import CliRunner
+from dft_lora.run_folder import new_folder
 from evidence_runs import answered
 
 from dft_lora.cli import main
+from dft_lora.config import parse_recipe
+from dft_lora.errors import RunError
 
 HEAVY = (
     "torch",
@@ -56,6 +60,19 @@ def test_every_command_has_an_example():
             walk(sub, [*path, name])
 
     walk(main, [])
+
+
+def test_the_example_of_each_set_is_one_that_its_command_takes():
+    found = 0
+    for command in main.commands.values():
+        for option in command.params:
+            if "--set" in option.opts:
+                what, example = re.search(r"Change an? (\w+) field, such as (\S+);", option.help).groups()
+                prefix = "evaluate." if what == "evaluate" else ""
+                parse_recipe({}).override([prefix + example])
+                assert (command.name == "evaluate") == (what == "evaluate")
+                found += 1
+    assert found == 5
 
 
 def refused(*arguments):
@@ -108,6 +125,14 @@ def test_an_output_that_exists_or_cannot_be_written_is_refused(tmp_path):
     assert [p.name for p in taken.iterdir()] == ["mine.txt"] and (
         taken / "mine.txt"
     ).read_text() == "precious"
+
+
+def test_a_merge_that_fails_leaves_no_folder(tmp_path):
+    out = tmp_path / "merged"
+    with pytest.raises(RunError, match="merged could not be written"), new_folder(out, "OUT"):
+        (out / "half.safetensors").write_text("half")
+        raise OSError(28, "No space left on device")
+    assert not out.exists()
 
 
 def test_evaluate_and_compare_refuse_what_is_no_run(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dft_lora.errors import RequestError
-from dft_lora.experiments.demo import run_demo
+from dft_lora.experiments.demo import clear, demo_recipe, run_demo
 from dft_lora.runs.folder import RunFolder
 
 
@@ -94,3 +94,31 @@ def test_the_report_says_what_each_adapter_was_trained_on(out, clean):
             assert figures["steps"] == len(steps) == 6
             for key in ("loss", "nll"):
                 assert figures[key] == pytest.approx(sum(step[key] for step in steps) / 6)
+
+
+def test_what_the_mark_names_is_removed_below_the_folder_alone(tmp_path):
+    """The mark is a file like any other: a foreign one must not reach other folders."""
+    out = tmp_path / "out"
+    for folder in (out, tmp_path / "precious", tmp_path / "linked"):
+        folder.mkdir()
+        (folder / "report.md").write_text("precious")
+    (out / "sft").symlink_to(tmp_path / "linked")
+    wrote = ["sft", "report.md", "../precious", str(tmp_path / "precious")]
+    (out / "demo.json").write_text(json.dumps({"wrote": wrote}))
+    clear(out)
+    assert [path.name for path in out.iterdir()] == ["demo.json"]
+    assert (tmp_path / "precious/report.md").is_file() and (tmp_path / "linked/report.md").is_file()
+
+
+def test_a_demo_refused_for_its_seed_leaves_the_last_one(tmp_path):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "demo.json").write_text('{"wrote": ["sft"]}')
+    with pytest.raises(RequestError, match=r"train\.seed"):
+        run_demo(tmp_path, seed=-1)
+    assert (tmp_path / "sft").is_dir()
+
+
+@pytest.mark.parametrize("name", ["my: demo", "a #1", "[x"])
+def test_the_runs_lie_where_out_says(tmp_path, name):
+    recipe = demo_recipe("sft", tmp_path / name)
+    assert recipe.output_dir == tmp_path / name / "sft" and recipe.name == "sft"

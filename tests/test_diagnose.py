@@ -59,7 +59,7 @@ def test_rows_are_drawn_before_they_are_tokenized(tmp_path, monkeypatch):
     assert (found["data"]["rows"], found["data"]["duplicates"]) == (400, 1)
     said = text(found)
     assert "all rows: rows 400" in said and f"drawn rows: rows {len(rendered)}" in said
-    assert "same tokens as an earlier row: kept: 1 of all rows" in said
+    assert "same text as an earlier row: kept: 1 of all rows" in said
     assert f"left out: {found['drawn']['over_long']} of drawn rows" in said
 
 

@@ -1,5 +1,6 @@
 """Generated parts are fresh, and the README's commands run."""
 
+import ast
 import json
 import re
 import shlex
@@ -60,7 +61,7 @@ def test_links_lead_to_files_and_headings_that_exist(document):
         assert not anchor or anchor in anchors(linked), target
 
 
-def commands(language=""):
+def commands(language="(?:sh)?"):
     """Lines of the README's fenced blocks that start with a command of ours."""
     blocks = re.findall(r"```" + language + r"\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
@@ -126,3 +127,19 @@ def test_own_data_to_an_answered_task_in_the_readmes_commands(tmp_path, monkeypa
 def test_the_demo_as_the_readme_says(tmp_path):
     subprocess.run([sys.executable, "-m", "dft_lora", "demo", "--out", str(tmp_path / "demo")], check=True)
     assert (tmp_path / "demo" / "report.json").is_file()
+
+
+def test_every_shape_letter_is_in_the_legend():
+    """No tensor's name ends in an axis letter that docs/shapes.md does not explain."""
+    rows = re.findall(r"^\| ([A-Z](?:, [A-Z])*) \|", (ROOT / "docs" / "shapes.md").read_text(), re.M)
+    legend = {letter for row in rows for letter in row.split(", ")}
+    used = {
+        (letter, str(path.relative_to(ROOT)))
+        for path in (ROOT / "dft_lora").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in (getattr(node, field, None) for field in ("id", "attr", "arg"))
+        if isinstance(name, str) and (axes := re.fullmatch(r"[a-z]\w*_([A-Z]{1,4})1?", name))
+        for letter in axes[1]
+    }
+    assert len(used) > 100, "the names are not read"
+    assert not {(letter, path) for letter, path in used if letter not in legend}

@@ -23,7 +23,7 @@ from dft_lora.config import ModelConfig, load_recipe
 from dft_lora.data.templates import Renderer
 from dft_lora.errors import MissingPart, RequestError
 from dft_lora.evaluation.attempts import read_attempts
-from dft_lora.evaluation.evaluate import evaluate
+from dft_lora.evaluation.evaluate import answer_limit, evaluate
 from dft_lora.evaluation.report import build, write_own_report
 from dft_lora.evaluation.sharpening import entropy_matched
 from dft_lora.evaluation.task_results import TaskResults
@@ -53,6 +53,20 @@ def fresh(runs, tmp_path):
     for path in runs:
         shutil.copytree(path, tmp_path / path.name, ignore=shutil.ignore_patterns("evaluation", "steps"))
     return [tmp_path / path.name for path in runs]
+
+
+@pytest.mark.parametrize(("change", "tokens"), [("top_p=1.0", 96), ("max_new_tokens=130", 130)])
+def test_the_longest_answer_is_the_tasks_own_unless_it_is_set(fresh, change, tokens):
+    evaluate(fresh[:1], ["arithmetic"], limit=1, changes=["samples=1", change])
+    assert read_json(fresh[0] / "evaluation/arithmetic.json")["protocol"]["max_new_tokens"] == tokens
+
+
+def test_a_limit_above_the_tasks_own_is_obeyed(fresh):
+    recipe = RunFolder(fresh[0]).recipe()  # run.json holds 4096, the default, as it holds every field
+    assert answer_limit("gsm8k", recipe.override([]).evaluate) == 1024
+    for tokens in (500, 3000, 4096):
+        changed = recipe.override([f"evaluate.max_new_tokens={tokens}"])
+        assert answer_limit("gsm8k", changed.evaluate) == tokens
 
 
 def command(*arguments, launcher=()):

@@ -17,7 +17,7 @@ from fault_runs import lines, run, write_data, write_recipe
 
 from dft_lora.config import ModelConfig, load_recipe
 from dft_lora.data.batches import step_indices, ungrouped
-from dft_lora.data.doctor import table
+from dft_lora.data.doctor import findings_table
 from dft_lora.data.templates import Example
 from dft_lora.errors import DataError, ModelError, RequestError, RunError
 from dft_lora.model.hardware import RULES, choose
@@ -441,7 +441,7 @@ def test_ten_kinds_of_corrupt_rows_are_refused_by_number_or_skipped_and_told(tmp
         make_plan(recipe)
     plan = make_plan(recipe.override(["data.skip_bad_rows=0.25"]))
     assert (plan.counts["bad_rows"], plan.counts["examples"]) == (1, 3)
-    assert "row-3" in table(plan.findings) and "skipped" in table(plan.findings)
+    assert "row-3" in findings_table(plan.findings) and "skipped" in findings_table(plan.findings)
 
 
 def test_the_data_doctor_counts_and_names_rows(tmp_path):
@@ -467,8 +467,8 @@ def test_the_data_doctor_counts_and_names_rows(tmp_path):
     assert expected.items() <= plan.counts.items() and plan.counts["examples"] == 3
     by_what = {finding.what: finding.rows for finding in plan.findings}
     assert by_what["longer than data.max_length 256: left out"] == ("row-4", "row-5")
-    assert by_what["same tokens as an earlier row: kept"] == ("row-3",)
-    assert by_what["question also asked by the evaluation task arithmetic: kept"] == ("row-2",)
+    assert by_what["same text as an earlier row: kept"] == ("row-3",)
+    assert by_what["same question as in the evaluation task arithmetic: kept"] == ("row-2",)
     code, told = run("doctor", str(recipe), "--set", "data.max_length=256")
     assert code == 0 and "row-4, row-5" in told
 

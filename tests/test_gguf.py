@@ -269,7 +269,8 @@ def test_the_exported_adapter_changes_the_files_matrices_as_the_adapter_changes_
 
 
 def test_an_export_overwrites_nothing_and_leaves_nothing_when_it_cannot_be_exact(trained, tmp_path):
-    to_llama_cpp(trained)
+    done = CliRunner().invoke(main, ["export", str(trained.path), "--to", "llama.cpp"])
+    assert done.exit_code == 0 and Path(done.stdout.strip()).is_file() and "--lora" in done.stderr
     with pytest.raises(RequestError, match="exists"):
         to_llama_cpp(trained)
     settings = trained.adapter / "adapter_config.json"
@@ -664,11 +665,12 @@ def test_a_real_base_reads_english_and_agrees_with_llama_cpp(name, nll, shared_c
         unchanged = [top_logps(adapted, *pair) for pair in zip(prompts, llama_cpp(file, asked), strict=True)]
     answers = llama_cpp(file, asked, tmp_path / "adapter.gguf")
     for prompt, answer, (theirs_20, ours_20) in zip(prompts, answers, unchanged, strict=True):
-        assert (theirs_20 - ours_20).abs().mean() < 0.25  # llama.cpp rounds activations to 8 bits
+        # llama.cpp rounds activations to 8 bits, so they agree to a tenth or so, here and there.
+        assert (theirs_20 - ours_20).abs().mean() < 0.25
         theirs_20, ours_20 = top_logps(adapted, prompt, answer)
         with adapted.disable_adapter():
             _, without_20 = top_logps(adapted, prompt, answer)
-        assert (theirs_20 - ours_20).abs().mean() < 0.25 < 3 * (theirs_20 - without_20).abs().mean()
+        assert 3 * (theirs_20 - ours_20).abs().mean() < (theirs_20 - without_20).abs().mean()
 
 
 def top_logps(model, prompt: list[int], answer: dict) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Laws of the objectives: each equals its formula under autograd, and DFT is what its paper says it is."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,155 @@ def test_equals_plain_autograd(name, dtype):
                 where = f"{head}, {supervised} of {N}, {rows} rows"
                 assert distance(wanted(scores), loss) <= tolerance, where
                 assert distance(gradient(scores, leaves, wanted), slope) <= tolerance, where
+
+
+# Each objective against its formula, written from the logits
+
+
+class Plain:
+    """What the formulas are made of, from whole logits in float64: V entries of M supervised tokens."""
+
+    def __init__(self, case, hidden):
+        kept = case.targets != -100
+        _, weight, bias, reference_hidden = case.tensors
+        self.p_MV, self.base_MV = (
+            (h[kept] @ weight.T + bias).softmax(-1) for h in (hidden, reference_hidden)
+        )
+        y_M1 = case.targets[kept, None]
+        self.p, self.base = self.p_MV.gather(1, y_M1)[:, 0], self.base_MV.gather(1, y_M1)[:, 0]
+        self.sequence = case.sequence[kept]
+        self.difficulty = None
+
+    def of_sequence(self, statistic, values_M):
+        """`statistic` of all tokens of each token's sequence [M]."""
+        return torch.stack([statistic(values_M[self.sequence == s]) for s in self.sequence])
+
+
+def cadft(x, sg):
+    nll = torch.stack([-x.p[x.sequence == s].log().mean() for s in x.sequence.unique()])
+    z = (x.of_sequence(torch.mean, -x.p.log()) - nll.mean()) / nll.std(correction=0)
+    z = z if x.difficulty is None else x.difficulty
+    return -sg(x.p * (-z.clamp(min=0)).exp()) * x.p.log()
+
+
+def eaft(x, sg):
+    top = x.p_MV.sort(descending=True).values[:, :20]
+    top = top / top.sum(-1, keepdim=True)
+    return -sg(-(top * top.log()).sum(-1) / 3) * x.p.log()
+
+
+def deft(x, sg):
+    a = sg(x.p_MV.square().sum(-1))
+    return (1 - x.p**a) / a
+
+
+FORMULAS = {
+    "sft": lambda x, sg: -x.p.log(),
+    "dft": lambda x, sg: -sg(x.p) * x.p.log(),
+    "dft-sentence": lambda x, sg: -sg(x.of_sequence(torch.prod, x.p)) * x.p.log(),
+    "dft-geometric": lambda x, sg: -sg(x.of_sequence(lambda p: p.prod() ** (1 / len(p)), x.p)) * x.p.log(),
+    "iw-sft": lambda x, sg, low=0.0, high=16.0: (
+        -sg(x.of_sequence(lambda r: r.prod() ** (1 / len(r)), x.p / x.base).clamp(low, high)) * x.p.log()
+    ),
+    "iw-sft-token": lambda x, sg, low=0.2, high=1.8: -sg((x.p / x.base).clamp(low, high)) * x.p.log(),
+    "power": lambda x, sg, a=1.0: (1 - x.p**a) / a,
+    "threshold": lambda x, sg, tau=0.1: torch.where(x.p >= tau, -x.p.log(), 0.0),
+    "asft": lambda x, sg, lam=0.05: (
+        -sg(x.p) * x.p.log() + lam * (x.base_MV * (x.base_MV / x.p_MV).log()).sum(-1)
+    ),
+    "cadft": cadft,
+    "eaft": eaft,
+    "deft": deft,
+    "infosft": lambda x, sg, ceiling=0.93: (
+        -sg(x.p * (1 - torch.logit(x.p) / math.log(ceiling / (1 - ceiling))).clamp(min=0)) * x.p.log()
+    ),
+    "chord-phi": lambda x, sg: -sg(x.p * (1 - x.p)) * x.p.log(),
+    "focal": lambda x, sg, gamma=2.0: -((1 - x.p) ** gamma) * x.p.log(),
+}
+"""The loss of each token [M]; `sg` stops the gradient."""
+
+NUMBERS = {
+    "iw-sft": {"low": 1.1, "high": 3.0},
+    "iw-sft-token": {"low": 0.6, "high": 1.5},
+    "power": {"a": 0.4},
+    "threshold": {"tau": 0.4},
+    "asft": {"lam": 0.7},
+    "infosft": {"ceiling": 0.6},
+    "focal": {"gamma": 0.5},
+}
+REQUESTS = [(name, {}) for name in FORMULAS] + list(NUMBERS.items())
+
+
+def uneven():
+    """Twenty sequences of uneven length, and a reference that goes from opposed to surer than the model.
+
+    So p and p / p_ref lie on both sides of every bound.
+    """
+    case = Case.make(80, 8, 53, "bias", "some", spread=4.0)
+    hidden, *head, _ = case.tensors
+    reference_hidden = torch.linspace(-0.5, 2, 80, dtype=torch.float64)[:, None] * hidden
+    return replace(case, tensors=(hidden, *head, reference_hidden))
+
+
+UNEVEN = uneven()
+
+
+def by_formula(name, numbers, sg=torch.detach, difficulty=None):
+    """(loss, gradient with respect to the hidden states), by plain autograd from the logits."""
+    hidden = UNEVEN.tensors[0].clone().requires_grad_()
+    x = Plain(UNEVEN, hidden)
+    x.difficulty = difficulty
+    loss = FORMULAS[name](x, sg, **numbers).sum()
+    return loss.detach(), torch.autograd.grad(loss, hidden)[0]
+
+
+def by_objective(name, numbers, **more):
+    wanted = objective(name, **numbers)
+    scores, leaves = UNEVEN.score(token_logps, needs=wanted.needs, **more)
+    return wanted(scores).detach(), gradient(scores, leaves, wanted)
+
+
+@pytest.mark.parametrize(("name", "numbers"), REQUESTS, ids=str)
+def test_value_and_gradient_are_those_of_the_formula(name, numbers):
+    """With the published numbers and with others, on tokens on both sides of every bound."""
+    loss, slope = by_formula(name, numbers)
+    got, got_slope = by_objective(name, numbers)
+    assert distance(got, loss) < 1e-12 and distance(got_slope, slope) < 1e-12
+
+
+def test_every_objective_has_its_formula_and_every_number_another_value():
+    assert list(FORMULAS) == objective_names()
+    for name in FORMULAS:
+        assert NUMBERS.get(name, {}).keys() == set(vars(objective(name))), name
+
+
+def test_cadft_takes_the_difficulty_of_an_example_from_its_signal():
+    difficulty = torch.linspace(-1, 2, len(UNEVEN.targets), dtype=torch.float64)
+    loss, slope = by_formula("cadft", {}, difficulty=difficulty[UNEVEN.targets != -100])
+    got, got_slope = by_objective("cadft", {}, signals={"difficulty": difficulty})
+    assert distance(got, loss) < 1e-12 and distance(got_slope, slope) < 1e-12
+
+
+@pytest.mark.parametrize(("name", "numbers"), REQUESTS, ids=str)
+def test_the_comparison_sees_a_missing_detach(name, numbers):
+    """The same formula without sg(): the same value, another gradient, wherever the formula has an sg()."""
+    loss, slope = by_formula(name, numbers)
+    attached_loss, attached_slope = by_formula(name, numbers, sg=lambda weight_M: weight_M)
+    assert attached_loss == loss
+    has_no_weight = name in ("sft", "power", "threshold", "focal")
+    assert torch.equal(attached_slope, slope) if has_no_weight else distance(attached_slope, slope) > 1e-2
+
+
+def test_the_uneven_batch_meets_every_bound_on_both_sides():
+    x = Plain(UNEVEN, UNEVEN.tensors[0])
+    ratio = x.p / x.base
+    mean_ratio = x.of_sequence(lambda r: r.log().mean().exp(), ratio)
+    bounds = [(ratio, (0.2, 0.6, 1.5, 1.8)), (mean_ratio, (1.1, 3.0, 16.0)), (x.p, (0.1, 0.4, 0.6, 0.93))]
+    for values, limits in bounds:
+        for limit in limits:
+            assert (values < limit).any() and (values > limit).any(), limit
+    lengths = torch.bincount(x.sequence)
+    assert len(lengths) == 20 and len(lengths.unique()) > 2
 
 
 # What the paper says (arXiv 2508.05629)

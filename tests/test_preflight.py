@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from dft_lora.cli import main
 from dft_lora.config import parse_recipe
 from dft_lora.errors import RequestError
-from dft_lora.model.backends import Built
+from dft_lora.model.built import Built
 from dft_lora.model.head import bare
 from dft_lora.model.memory import MIB, LiveTensors
 from dft_lora.training.plan import make_plan
@@ -57,8 +57,8 @@ def test_the_fit_of_short_rows_predicts_long_micro_batches(trainer, checkpointin
     for rows in (1, 2, 4):
         batch = longest_batch(trainer.learner, trainer.plan.examples, rows)
         found = probe(trainer.learner, batch)
-        assert found.T == batch.positions > 256 * rows
-        assert fit.peak(found.T, found.M) == pytest.approx(found.peak, rel=0.1), rows
+        assert found.N == batch.positions > 256 * rows
+        assert fit.peak(found.N, found.M) == pytest.approx(found.peak, rel=0.1), rows
     set_checkpointing(trainer.learner, False)
     trainer.learner.optimizer.zero_grad()
 
@@ -146,7 +146,20 @@ def test_proposals_grow_with_memory_and_fit_it():
 
 def test_sizes_are_read_or_refused():
     assert read_size("16GB") == read_size("16 GiB") == 16 * 2**30 and read_size("512mb") == 512 * MIB
-    for wrong in ("16", "GB", "lots", "16TB"):
+    for wrong in (
+        "16",
+        "GB",
+        "lots",
+        "16TB",
+        "0GB",
+        "-5GB",
+        "0.0 MB",
+        "infGB",
+        "nanGB",
+        "",
+        "1e9GB",
+        "9" * 99 + "GB",
+    ):
         with pytest.raises(RequestError, match="--gpu-memory"):
             read_size(wrong)
 

@@ -1,4 +1,4 @@
-"""`python -m dft_lora.bench`: the loss engine and the training step against the peers that are installed."""
+"""`python -m dft_lora.bench`: the loss engine, the training step and answering against their peers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 from ..cli import Commands, UserPath
 from ..errors import MissingPart, RequestError
 from ..runs.folder import make_writable
-from .table import RESULTS, TABLES, loss_table, packing_table, tables, train_table
+from .table import RESULTS, TABLES, generation_table, loss_table, packing_table, tables, train_table
 
 POSITIVE = click.IntRange(1)
 
@@ -133,6 +133,30 @@ def packing(capacity, batch, rows, examples, threads, out) -> None:
     result = measure(capacity, batch, rows, examples, threads)
     keep(result, out, f"packing-{capacity}")
     click.echo(packing_table(result))
+
+
+@main.command()
+@click.option("--model", default="tiny", help="a folder, `tiny`, or `random-qwen2` (D = 896, 24 layers)")
+@click.option("--rows", multiple=True, type=int, default=(1, 8, 64, 256), help="may be repeated")
+@click.option("--prompt", "prompts", multiple=True, type=int, default=(32, 1000), help="may be repeated")
+@click.option("--tokens", default=16, help="decoded per row")
+@click.option("--rounds", default=3, help="each side runs so often, in turn")
+@click.option("--threads", default=2)
+@click.option("--as-is", is_flag=True, help="also model.generate without its slice mended: slow, much memory")
+@click.option("--quick", is_flag=True, help="1 and 8 rows, 32-token prompts, 6 tokens, one round")
+@out_option
+def generation(model, rows, prompts, tokens, rounds, threads, as_is, quick, out) -> None:
+    """Tokens per second and memory of answering, against model.generate and the bare products."""
+    import torch
+
+    from .decode import measure
+
+    torch.set_num_threads(threads)
+    if quick:
+        rows, prompts, tokens, rounds = (1, 8), (32,), 6, 1
+    result = measure(model, rows=rows, prompts=prompts, tokens=tokens, rounds=rounds, as_is=as_is)
+    keep(result, out, f"generation-{result['model']}-{result['dtype']}")
+    click.echo(generation_table(result))
 
 
 @main.command()

@@ -1,6 +1,6 @@
 """What the loss is measured on: hidden states of prescribed probabilities, and those of a real forward pass.
 
-Shapes: N tokens, M supervised tokens, D hidden width, V vocabulary.
+Shapes (docs/shapes.md): N positions, M supervised tokens, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations

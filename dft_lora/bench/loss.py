@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..loss import naive_token_logps, token_logps
+from ..model.memory import MIB, memory_of
 from ..runs.provenance import certificate, versions
 from .inputs import SOURCES, Inputs
 from .peers import DFT, FLOOR, VARIANTS, Variant
@@ -153,16 +154,13 @@ def _alone(name: str, folder: str, device: str, threads: str) -> dict[str, float
     variant = next(variant for variant in VARIANTS if variant.name == name)
     x = Inputs(**torch.load(Path(folder) / "inputs.pt"))
     _warm_up(variant, x)
-    if x.hidden_ND.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from here
-        before = _resident_bytes("VmRSS")
+    memory = memory_of(x.hidden_ND.device)
+    before = memory.now()
+    memory.reset()
     first, gradient_ND = _run(variant, x)
-    peak = torch.cuda.max_memory_allocated() if x.hidden_ND.is_cuda else _resident_bytes("VmHWM")
+    peak = memory.peak()
     torch.save(gradient_ND, Path(folder) / "gradient.pt")
-    return {"peak_mb": (peak - before) / 2**20, "first": first}
+    return {"peak_mb": (peak - before) / MIB, "first": first}
 
 
 def _warm_up(variant: Variant, x: Inputs) -> None:
@@ -173,11 +171,6 @@ def _warm_up(variant: Variant, x: Inputs) -> None:
 
 def _say(when: str, variant: Variant, seconds: float) -> None:
     print(f"{when:8} {variant.name:45} {seconds:8.3f} s", file=sys.stderr, flush=True)
-
-
-def _resident_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def _device_name(device: str) -> str:

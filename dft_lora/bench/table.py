@@ -80,7 +80,40 @@ def packing_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"loss": loss_table, "train": train_table, "packing": packing_table}
+def generation_table(result: dict[str, Any]) -> str:
+    """One result of `bench generation` as Markdown: a line a case, a pair of columns a side."""
+    birth = result["provenance"]
+    sides = list(result["cases"][0]["sides"])
+    lines = [
+        f"{result['model']}, {result['dtype']}, {result['tokens']} tokens decoded per row, medians of "
+        f"{result['rounds']} rounds; {result['device']}, {result['threads']} thread(s); torch "
+        f"{birth['versions']['torch']}, {birth['date'][:10]}, commit {birth['commit']}. Decoded tokens per "
+        "second, in brackets prompt tokens per second of the prefill. The floor is the step's bare matrix "
+        "products; memory is what our unpacked side takes beside the weights, and the bound stated before.",
+        "",
+        f"| rows | prompt | adapters | T | {' | '.join(sides)} | step / floor | MB (stated) |",
+        "|---:|---:|---:|---:|" + "---:|" * (len(sides) + 2),
+    ]
+    for case in result["cases"]:
+        cells = [
+            f"{side['decode_tokens_per_second']:,.1f} ({side['prefill_tokens_per_second']:,.0f})"
+            for side in case["sides"].values()
+        ]
+        first = case["sides"][sides[0]]
+        lines.append(
+            f"| {case['rows']} | {case['prompt']} | {case['adapters']} | {case['temperature']:g} | "
+            f"{' | '.join(cells)} | {first['step_seconds'] / case['floor_seconds']:.2f} | "
+            f"{first['peak_mb']:,.0f} ({case['stated_mb']:,.0f}) |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {
+    "loss": loss_table,
+    "train": train_table,
+    "packing": packing_table,
+    "generation": generation_table,
+}
 
 
 def tables(folder: Path = RESULTS, kind: str = "loss") -> str:

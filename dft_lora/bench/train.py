@@ -27,7 +27,7 @@ from ..config import ModelConfig, Recipe, load_recipe, parse_recipe
 from ..data.batches import Batch, step_indices
 from ..data.templates import Example
 from ..loss import TokenScores
-from ..model.hardware import choose
+from ..model.hardware import choose, dtype_name
 from ..model.load import load_tokenizer
 from ..model.memory import MIB, LiveTensors, memory_of
 from ..runs.provenance import certificate, versions
@@ -258,7 +258,7 @@ def measure(chosen: tuple[Variant, ...], m: Measurement) -> dict[str, Any]:
         "kind": "train",
         "shape": asdict(m.shape),
         "data": Path(recipe.data.source).name,
-        "dtype": str(hardware.dtype).removeprefix("torch."),
+        "dtype": dtype_name(hardware.dtype),
         "device": hardware.name,
         "threads": m.threads,
         "tokens_a_step": sum(batches) / m.steps,

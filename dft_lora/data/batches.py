@@ -1,6 +1,6 @@
-"""From rendered examples to padded batches, in an order that a seed fixes.
+"""From rendered examples to padded batches, in an order determined by the seed.
 
-Legend: B rows of a micro-batch, L its longest row, E its examples.
+Shapes (docs/shapes.md): B rows of a micro-batch, L positions of a row, N = B * (L - 1), E examples.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ Group = tuple[Example, ...]
 """Examples that share a micro-batch: one alone, a preference pair, the rollouts of one prompt."""
 
 IGNORE = -100
-MULTIPLE = (
-    8  # of a row's length: tensor cores like it, and a CPU keeps 6 MB of compiled kernels for each length
-)
+MULTIPLE = 8
+"""Row lengths are multiples of this: tensor cores prefer it, and a CPU keeps 6 MB of kernels per length."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows. `labels_BL` holds the id at solution and end positions, -100 elsewhere.
+    """Right-padded rows. `labels_BL` holds token ids at solution and end positions, -100 elsewhere.
 
-    Padding is masked by length, never by id: pad may equal eos.
+    Padding is masked by length, never by id: the pad token may be the eos token.
     """
 
     input_ids_BL: torch.Tensor
@@ -33,9 +32,9 @@ class Batch:
     labels_BL: torch.Tensor
     ids: tuple[str, ...]
     positions_BL: torch.Tensor | None = None
-    """Position of each token in its example, where a row holds several (`packing.py`)."""
+    """Position of each token within its example, if rows hold several examples (`packing.py`)."""
     signals_BL: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """The examples' signals by name, at the tokens that are labels; 0 elsewhere."""
+    """The examples' signals by name: their values at label tokens, 0 elsewhere."""
 
     @property
     def supervised(self) -> int:
@@ -48,26 +47,26 @@ class Batch:
 
     @property
     def positions(self) -> int:
-        """Tokens and padding: what the model computes."""
+        """Tokens and padding: everything that the model computes."""
         return self.input_ids_BL.numel()
 
     @property
     def examples_BL(self) -> torch.Tensor:
-        """Which of `ids` each position belongs to; padding counts to the example before it."""
+        """Which of `ids` each position belongs to. Padding belongs to the example before it."""
         if self.positions_BL is None:
             return torch.arange(len(self.input_ids_BL))[:, None].expand_as(self.input_ids_BL)
         begins_BL = (self.positions_BL == 0) & (self.attention_mask_BL == 1)
         return begins_BL.flatten().cumsum(0).view_as(begins_BL) - 1
 
     def signals_N(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The signals of every position that has a prediction, [B * (L - 1)] in the order of the rows."""
+        """The signals of every position that has a prediction, [B * (L - 1)], row by row."""
         return {name: signal_BL[:, 1:].flatten().to(device) for name, signal_BL in self.signals_BL.items()}
 
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Keyword arguments for the model's forward.
 
-        Packed rows carry positions and no mask: transformers makes the mask, or the bounds of variable-length
-        attention, from positions that start again, and only where it is given no mask.
+        Packed rows come with positions and without a mask. Where positions restart, transformers derives the
+        mask, or the bounds for variable-length attention, but only if it is given no mask.
         """
         packed = self.positions_BL is not None
         inputs = {"input_ids": self.input_ids_BL} | (
@@ -94,14 +93,14 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
 
 
 def write_signals(signals_BL: Mapping[str, torch.Tensor], row: int, start: int, example: Example) -> None:
-    """Put the signals of an example that begins at column `start` where its labels are."""
+    """Write the signals of an example that begins at column `start` to the positions of its labels."""
     labels = slice(start + max(1, example.prompt_length), start + len(example.ids))
     for name, signal_BL in signals_BL.items():
         signal_BL[row, labels] = torch.as_tensor(example.signals[name])
 
 
 def rounded(length: int) -> int:
-    """The least multiple of MULTIPLE that is not below `length`."""
+    """The smallest multiple of MULTIPLE that is at least `length`."""
     return -(-length // MULTIPLE) * MULTIPLE
 
 
@@ -112,9 +111,9 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def step_indices(count: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Which of `count` examples, or groups, make one optimizer step; a pure function of its arguments.
+    """Which of `count` examples, or groups, form one optimizer step; a pure function of its arguments.
 
-    Epochs follow each other without a gap: a step at the seam takes the end of one permutation
+    Epochs follow each other without a gap: a step at the boundary takes the end of one permutation
     and the start of the next, so every step holds exactly `batch_size` of them.
     """
     first, last = step * batch_size, (step + 1) * batch_size
@@ -125,7 +124,7 @@ def step_indices(count: int, batch_size: int, seed: int, step: int) -> list[int]
 
 
 def by_length(groups: Sequence[Group], size: int) -> list[list[Group]]:
-    """Groups of similar length in micro-batches of at most `size` examples; a larger group has its own."""
+    """Groups of similar length in micro-batches of at most `size` examples; a larger group gets its own."""
     found: list[list[Group]] = []
     room = 0
     for group in sorted(groups, key=lambda group: max(len(example.ids) for example in group)):
@@ -148,5 +147,5 @@ def examples_of(groups: Iterable[Group]) -> list[Example]:
 
 
 def micro_batches(groups: Sequence[Group], size: int, pad_id: int) -> list[Batch]:
-    """One step's groups as micro-batches of rows of similar length (less padding, same sum)."""
+    """One step's groups as micro-batches of rows of similar length: less padding, same sum."""
     return [collate(examples_of(part), pad_id) for part in by_length(groups, size)]

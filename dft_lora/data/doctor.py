@@ -1,8 +1,8 @@
 """The data doctor: what a careful reader would notice in a data set, counted, with row numbers.
 
-Rows that cannot be used are refused or skipped in `sources.py`; what is found here is told. An example
-that does not fit, or that teaches nothing, is left out and never cut: half a solution would teach the
-model to stop in the middle.
+Rows that cannot be used are refused or skipped in `sources.py`; what is found here is reported. An example
+that does not fit, or that has nothing to learn from, is left out and never truncated: half a solution would
+teach the model to stop in the middle.
 """
 
 from __future__ import annotations
@@ -23,58 +23,61 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about some rows: a sentence, and the rows' names (`row-N`, or the ids of a task)."""
+    """An observation about some rows: a sentence, and the rows' names (`row-N`, or the ids of a task)."""
 
     what: str
     rows: tuple[str, ...]
 
 
 def usable(examples: Sequence[Example], limit: int) -> list[Example]:
-    """Examples of at most `limit` tokens that have a token to learn."""
+    """Examples of at most `limit` tokens that have at least one token to learn."""
     return [example for example in examples if len(example.ids) <= limit and example.supervised > 0]
 
 
 Found = tuple[dict[str, int], list[Finding]]
-"""Counts of everything that was looked for, and a finding for each that is not zero."""
+"""A count for each check, and a finding for each count that is not zero."""
 
 
-def examine(rows: Rows, rendered: Sequence[Example], limit: int, tasks: Iterable[str]) -> Found:
-    """`of_rows` and `of_examples` together, for the examples of all rows."""
-    (counts, findings), (more_counts, more_findings) = of_rows(rows, tasks), of_examples(rendered, limit)
+def check_data(rows: Rows, rendered: Sequence[Example], limit: int, tasks: Iterable[str]) -> Found:
+    """`check_rows` and `check_examples` together, where all rows were rendered."""
+    (counts, findings), (more_counts, more_findings) = (
+        check_rows(rows, tasks),
+        check_examples(rendered, limit),
+    )
     return counts | more_counts, findings + more_findings
 
 
-def of_rows(rows: Rows, tasks: Iterable[str]) -> Found:
-    """What the texts show, of all rows.
+def check_rows(rows: Rows, tasks: Iterable[str]) -> Found:
+    """Check the texts of all rows.
 
-    `tasks` are those the run will be evaluated on; a row whose question is one of theirs, up to case and
-    white space, is an overlap. Raises RequestError for a task that does not exist.
+    `tasks` are those that the run will be evaluated on. A row that asks the same question as one of them, up
+    to case and white space, is an overlap. Raises RequestError for a task that does not exist.
     """
     noted = {
         "without_solution": ("no solution: left out", [p.id for p in rows.problems if p.solution is None]),
-        "duplicates": ("same tokens as an earlier row: kept", _repeated(rows.problems)),
+        "duplicates": ("same text as an earlier row: kept", _repeated(rows.problems)),
     }
     unchecked = []
     for task in tasks:
         try:
-            asked = {_plain(problem) for problem in get_task(task).problems()}
+            asked = {_normalized(problem) for problem in get_task(task).problems()}
         except DataError as error:
             unchecked.append(Finding(f"overlap with {task} not checked: {error}", ()))
             continue
-        shared = [problem.id for problem in rows.problems if _plain(problem) in asked]
-        noted[f"overlap_with_{task}"] = (f"question also asked by the evaluation task {task}: kept", shared)
+        shared = [problem.id for problem in rows.problems if _normalized(problem) in asked]
+        noted[f"overlap_with_{task}"] = (f"same question as in the evaluation task {task}: kept", shared)
 
     by_reason = defaultdict(list)
     for bad in rows.bad:
         by_reason[bad.reason].append(f"row-{bad.number}")
     skipped = [Finding(f"{reason}: skipped", tuple(names)) for reason, names in by_reason.items()]
-    counts, findings = _told(noted)
+    counts, findings = _summary(noted)
     return {"rows": rows.total, "bad_rows": len(rows.bad), **counts}, skipped + findings + unchecked
 
 
-def of_examples(rendered: Sequence[Example], limit: int) -> Found:
-    """What the tokens show, of the rows that were rendered."""
-    counts, findings = _told(
+def check_examples(rendered: Sequence[Example], limit: int) -> Found:
+    """Check the tokens of the rows that were rendered."""
+    counts, findings = _summary(
         {
             "over_long": (
                 f"longer than data.max_length {limit}: left out",
@@ -99,14 +102,14 @@ def of_examples(rendered: Sequence[Example], limit: int) -> Found:
     return counts | totals, findings
 
 
-def _told(noted: Mapping[str, tuple[str, list[str]]]) -> Found:
+def _summary(noted: Mapping[str, tuple[str, list[str]]]) -> Found:
     """name -> (sentence, row names), as counts and findings."""
     counts = {name: len(names) for name, (_, names) in noted.items()}
     return counts, [Finding(what, tuple(names)) for what, names in noted.values() if names]
 
 
-def table(findings: Sequence[Finding]) -> str:
-    """The findings as text, one a line, with the first rows of each; empty without findings."""
+def findings_table(findings: Sequence[Finding]) -> str:
+    """The findings as text, one per line, with the first rows of each; empty if there are none."""
     lines = []
     for finding in findings:
         shown = ", ".join(finding.rows[:SHOWN]) + (", …" if len(finding.rows) > SHOWN else "")
@@ -115,7 +118,7 @@ def table(findings: Sequence[Finding]) -> str:
 
 
 def _repeated(problems: Sequence[Problem]) -> list[str]:
-    """Those of the same turns and solution as an earlier one."""
+    """Ids of problems with the same turns and solution as an earlier one."""
     seen: set[tuple[Any, ...]] = set()
     repeated = []
     for problem in problems:
@@ -128,5 +131,5 @@ def _repeated(problems: Sequence[Problem]) -> list[str]:
     return repeated
 
 
-def _plain(problem: Problem) -> str:
+def _normalized(problem: Problem) -> str:
     return " ".join(problem.question.casefold().split())

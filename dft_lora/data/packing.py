@@ -1,6 +1,6 @@
-"""Several examples in one row, nothing between them; each sees itself alone.
+"""Several examples in one row, nothing between them; each attends only to itself.
 
-A row of three examples, a of 2, b of 3 and c of 2 tokens, their first tokens being prompts:
+A row of three examples, a with 2 tokens, b with 3 and c with 2; the first token of each is its prompt:
 
     ids        a a b b b c c         attends to   a a b b b c c
     positions  0 1 0 1 2 0 1                  a   x
@@ -11,9 +11,9 @@ A row of three examples, a of 2, b of 3 and c of 2 tokens, their first tokens be
     would come from another example.          c             x
                                               c             x x
 
-Positions that start again tell transformers where an example begins: flash attention becomes its
-variable-length form, and elsewhere the mask above is built. The examples of a step stay the same, and so does
-its sum: packing moves rows, never the optimizer step.
+Where positions restart, transformers knows that an example begins: flash attention uses its variable-length
+form, and other kinds of attention get the mask above. The examples of a step stay the same, and so does its
+sum: packing rearranges rows and leaves the optimizer step as it is.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from .batches import IGNORE, Batch, Group, by_length, collate, examples_of, roun
 from .templates import Example
 
 Arrange = Callable[[Sequence[Group], int, int], list[Batch]]
-"""(a step's groups, rows of a micro-batch, pad id) -> micro-batches; no group is in two of them."""
+"""(a step's groups, rows per micro-batch, pad id) -> micro-batches; no group is split over two of them."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows of at most `capacity` tokens, as many of them in a micro-batch as there would be examples.
+    """Rows of at most `capacity` tokens; a micro-batch has as many rows as it would have examples.
 
-    `flat`: a micro-batch is one row with no padding at all, as variable-length attention wants it. Without it
-    the rows stand below each other, which keeps a block mask at [rows, capacity, capacity].
+    `flat`: a micro-batch is one row without any padding, as variable-length attention needs it. Otherwise the
+    rows form a rectangle, which limits a block mask to [rows, capacity, capacity].
     """
 
     capacity: int
@@ -56,11 +56,11 @@ class Packed:
 
 @dataclass(frozen=True)
 class CheapestPacking:
-    """Micro-batches of similar examples, each in the number of rows that costs least with a block mask.
+    """Micro-batches of similar lengths, each in the number of rows that costs least with a block mask.
 
-    Fewer rows waste less padding, but attention pays for whole rows: a row of L tokens costs L + L^2 / C. C,
-    the `crossover_length`, is the length at which attention costs as much as all matrices together. No
-    micro-batch costs, or holds, more than one of padded rows.
+    Fewer rows waste less padding, but attention computes whole rows: a row of L tokens costs L + L^2 / X. X,
+    the `crossover_length`, is the length at which attention costs as much as all matrix products together. No
+    micro-batch costs more, or holds more examples, than one of padded rows.
     """
 
     crossover_length: float
@@ -79,9 +79,9 @@ class CheapestPacking:
 
 
 def fill(groups: Sequence[Group], capacity: int) -> list[list[list[Example]]]:
-    """Groups in few rows of nearly equal length, at most `capacity` tokens each: [rows that stay together].
+    """Groups in few rows of nearly equal length, at most `capacity` tokens each: [rows to keep together].
 
-    A group lies in one row, and only one of more tokens than a row holds takes several, which stay together.
+    A group takes one row. Only a group that does not fit in one takes several, which are kept together.
     """
     small = [group for group in groups if _tokens(group) <= capacity]
     whole = [[row] for row in _fewest(small, capacity)] if small else []
@@ -90,7 +90,7 @@ def fill(groups: Sequence[Group], capacity: int) -> list[list[list[Example]]]:
 
 
 def _fewest(groups: Sequence[Group], capacity: int) -> list[list[Example]]:
-    """The fewest rows of at most `capacity` tokens into which `spread` brings the groups."""
+    """The fewest rows of at most `capacity` tokens that `spread` can put the groups into."""
     for n in range(math.ceil(sum(map(_tokens, groups)) / capacity), len(groups) + 1):
         rows = spread(groups, n)
         if max(map(_tokens, rows)) <= capacity:
@@ -100,9 +100,9 @@ def _fewest(groups: Sequence[Group], capacity: int) -> list[list[Example]]:
 
 
 def spread(groups: Sequence[Group], n: int) -> list[list[Example]]:
-    """Groups in n rows of nearly equal length: the longest first, each into the emptiest (Graham 1969).
+    """Groups in n rows of nearly equal length: the longest first, each into the emptiest row (Graham 1969).
 
-    Rows of equal length waste no padding beside each other, and none of them sets a peak of memory alone.
+    Rows of equal length need no padding, and no single row sets the peak of memory.
     """
     rows: list[list[Example]] = [[] for _ in range(n)]
     loads = [(0, row) for row in range(n)]
@@ -118,7 +118,7 @@ def _tokens(row: Sequence[Example]) -> int:
 
 
 def collate_packed(rows: Sequence[Sequence[Example]], pad_id: int, padded: bool = True) -> Batch:
-    """One batch of packed rows, padded on the right to the longest; one row alone may do without."""
+    """One batch of packed rows, padded on the right to the longest. A single row may go unpadded."""
     longest = max(map(_tokens, rows))
     longest = rounded(longest) if padded else longest
     input_ids_BL = torch.full((len(rows), longest), pad_id)
@@ -137,6 +137,6 @@ def collate_packed(rows: Sequence[Sequence[Example]], pad_id: int, padded: bool 
             write_signals(signals_BL, b, start, example)
             start = end
         mask_BL[b, :start] = 1
-        positions_BL[b, start:] = torch.arange(longest - start)  # padding is one more example, of its own
+        positions_BL[b, start:] = torch.arange(longest - start)  # padding is an example of its own
     names = tuple(example.id for row in rows for example in row)
     return Batch(input_ids_BL, mask_BL, labels_BL, names, positions_BL, signals_BL)

@@ -1,13 +1,13 @@
 """Rows of a task, a file or a Hub dataset, read and checked one by one, as Problems.
 
-Every row is read before training. A row that cannot be used is refused by its number, or counted
-and skipped while the share stays under `data.skip_bad_rows`.
+Every row is read before training. A row that cannot be used is refused with its number, or counted and
+skipped as long as the share of such rows stays within `data.skip_bad_rows`.
 
-Texts are used as they stand, with one exception. A completion in GSM8K's form (its last line is
-`#### number`, and no other line begins with `####`) loses its `<<...>>` marks and has its answer boxed; that
-answer becomes the row's. This holds only where the answer stands nowhere else: a row with an answer in a
-column of its own (`data.answer`; where the recipe names none, `answer`) is used unchanged, and so is a
-`messages` row. The files of `experiments/own_samples.py` have that column, so they come back unchanged.
+Texts are used unchanged, with one exception. A completion in GSM8K's form (its last line is `#### number`,
+and no other line begins with `####`) loses its `<<...>>` marks and has its answer boxed; that answer becomes
+the row's answer. This applies only to rows without an answer column: a row with one (`data.answer`; if the
+recipe names none, `answer`) is used unchanged, and so is a `messages` row. Files written by
+`experiments/own_samples.py` have that column, so they are read back unchanged.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ..tasks.base import Problem
 from ..tasks.extraction import clean_gsm8k, gsm8k_answer
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-LONGEST_FIELD = 1_000_000  # characters; longer strings are accidents (a file in a cell), not problems
+LONGEST_FIELD = 1_000_000  # characters; a longer string is an accident (a file in a cell), not a problem
 ROLES = ("system", "user", "assistant")
-ANSWER = "answer"  # the column of reference answers, where the recipe names none and the rows have it
+ANSWER = "answer"  # the column of reference answers, if the recipe names none and the rows have it
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a source held: usable problems, in order, and the rows that were passed over.
+    """What a source contains: its usable problems, in order, and the rows that were skipped.
 
-    `total` counts rows, drawn and bad ones; a `messages` row holds a problem for each assistant turn.
+    `total` counts the rows that were kept or skipped. A `messages` row has one problem per assistant turn.
     """
 
     problems: list[Problem]
@@ -59,11 +59,11 @@ class _Unusable(Exception):
 
 
 def load_problems(data: DataConfig, seed: int = 0) -> Rows:
-    """Read a source whole; at most `data.sample` usable rows of it, drawn at random with `seed`, are kept.
+    """Read all of a source; keep at most `data.sample` usable rows, drawn at random with `seed`.
 
-    Raises DataError when the source or a column does not exist, when a field means nothing for this kind of
-    source, when nothing is left, or when more than `data.skip_bad_rows` of the rows are unusable (naming the
-    first ones).
+    Raises DataError if the source or a column does not exist, if a field does not apply to this kind of
+    source, if no row is left, or if more than `data.skip_bad_rows` of the rows are unusable (naming the first
+    ones).
     """
     _refuse_ignored(data)
     if data.source in task_names():
@@ -72,13 +72,13 @@ def load_problems(data: DataConfig, seed: int = 0) -> Rows:
         good, bad = _read(data)
     total = len(good) + len(bad)
     if not total:
-        raise DataError(f"data.source {data.source!r} holds no rows")
+        raise DataError(f"data.source {data.source!r} has no rows")
     if len(bad) > data.skip_bad_rows * total:
         first = "; ".join(f"row {row.number}: {row.reason}" for row in bad[:3])
         more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise DataError(
             f"{data.source}: {len(bad)} of {total} rows cannot be used ({first}{more}); "
-            "mend them or allow a share with data.skip_bad_rows"
+            "fix them, or allow a share of bad rows with data.skip_bad_rows"
         )
     if not good:
         raise DataError(f"data.source {data.source!r}: no row can be used")
@@ -89,19 +89,19 @@ def load_problems(data: DataConfig, seed: int = 0) -> Rows:
 
 
 def _refuse_ignored(data: DataConfig) -> None:
-    """DataError for a field that a source of this kind has no use for."""
+    """Raises DataError for a field that does not apply to this kind of source."""
     if data.source in task_names():
         if data.subset is not None:
             raise DataError(
-                f"data.subset {data.subset!r}: the task {data.source!r} has no subsets; leave it out (a Hub "
-                "dataset has them)"
+                f"data.subset {data.subset!r}: the task {data.source!r} has no subsets; leave it out (only "
+                "Hub datasets have them)"
             )
     elif data.source.endswith(SUFFIXES):
         if data.subset is not None:
             raise DataError(f"data.subset {data.subset!r}: a file has no subsets; leave it out")
         if data.split != DataConfig.model_fields["split"].default:
             raise DataError(
-                f"data.split {data.split!r}: a file has no splits; leave it out, and name the file of "
+                f"data.split {data.split!r}: a file has no splits; leave it out, and name the file with "
                 "those rows in data.source"
             )
 
@@ -124,7 +124,7 @@ def _read(data: DataConfig) -> tuple[list[list[Problem]], list[BadRow]]:
 
 
 def _raw_rows(data: DataConfig) -> Iterator[tuple[int, Any]]:
-    """Number (from 1) and row; an unreadable line comes as an _Unusable in the row's place."""
+    """Number (from 1) and row; an unreadable line yields an _Unusable in place of the row."""
     source = data.source
     if not source.endswith(SUFFIXES):
         if os.path.exists(source):
@@ -155,7 +155,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # a broken file, an impossible date
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # a broken file, an invalid date
         raise DataError(f"{path}: not readable as parquet ({_one_line(error)})") from None
     yield from enumerate(rows, start=1)
 
@@ -176,7 +176,7 @@ def _json_array(path: Path) -> Iterator[tuple[int, Any]]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: broken JSON ({error})") from None
     if not isinstance(rows, list):
-        raise DataError(f"{path}: a .json source is an array of rows, this is a {type(rows).__name__}")
+        raise DataError(f"{path}: a .json source must be an array of rows, this is a {type(rows).__name__}")
     yield from enumerate(rows, start=1)
 
 
@@ -186,11 +186,11 @@ def _hub_rows(data: DataConfig) -> Iterator[tuple[int, Any]]:
 
     try:
         rows = load_dataset(data.source, data.subset, split=data.split)
-    except Exception as error:  # whatever the Hub client raises, the remedy is the same
+    except Exception as error:  # the Hub client raises many kinds of errors; the remedy is the same
         near = did_you_mean(data.source, task_names())
         reason = f"{type(error).__name__}: {_one_line(error)}"
         raise DataError(
-            f"data.source {data.source!r} is no task{near}, no {'/'.join(SUFFIXES)} file, and could not be "
+            f"data.source {data.source!r} is no task{near} or {'/'.join(SUFFIXES)} file, and could not be "
             + (
                 f"found in the local cache, and {offline}; connect, or name a local file"
                 if offline
@@ -206,7 +206,7 @@ def _hub_rows(data: DataConfig) -> Iterator[tuple[int, Any]]:
 def _problems(number: int, row: Any, data: DataConfig) -> list[Problem]:
     """The problems of one row: one, or one for each assistant turn of a `messages` row."""
     if not isinstance(row, dict):
-        raise _Unusable(f"a row is an object of named fields, not a {type(row).__name__}")
+        raise _Unusable(f"a row must be an object of named fields, not a {type(row).__name__}")
     identity = f"row-{number}"
     answer = _own_answer(row, data)
     if "messages" in row and data.prompt not in row:
@@ -226,9 +226,9 @@ def _problems(number: int, row: Any, data: DataConfig) -> list[Problem]:
 
 
 def _own_answer(row: dict[str, Any], data: DataConfig) -> str | None:
-    """The row's answer, where it stands in a column of its own; None where it does not.
+    """The row's answer from its own column; None if it has no such column.
 
-    A column that the recipe names must hold text or a number in every row; one that is only found need not.
+    A column that the recipe names must hold text or a number in every row. The default column need not.
     """
     column = data.answer or ANSWER
     if column in (data.prompt, data.completion) or (data.answer is None and column not in row):
@@ -245,7 +245,7 @@ def _own_answer(row: dict[str, Any], data: DataConfig) -> str | None:
 
 
 def _prompt(row: dict[str, Any], column: str) -> tuple[dict[str, str], ...]:
-    """The turns before the completion: one user turn of the column's text, or the column's list of turns."""
+    """The turns before the completion: the column's text as one user turn, or the column's list of turns."""
     if isinstance(row.get(column), list):
         return tuple(_turns(row[column], last="user", column=column))
     return ({"role": "user", "content": _text(row, column)},)
@@ -263,18 +263,18 @@ def _check_text(value: Any, where: str) -> str:
     if not value.strip():
         raise _Unusable(f"{where} is empty")
     if len(value) > LONGEST_FIELD:
-        raise _Unusable(f"{where} holds {len(value):,} characters (at most {LONGEST_FIELD:,})")
+        raise _Unusable(f"{where} has {len(value):,} characters (at most {LONGEST_FIELD:,})")
     if "\x00" in value:
-        raise _Unusable(f"{where} holds a NUL character")
+        raise _Unusable(f"{where} contains a NUL character")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise _Unusable(f"{where} holds a lone surrogate") from None
+        raise _Unusable(f"{where} contains a lone surrogate") from None
     return value
 
 
 def readable(text: str) -> bool:
-    """Whether a row may hold this text."""
+    """Whether a row may contain this text."""
     try:
         _check_text(text, "text")
     except _Unusable:
@@ -283,7 +283,7 @@ def readable(text: str) -> bool:
 
 
 def _turns(messages: Any, last: str, column: str = "messages") -> list[dict[str, str]]:
-    """Checked turns: a system turn at most, then user and assistant in turn, up to one of `last`."""
+    """Checked turns: at most one system turn, then user and assistant alternating, ending with `last`."""
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         raise _Unusable(f"{column!r} is not a list of {{role, content}}")
     turns = []
@@ -292,7 +292,7 @@ def _turns(messages: Any, last: str, column: str = "messages") -> list[dict[str,
         if role not in ROLES:
             raise _Unusable(f"turn {i} has role {role!r}; known: {', '.join(ROLES)}")
         if role == "system" and i != 1:
-            raise _Unusable(f"turn {i} is a system turn; only the first may be")
+            raise _Unusable(f"turn {i} is a system turn; only the first turn may be one")
         turns.append({"role": role, "content": _check_text(turn.get("content"), f"turn {i}")})
     spoken = [turn["role"] for turn in turns if turn["role"] != "system"]
     alternating = [("user", "assistant")[i % 2] for i in range(len(spoken))]

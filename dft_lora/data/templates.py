@@ -1,9 +1,9 @@
 """One renderer, from messages to ids, for training, evaluation and the page.
 
-A training sequence is `prompt ids + solution ids + end token`. The prompt part is made by the
-same call that makes a generation prompt, so the two cannot drift apart; prompt and solution are
-tokenised apart, so the ids of one do not depend on the other. The end token is the tokenizer's own
-eos (a base model's `<|endoftext|>`); generation also stops at the chat template's end-of-turn token.
+A training sequence is `prompt ids + solution ids + end token`. The prompt part comes from the same call that
+makes a generation prompt, so the two cannot drift apart. Prompt and solution are tokenised separately, so the
+ids of one do not depend on the other. The end token is the tokenizer's own eos (a base model's
+`<|endoftext|>`); generation also stops at the chat template's end-of-turn token.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Messages = Sequence[Mapping[str, str]]
 class Template:
     """How a prompt is written.
 
-    `text` holds one `{question}`; without it the tokenizer's own chat template is used, with `suffix`
-    added to the last user turn and `system` put first where there is no system turn.
+    `text` contains one `{question}`. Without `text` the tokenizer's own chat template is used; then `suffix`
+    is appended to the last user turn, and `system` becomes the first turn if there is no system turn.
     """
 
     name: str
@@ -42,7 +42,7 @@ TEMPLATES = {
         Template("chat"),
         Template("plain", text="Question: {question}\nAnswer:\n"),
         Template("chat-boxed", suffix=f"\n{BOXED}"),
-        # The three protocols of the paper's evaluation, as text, whatever the tokenizer's own template.
+        # The three protocols of the paper's evaluation, as text, independent of the tokenizer's template.
         Template(
             "qwen-boxed",
             text="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{question}\n"
@@ -56,7 +56,7 @@ TEMPLATES = {
 
 
 def get_template(name: str, tokenizer: Any) -> Template:
-    """A template by name; `auto` is `chat` where the tokenizer has a chat template, else `plain`.
+    """A template by name; `auto` is `chat` if the tokenizer has a chat template, else `plain`.
 
     Raises RecipeError for an unknown name, or for `chat` without a chat template.
     """
@@ -81,7 +81,7 @@ class Example:
     ids: tuple[int, ...]
     prompt_length: int
     signals: Mapping[str, float | Sequence[float]] = field(default_factory=dict, hash=False)
-    """What an objective reads beside the tokens (`Objective.signals`), by name: one number for the example
+    """What an objective reads besides the tokens (`Objective.signals`), by name: one number per example
     (the sign of a preference, an advantage), or one per supervised token (old log-probabilities)."""
 
     @property
@@ -103,18 +103,18 @@ class Renderer:
             from ..errors import ModelError
 
             raise ModelError(
-                f"tokenizer {tokenizer.name_or_path!r} has no eos token: an answer could never end"
+                f"tokenizer {tokenizer.name_or_path!r} has no eos token, so an answer could never end"
             )
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_id
 
     def prompt_text(self, messages: Messages) -> str:
-        """The prompt as text, up to where the answer begins."""
+        """The prompt as text, up to the point where the answer begins."""
         template, turns = self.template, [dict(turn) for turn in messages]
         if template.text is not None:
             if len(turns) != 1:
                 raise DataError(
-                    f"template {template.name!r} holds one user turn, not {len(turns)}; use template: chat"
+                    f"template {template.name!r} takes one user turn, not {len(turns)}; use template: chat"
                 )
             return template.text.replace("{question}", turns[0]["content"])
         if template.system and turns[0]["role"] != "system":
@@ -123,7 +123,7 @@ class Renderer:
         return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
     def prompt_ids(self, messages: Messages) -> list[int]:
-        """The prompt's ids, with the tokenizer's BOS exactly once where it uses one."""
+        """The prompt's ids, with the tokenizer's BOS exactly once if it uses one."""
         ids = self._encode(self.prompt_text(messages))
         return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
 
@@ -143,18 +143,18 @@ class Renderer:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end an answer: eos, and the token with which the chat template closes a turn."""
+        """Ids that end an answer: eos, and the token that closes a turn in the chat template."""
         return frozenset({self.eos_id, *self._turn_end})
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over what the template makes of a probe, and how answers end; equal means same prompts."""
+        """sha256 over a rendered probe and the end tokens; equal fingerprints mean equal prompts."""
         probe = ({"role": "user", "content": "What is 2 + 3?"},)
         return digest([self.prompt_ids(probe), self.completion_ids("It is 5."), sorted(self.stop_ids)])
 
     @cached_property
     def _bos(self) -> list[int]:
-        """[bos] where the tokenizer puts one before plain text by itself."""
+        """[bos] if the tokenizer adds one to plain text by itself."""
         bos, ids = self.tokenizer.bos_token_id, self.tokenizer("a")["input_ids"]
         return [bos] if bos is not None and ids[:1] == [bos] else []
 

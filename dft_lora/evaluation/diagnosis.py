@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..config import Recipe
-from ..data.doctor import of_examples, of_rows, usable
+from ..data.doctor import check_examples, check_rows, usable
 from ..data.sources import load_problems
 from ..data.templates import Example, Renderer
 from ..errors import DataError
@@ -45,12 +45,12 @@ def diagnose(recipe: Recipe, examples: int = EXAMPLES) -> dict[str, Any]:
     """
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
     rows = load_problems(recipe.data, recipe.train.seed)
-    counts, findings = of_rows(rows, recipe.evaluate.tasks)
+    counts, findings = check_rows(rows, recipe.evaluate.tasks)
     solved = [problem for problem in rows.problems if problem.solution is not None]
     chosen, rendered = _draw(solved, examples, renderer, recipe)
     if not chosen:
         raise DataError(f"data.source {recipe.data.source!r}: no example is left to score")
-    drawn_counts, drawn_findings = of_examples(rendered, recipe.data.max_length)
+    drawn_counts, drawn_findings = check_examples(rendered, recipe.data.max_length)
     model, hardware = load_base(recipe.model)
     table = score(model, chosen, pad_id=renderer.pad_id)
     hardest = np.argsort(table.nll_E)[::-1][:5]

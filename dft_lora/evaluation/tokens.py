@@ -16,9 +16,9 @@ import torch
 
 from ..data.batches import collate
 from ..data.templates import Example, Renderer
-from ..loss import token_logps
+from ..loss import Head, token_logps
 from ..model.adapters import adapter_layers, mixed
-from ..model.head import Head, check_head, hidden_states
+from ..model.head import check_head, hidden_states
 from .token_table import TokenTable
 
 ROWS = 16

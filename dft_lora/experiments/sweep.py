@@ -119,13 +119,13 @@ def train_once(recipe: Recipe) -> RunFolder:
     """
     from ..training.loop import train
     from ..training.ranks import Ranks
-    from ..training.resume_guard import identity, refuse_differences
+    from ..training.resume_guard import guarded_fields, refuse_differences
 
     folder = RunFolder(recipe.output_dir)
     if not (folder.has_adapter and folder.finished):
         return train(recipe, resume=folder.begun)
     ranks = Ranks(recipe)
-    now = identity(_plan(recipe), ranks.device, ranks.world)
+    now = guarded_fields(_plan(recipe), ranks.device, ranks.world)
     refuse_differences(folder.run()["identity"], now, extend=False)
     print(f"{folder.path}: already trained", file=sys.stderr)
     return folder

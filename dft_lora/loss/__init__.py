@@ -1,12 +1,14 @@
-"""The loss engine: differentiable log-probabilities in two GEMMs, and objectives on them; torch alone."""
+"""The loss engine: differentiable log-probabilities in two GEMMs, and objectives on top. Needs only torch."""
 
 from .forward import kernel_missing
+from .head import Head
 from .naive import naive_token_logps
 from .objectives import Objective, gradient_weights, objective, objective_names
 from .token_logps import REFERENCE_NEEDS, TokenScores, chunk_rows, token_logps
 
 __all__ = [
     "REFERENCE_NEEDS",
+    "Head",
     "Objective",
     "TokenScores",
     "chunk_rows",

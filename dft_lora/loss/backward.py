@@ -1,6 +1,6 @@
-"""The backward pass: a product with the row Jacobian, and for a trainable head one more visit to the logits.
+"""The backward pass: a product with the row Jacobian; a trainable head also recomputes the logits.
 
-Shapes: M supervised rows, C rows of a chunk, D hidden width, V vocabulary.
+Shapes (docs/shapes.md): M supervised tokens, C rows of a chunk, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from .head import Head, accumulator
 
 
 class RowJacobian(torch.autograd.Function):
-    """Ties what `score_rows` computed to the graph of the hidden states and of a trainable head.
+    """Connects what `score_rows` computed to the graph of the hidden states and of a trainable head.
 
-    Forward computes nothing. Saved for backward: J [M, D], targets and raw target logits; with a trainable
-    head the hidden states too. A frozen weight is kept as a plain reference, not as a saved tensor, so that
+    Forward computes nothing. It saves J [M, D], the targets and the raw target logits for backward, and the
+    hidden states for a trainable head. A frozen weight is a plain reference, not a saved tensor, so that
     activation offloading never copies it; only a gradient through `lse` reads it (M of its rows).
     """
 
@@ -50,21 +50,21 @@ class RowJacobian(torch.autograd.Function):
 
 
 def trained(head: Head) -> list[Tensor]:
-    """The head's tensors that require grad; saved, so that autograd notices a change in place."""
+    """The head's tensors that require grad. They are saved so that autograd notices an in-place change."""
     return [tensor for tensor in head.parameters if tensor is not None and tensor.requires_grad]
 
 
 def head_gradients(
     head: Head, h_MD: Tensor, y_M: Tensor, rows: int, g_logp_M: Tensor, g_lse_M: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of a trainable (weight, bias): the logits of each chunk once more, and one GEMM for W.
+    """Gradients of a trainable (weight, bias): recomputes the logits of each chunk, plus one GEMM for W.
 
-    The gradient of W needs the loss, which is not known while the logits are first at hand. So a trainable W
-    costs four GEMMs in all, against the three of a fixed objective: the price of allowing any objective. Sums
-    over chunks are float32.
+    The gradient of W needs the loss, which is not known yet when the logits are first computed. A trainable W
+    therefore costs four GEMMs in all, where a fixed objective would take three: the price of allowing any
+    objective. Sums over chunks are float32.
     """
-    dtype, s = accumulator(h_MD.dtype), head.scale
-    g_W, g_bias = (
+    dtype, s = accumulator(h_MD.dtype), head.logit_scale
+    g_weight_VD, g_bias_V = (
         torch.zeros_like(tensor, dtype=dtype) if tensor is not None and tensor.requires_grad else None
         for tensor in head.parameters
     )
@@ -80,13 +80,13 @@ def head_gradients(
         own_C = head.slope(target.raw_C) * (q_C * g_logp_M[c] + p_C * g_lse_M[c])
         peak = other_C.abs().max().clamp_min(torch.finfo(dtype).tiny)  # keeps a 16-bit product in range
         weight_C1 = (other_C / peak / others.gain_C)[:, None]
-        if g_W is not None:
-            g_W.addcmul_((e_CV.t() @ (weight_C1 * h_CD).to(h_CD.dtype)).to(dtype), peak)
-            g_W.index_add_(0, y_C, own_C[:, None] * h_CD)
-        if g_bias is not None:
-            g_bias.addcmul_((e_CV.t() @ weight_C1.to(h_CD.dtype))[:, 0].to(dtype), peak)
-            g_bias.index_add_(0, y_C, own_C)
+        if g_weight_VD is not None:
+            g_weight_VD.addcmul_((e_CV.t() @ (weight_C1 * h_CD).to(h_CD.dtype)).to(dtype), peak)
+            g_weight_VD.index_add_(0, y_C, own_C[:, None] * h_CD)
+        if g_bias_V is not None:
+            g_bias_V.addcmul_((e_CV.t() @ weight_C1.to(h_CD.dtype))[:, 0].to(dtype), peak)
+            g_bias_V.index_add_(0, y_C, own_C)
     return tuple(
         None if g is None or tensor is None else g.to(tensor.dtype)
-        for g, tensor in zip((g_W, g_bias), head.parameters, strict=True)
+        for g, tensor in zip((g_weight_VD, g_bias_V), head.parameters, strict=True)
     )

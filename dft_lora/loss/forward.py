@@ -4,10 +4,11 @@ For a frozen head the derivative of the target's log-probability is one D-vector
 
     J_t = d logp_t / d h_t = (1 - p_t) * (W_t - sum over j != t of q_j W_j),    q_j = P_j / (1 - p_t)
 
-(each W_j times logit scale and soft-cap slope). It does not depend on the loss, so it is formed while the
-logits are at hand; the backward pass is `g_logp * J + g_lse * (W_t - J)`, whatever the objective.
+(each W_j times logit scale and soft-cap slope). It does not depend on the loss, so it is computed while the
+logits exist; the backward pass is `g_logp * J + g_lse * (W_t - J)`, whatever the objective.
 
-Shapes: M supervised rows, C rows of a chunk, D hidden width, V vocabulary, K kept rows or entries of a top-k.
+Shapes (docs/shapes.md): M supervised tokens, C rows of a chunk, A of them active (not skipped), D hidden
+width, V vocabulary, K entries of a top-k.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .row_statistics import HALF_GAIN, TOP_K, torch_row_sums_
 
 
 class OtherEntries(NamedTuple):
-    """What is known of the entries j != target of each row, relative to the row's shift."""
+    """Statistics of the entries j != target of each row, relative to the row's capped shift."""
 
     max_C: Tensor  # max u_j
     lse_C: Tensor  # log sum exp u_j
@@ -46,7 +47,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class RowScores:
-    """What one pass over the supervised rows returns; float32 (float64 for a float64 model) unless said."""
+    """Results of one pass over the supervised tokens; float32 (float64 for a float64 model) unless noted."""
 
     logp_M: Tensor
     lse_M: Tensor
@@ -71,7 +72,7 @@ def score_rows(
     needs: frozenset[str],
     skip: Skip | None,
 ) -> RowScores:
-    """One pass over the rows in chunks of `rows`: one GEMM, two with the Jacobian."""
+    """One pass over the supervised tokens in chunks of `rows`: one GEMM, or two with the Jacobian."""
     dtype, M = accumulator(h_MD.dtype), len(h_MD)
     logp_M, lse_M, raw_M, entropy_M = (h_MD.new_empty(M, dtype=dtype) for _ in range(4))
     top1_M = torch.empty(M, dtype=torch.bool, device=h_MD.device)
@@ -100,11 +101,11 @@ def score_rows(
             jacobian_MD[c] = _jacobian(head, u_CV, target.row_CD, q_C, others.gain_C)
         else:
             l1_C = 2 * skip.token_weight(logp_C).to(dtype) * q_C
-            kept_K, dropped = _within_budget(l1_C, skip.budget)
-            order_K = _front_(u_CV, kept_K)
+            active_A, dropped = _within_budget(l1_C, skip.budget)
+            order_A = _front_(u_CV, active_A)
             jacobian_MD[c] = 0
-            jacobian_MD[c][order_K] = _jacobian(
-                head, u_CV[: len(order_K)], target.row_CD[order_K], q_C[order_K], others.gain_C[order_K]
+            jacobian_MD[c][order_A] = _jacobian(
+                head, u_CV[: len(order_A)], target.row_CD[order_A], q_C[order_A], others.gain_C[order_A]
             ).to(h_MD.dtype)
             skipped += len(dropped)
             skipped_squares += (l1_C[dropped] ** 2).sum()
@@ -115,22 +116,24 @@ def score_rows(
 def chunk_probabilities_(
     u_CV: Tensor, head: Head, h_CD: Tensor, y_C: Tensor, *, write: bool, needs: frozenset[str] = frozenset()
 ) -> tuple[Target, OtherEntries, Tensor]:
-    """Logits of a chunk into the workspace, then their statistics; delta = z_t - shift comes third.
+    """Writes a chunk's logits into the workspace; returns target, other entries, and z_t - cap(shift).
 
-    The shift is the target's logit rounded to the workspace's dtype: what is subtracted must be the rounded
-    value, and all sums are taken relative to it, or its rounding error would come back.
+    The shift is the target's logit rounded to the workspace's dtype. The subtracted value must be the rounded
+    one, and all sums are relative to it; otherwise its rounding error would come back. With a soft-cap they
+    are relative to the capped shift: the shift itself is larger than any capped logit, and subtracting it
+    would round them to its own unit.
     """
     target = head.targets(h_CD, y_C)
     shift_C = target.raw_C.to(u_CV.dtype)
     head.shifted_logits_(u_CV, h_CD, shift_C)
     others = other_entries_(u_CV, shift_C, y_C, head, write=write, needs=needs)
-    return target, others, target.logit_C - shift_C
+    return target, others, target.logit_C - head.cap(shift_C.to(target.logit_C.dtype))
 
 
 def other_entries_(
     u_CV: Tensor, shift_C: Tensor, y_C: Tensor, head: Head, *, write: bool, needs: frozenset[str]
 ) -> OtherEntries:
-    """Statistics of each row of `u_CV`, which then holds the probabilities if `write`."""
+    """Statistics of each row of `u_CV`; with `write`, it holds the probabilities afterwards."""
     if u_CV.is_cuda and u_CV.dtype != torch.float64 and "top_k_entropy" not in needs and not kernel_missing():
         from .row_kernel import row_sums_
     else:
@@ -171,28 +174,29 @@ def _top_k_entropy(u_CK: Tensor) -> Tensor:
 
 
 def _within_budget(l1_C: Tensor, budget: float) -> tuple[Tensor, Tensor]:
-    """(kept, dropped) rows: the smallest go while their sum stays under `budget` of the chunk's total."""
+    """(kept, dropped) rows: drops the smallest while their sum stays under `budget` of the chunk's total."""
     ascending_C, order_C = l1_C.sort()
     n = int((ascending_C.cumsum(0) <= budget * l1_C.sum()).sum())
     return order_C[n:], order_C[:n]
 
 
-def _front_(u_CV: Tensor, kept_K: Tensor) -> Tensor:
-    """Move the kept rows to the front of the workspace; returns which row now lies at each place.
+def _front_(u_CV: Tensor, active_A: Tensor) -> Tensor:
+    """Move the active rows to the front of the workspace; returns which row now lies at each place.
 
-    Only kept rows beyond place K move, into places of dropped rows: at most half a workspace is copied. On a
-    CPU row by row: an indexed copy would take fresh pages for all of them, and cost more than the skip saves.
+    Only active rows beyond place A move, into the places of skipped rows: at most half a workspace is copied.
+    On a CPU they move one by one: an indexed copy would take fresh pages for all of them, and cost more than
+    the skip saves.
     """
-    K = len(kept_K)
-    is_kept_C = torch.zeros(len(u_CV), dtype=torch.bool, device=u_CV.device)
-    is_kept_C[kept_K] = True
-    order_K = torch.arange(K, device=u_CV.device)
-    free = (~is_kept_C[:K]).nonzero()[:, 0]
-    late = is_kept_C[K:].nonzero()[:, 0] + K
+    A = len(active_A)
+    is_active_C = torch.zeros(len(u_CV), dtype=torch.bool, device=u_CV.device)
+    is_active_C[active_A] = True
+    order_A = torch.arange(A, device=u_CV.device)
+    free = (~is_active_C[:A]).nonzero()[:, 0]
+    late = is_active_C[A:].nonzero()[:, 0] + A
     if u_CV.is_cuda:
         u_CV[free] = u_CV[late]
     else:
         for to, source in zip(free.tolist(), late.tolist(), strict=True):
             u_CV[to].copy_(u_CV[source])
-    order_K[free] = late
-    return order_K
+    order_A[free] = late
+    return order_A

@@ -1,4 +1,4 @@
-"""The slow twin of `token_logps`: autograd through the whole [N, V] tensor. The tests' oracle."""
+"""The naive twin of `token_logps`: autograd through the full [N, V] tensor. The tests compare against it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def naive_token_logps(
     reference_hidden: Tensor | None = None,
     ignore_index: int = -100,
 ) -> TokenScores:
-    """Every field of TokenScores, the slow way; `reference_hidden` [N, D] is the base model's."""
+    """Every field of TokenScores, computed naively; `reference_hidden` [N, D] is the base model's."""
     index = (targets != ignore_index).nonzero()[:, 0]
     y_M1 = targets[index, None].long()
     dtype = torch.promote_types(hidden.dtype, torch.float32)

@@ -1,22 +1,22 @@
-"""Objectives: functions from `TokenScores` to a loss, summed over tokens. One small value each.
+"""Objectives: small values that map `TokenScores` to a loss, summed over tokens.
 
     loss = objective("dft")(scores)             # divide by the supervised tokens of the whole step
     loss = objective("power", a=0.5)(scores)
     loss = objective(lambda s: -(s.logp * s.entropy).sum())(scores)     # any function of the scores
 
-p is the probability of the target token, sg() stops the gradient. What an objective reads beside logp:
+p is the probability of the target token, sg() stops the gradient. What an objective reads besides logp:
 
     needs         names of optional fields of TokenScores: pass them to `token_logps(needs=...)`
     signals       names of values that belong to examples: pass them to `token_logps(signals=...)`
-    step_signals  where a signal depends on the other examples of the optimizer step: makes it from the mean
-                  NLL of each of them. This takes one more forward pass over the step, without gradients. How
-                  the step is split over micro-batches and ranks then changes nothing.
+    step_signals  where a signal depends on the other examples of the optimizer step: computes it from the
+                  mean NLL of each example. This takes one more forward pass over the step, without gradients,
+                  and makes the result independent of how the step is split over micro-batches and ranks.
 
-`token_weight(logp)`, where the weight of a token's gradient depends on its own logp alone, is
--d loss / d logp, detached; `token_logps(skip=...)` relies on it, and it is None elsewhere. `gradient_weights`
-gives the same for any objective, on scores at hand.
+`token_weight(logp)` is -d loss / d logp, detached, for objectives where it depends on the token's own logp
+alone; for others it is None. `token_logps(skip=...)` relies on it. `gradient_weights` computes the same for
+any objective from given scores.
 
-The value of a weighted loss is no measure of progress: it falls while cross-entropy rises. Compare by NLL.
+The value of a weighted loss does not measure progress: it can fall while cross-entropy rises. Compare NLL.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from torch import Tensor
 from ..errors import RecipeError, did_you_mean
 from .token_logps import TokenScores
 
-SAME_NLL = 1e-4  # nats per token: far below what distinguishes examples, far above float32's rounding
+SAME_NLL = 1e-4  # nats per token: far below the differences between examples, far above float32's rounding
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A named loss with its numbers. Subclasses are registered under `name`."""
+    """A named loss with its own numbers. Subclasses are registered under `name`."""
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     divided_by: ClassVar[Literal["tokens", "sequences", "groups"]] = "tokens"
-    """What of the whole step the sum is divided by, once: supervised tokens, examples, or groups of them."""
+    """What the sum over the whole step is divided by, once: supervised tokens, examples, or groups."""
     token_weight: ClassVar[Callable[..., Tensor] | None] = None
     signals: ClassVar[frozenset[str]] = frozenset()
     step_signals: ClassVar[Callable[..., dict[str, Tensor]] | None] = None
@@ -77,7 +77,7 @@ class TokenWeighted(Weighted):
 class Sft(Weighted):
     """- log p. Cross-entropy: a policy gradient of reward 1 weighted by 1/p (arXiv 2508.05629, eq. 5).
 
-    Fails by its largest gradients coming from the least probable tokens. It has no weight to skip rows by.
+    Weakness: the largest gradients come from the least probable tokens. It has no weight to skip tokens by.
     """
 
     name = "sft"
@@ -89,7 +89,7 @@ class Sft(Weighted):
 class Dft(TokenWeighted):
     """- sg(p) log p. Dynamic Fine-Tuning, arXiv 2508.05629, eq. 9: SFT with its weight 1/p cancelled.
 
-    Fails where the prior is weak: it does not teach new facts (Natural Questions 30.1 against SFT's 36.6).
+    Weakness: where the prior is weak it does not teach new facts (Natural Questions 30.1; SFT 36.6).
     """
 
     name = "dft"
@@ -99,9 +99,9 @@ class Dft(TokenWeighted):
 
 
 class DftSentence(Weighted):
-    """- sg(product of the sequence's p) log p. The ablation of arXiv 2508.05629 by sentence.
+    """- sg(product of the sequence's p) log p. The sentence-level ablation of arXiv 2508.05629.
 
-    Fails: weights of long sequences underflow to zero (average 15.75 against 31.58 by token).
+    Weakness: weights of long sequences underflow to zero (average score 15.75; token-level 31.58).
     """
 
     name = "dft-sentence"
@@ -112,7 +112,7 @@ class DftSentence(Weighted):
 
 
 class DftGeometric(Weighted):
-    """- sg(geometric mean of the sequence's p) log p. The same ablation, length-normalised (17.21)."""
+    """- sg(geometric mean of the sequence's p) log p. The same ablation, length-normalised (score 17.21)."""
 
     name = "dft-geometric"
     needs = frozenset({"sequence"})
@@ -125,7 +125,7 @@ class DftGeometric(Weighted):
 class IwSft(Weighted):
     """- sg(clamp(exp(mean_t(log p - log p_ref)), low, high)) log p. iw-SFT, arXiv 2507.12856, by sequence.
 
-    Fails by variance: weights grow with the distance from the reference until the clamp holds them.
+    Weakness: variance. Weights grow with the distance from the reference, up to the clamp.
     """
 
     name = "iw-sft"
@@ -161,7 +161,7 @@ class IwSftToken(Weighted):
 class Power(Objective):
     """(1 - p^a) / a. Beyond Log Likelihood, arXiv 2510.00526; gradient weight p^a: a -> 0 is SFT, a = 1 DFT.
 
-    Fails where the prior is weak, the more the larger a (Figfont 35.2 -> 0.0 at a = 1).
+    Weakness: a weak prior, more so for larger a (Figfont 35.2 -> 0.0 at a = 1).
     """
 
     name = "power"
@@ -181,7 +181,7 @@ class Power(Objective):
 class Threshold(TokenWeighted):
     """- 1[sg(p) >= tau] log p. ProFit, arXiv 2601.09195, tau 0.1; arXiv 2510.00526 has 0.2.
 
-    Fails to learn any token the base model does not already expect.
+    Weakness: it never learns a token that the base model does not already expect.
     """
 
     name = "threshold"
@@ -198,7 +198,8 @@ class Threshold(TokenWeighted):
 class Asft(Weighted):
     """- sg(p) log p + lam * KL(base || model). ASFT, arXiv 2509.23753; lam 0.03 to 0.1.
 
-    Costs one more pass of the backbone with the adapter off. Fails to move far from the base where it should.
+    Costs one more pass of the backbone with the adapter off. Weakness: it stays close to the base even
+    where it should not.
     """
 
     name = "asft"
@@ -219,8 +220,8 @@ class Cadft(Weighted):
     """- sg(p * exp(-max(0, z))) log p, z the standard score of the example's mean NLL in its optimizer step.
 
     CADFT, arXiv 2606.11206: examples that are harder than the step's average count less.
-    Costs one more forward pass over the step, without gradients. Scores without the signal are taken for the
-    whole step. A step of one example is plain DFT.
+    Costs one more forward pass over the step, without gradients. Scores without the signal are treated as the
+    whole step. With a single example per step it is plain DFT.
     """
 
     name = "cadft"
@@ -228,7 +229,7 @@ class Cadft(Weighted):
     signals = frozenset({"difficulty"})
 
     def step_signals(self, nll_E: Tensor) -> dict[str, Tensor]:
-        """Standard scores; they fall to zero where the examples differ by less than SAME_NLL."""
+        """Standard scores; they go to zero where the examples differ by less than SAME_NLL."""
         off_E = nll_E - nll_E.mean()
         return {"difficulty": off_E / off_E.square().mean().sqrt().clamp_min(SAME_NLL)}
 
@@ -237,15 +238,16 @@ class Cadft(Weighted):
         z_M = scores.signals.get("difficulty")
         if z_M is None:
             sequences = _Sequences(scores)
-            z_M = self.step_signals(-sequences.mean_S(logp_M))["difficulty"][sequences.of_M]
+            z_M = self.step_signals(-sequences.mean_E(logp_M))["difficulty"][sequences.of_M]
         return logp_M.exp() * (-z_M.clamp_min(0)).exp()
 
 
 class Eaft(Weighted):
     """- sg(H_20 / 3) log p, H_20 the entropy of the 20 most probable tokens (3 is about ln 20).
 
-    EAFT, arXiv 2601.02151: a token the model is sure about is not forced to change.
-    Keeps SFT's score and forgets less; fails to sharpen: confident right tokens get no weight either.
+    EAFT, arXiv 2601.02151: tokens that the model is sure about are left alone.
+    It keeps SFT's score and forgets less. Weakness: it does not sharpen, since confident and correct
+    tokens get no weight either.
     """
 
     name = "eaft"
@@ -259,7 +261,7 @@ class Deft(Objective):
     """(1 - p^a) / a with a = sg(sum_v P_v^2) of each token.
 
     DEFT, arXiv 2602.11424: SFT where the model is uncertain, DFT where it is sure.
-    Fails as DFT does on tokens the model is sure about and wrong.
+    Weakness: that of DFT, on tokens where the model is confident and wrong.
     """
 
     name = "deft"
@@ -274,8 +276,9 @@ class Deft(Objective):
 class InfoSft(TokenWeighted):
     """- sg(p * max(0, 1 - logit(p) / logit(ceiling))) log p, where logit(p) = log(p / (1 - p)).
 
-    InfoSFT, arXiv 2605.14967: tokens neither known nor hopeless. The paper gives p * (C - logit(p)) up to a
-    constant factor, with C = logit(ceiling); the factor 1 / C is that of its official code.
+    InfoSFT, arXiv 2605.14967: weights tokens that are neither known nor hopeless. The paper gives
+    p * (C - logit(p)) up to a constant factor, with C = logit(ceiling); the factor 1 / C is from the official
+    code.
     Tokens above the ceiling get no weight.
     """
 
@@ -294,7 +297,7 @@ class InfoSft(TokenWeighted):
 class ChordPhi(TokenWeighted):
     """- sg(p (1 - p)) log p. The phi of CHORD, arXiv 2508.11408: tokens the model is undecided about.
 
-    Made to be mixed with RL; alone it learns slowly (the weight is at most 1/4).
+    Designed to be mixed with RL; alone it learns slowly (the weight is at most 1/4).
     """
 
     name = "chord-phi"
@@ -307,7 +310,7 @@ class ChordPhi(TokenWeighted):
 class Focal(Objective):
     """- (1 - p)^gamma log p, with its full gradient. Focal loss, arXiv 1708.02002.
 
-    The opposite design, kept as the contrast: it turns to the improbable tokens that DFT leaves alone.
+    The opposite of DFT, kept for contrast: it focuses on the improbable tokens that DFT leaves alone.
     """
 
     name = "focal"
@@ -329,7 +332,7 @@ class Focal(Objective):
 class Custom(Objective):
     """Any function of the scores.
 
-    Its attributes `needs`, `signals`, `step_signals` and `divided_by` are those of an objective.
+    The function may have the attributes `needs`, `signals`, `step_signals` and `divided_by` of an objective.
     """
 
     function: Callable[[TokenScores], Tensor]
@@ -402,7 +405,7 @@ def objective(name: str | Callable[[TokenScores], Tensor], **numbers: Any) -> Ob
 
 
 def gradient_weights(wanted: Objective, scores: TokenScores) -> Tensor:
-    """-d loss / d logp of each token, detached [M]: 1 for SFT; a KL anchor is not included."""
+    """-d loss / d logp of each token, detached [M]: 1 for SFT. A KL term is not included."""
     logp_M = scores.logp.detach().requires_grad_()
     with torch.enable_grad():
         kl = None if scores.reference_kl is None else scores.reference_kl.detach()
@@ -411,29 +414,29 @@ def gradient_weights(wanted: Objective, scores: TokenScores) -> Tensor:
 
 
 class _Sequences:
-    """Sums over the tokens of each of S sequences."""
+    """Sums over the tokens of each sequence, E of them."""
 
     def __init__(self, scores: TokenScores):
-        ids_S, self.of_M = scores.need("sequence").unique(return_inverse=True)
-        self.count_S = torch.bincount(self.of_M, minlength=len(ids_S))
+        ids_E, self.of_M = scores.need("sequence").unique(return_inverse=True)
+        self.count_E = torch.bincount(self.of_M, minlength=len(ids_E))
 
-    def sum_S(self, values_M: Tensor) -> Tensor:
-        return values_M.new_zeros(len(self.count_S)).index_add_(0, self.of_M, values_M)
+    def sum_E(self, values_M: Tensor) -> Tensor:
+        return values_M.new_zeros(len(self.count_E)).index_add_(0, self.of_M, values_M)
 
-    def mean_S(self, values_M: Tensor) -> Tensor:
-        return self.sum_S(values_M) / self.count_S
+    def mean_E(self, values_M: Tensor) -> Tensor:
+        return self.sum_E(values_M) / self.count_E
 
     def sum(self, values_M: Tensor) -> Tensor:
         """Each token's sequence sum, [M]."""
-        return self.sum_S(values_M)[self.of_M]
+        return self.sum_E(values_M)[self.of_M]
 
     def mean(self, values_M: Tensor) -> Tensor:
         """Each token's sequence mean, [M]."""
-        return self.mean_S(values_M)[self.of_M]
+        return self.mean_E(values_M)[self.of_M]
 
 
 def _complement(logp: Tensor) -> Tensor:
-    """1 - p without cancellation; kept off zero, where a fractional power has no derivative."""
+    """1 - p without cancellation, kept above zero: a fractional power has no derivative there."""
     return (-torch.expm1(logp)).clamp_min(torch.finfo(logp.dtype).tiny)
 
 

@@ -1,11 +1,12 @@
 """One pass over the logits of a chunk: sums over the entries other than the target, exp in place.
 
-`row_kernel.py` does the same in one Triton kernel; `forward.py` picks one of the two.
+`row_kernel.py` does the same in one Triton kernel; `forward.py` chooses between them.
 
 Everything is computed for j != target. The target's entry is known exactly from a row dot product and is
-joined afterwards, so 1 - p is never formed as a difference (float32 gradient error 1.6e-6 instead of 2.5e-5).
+added afterwards, so 1 - p is never formed as a difference (float32 gradient error 1.6e-6 instead of 2.5e-5).
 
-Shapes: C rows of a chunk, V vocabulary, K entries of a top-k. u = z - shift.
+Shapes (docs/shapes.md): C rows of a chunk, F of them reduced together, V vocabulary, K entries of a top-k.
+u = z - cap(shift).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ TOP_K = 20
 
 
 class RowSums(NamedTuple):
-    """Of the entries j != target of each row, with e_j = exp(u_j - max): what both passes return."""
+    """What both passes return, over the entries j != target of each row; e_j = exp(u_j - max)."""
 
     max_C: Tensor
     sum_C: Tensor  # sum e_j
@@ -37,20 +38,21 @@ def torch_row_sums_(
 ) -> RowSums:
     """The pass in torch operations.
 
-    Goes block by block, so that a block's float32 copies stay in the cache of a CPU core: at V = 151,936 this
-    halves the time of the pass. A block of one row is reduced flat, which torch vectorises better.
+    It works block by block, so that a block's float32 copies stay in the cache of a CPU core: at V = 151,936
+    this halves the time of the pass. A block of one row is reduced as a vector, which torch does faster.
     """
     dtype, (C, V) = accumulator(u_CV.dtype), u_CV.shape
     block = max(1, (2**17 if u_CV.device.type == "cpu" else 2**25) // V)
-    x_BV = u_CV.new_empty(min(block, C), V, dtype=dtype)
-    e_BV = torch.empty_like(x_BV)
-    max_C, sum_C, dot_C, square_C = x_BV.new_empty(4, C)
-    top_CK = x_BV.new_empty(C, min(TOP_K, V - 1)) if "top_k_entropy" in needs else None
-    bias_V = None if head.bias_V is None else head.scale * head.bias_V.to(dtype)
+    x_FV = u_CV.new_empty(min(block, C), V, dtype=dtype)
+    e_FV = torch.empty_like(x_FV)
+    max_C, sum_C, dot_C, square_C = x_FV.new_empty(4, C)
+    top_CK = x_FV.new_empty(C, min(TOP_K, V - 1)) if "top_k_entropy" in needs else None
+    bias_V = None if head.bias_V is None else head.logit_scale * head.bias_V.to(dtype)
+    origin_C = head.cap(shift_C.to(dtype))
     for start in range(0, C, block):
         c = slice(start, min(start + block, C)) if block > 1 else start
         b = slice(0, min(block, C - start)) if block > 1 else 0
-        u, x, e = u_CV[c], x_BV[b], e_BV[b]
+        u, x, e = u_CV[c], x_FV[b], e_FV[b]
         x.copy_(u)
         if bias_V is not None:
             x.add_(bias_V)
@@ -58,7 +60,7 @@ def torch_row_sums_(
             shift = shift_C[c, None]
             x.add_(shift).div_(head.softcap).tanh_()
             slope = 1 - x * x if write else x
-            x.mul_(head.softcap).sub_(shift)
+            x.mul_(head.softcap).sub_(origin_C[c, None])
         x.scatter_(-1, y_C[c, None], EXCLUDED)
         if top_CK is not None:
             top_CK[c] = x.topk(top_CK.shape[1]).values

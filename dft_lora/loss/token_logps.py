@@ -2,7 +2,7 @@
 
 The computation it equals (`naive.py`):
 
-    z = hidden @ weight.T + bias                # [N, V], the tensor that is never built
+    z = hidden @ weight.T + bias                # [N, V], a tensor that is never built
     z = softcap * tanh(logit_scale * z / softcap)
     logp = z.float().log_softmax(-1)[arange(N), targets][targets != -100]
 
@@ -18,7 +18,7 @@ One training step, whatever the objective:
     )
     loss = wanted(scores)                       # a sum; divide by the supervised tokens of the whole step
 
-Shapes: N tokens, M supervised tokens, D hidden width, V vocabulary.
+Shapes (docs/shapes.md): N positions, M supervised tokens, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ DEVICE_CHUNK_BYTES = 2**30
 
 @dataclass(frozen=True)
 class TokenScores:
-    """`logp`, differentiable, and its company, one entry a supervised token (M of them).
+    """`logp`, differentiable, and related values, one entry per supervised token (M of them).
 
     Float32 (float64 for a float64 model). Only `logp`, `lse` and `reference_kl` carry gradients. Optional
-    fields are None unless they were asked for by name in `needs`, or given.
+    fields are None unless requested by name in `needs`, or given.
     """
 
     logp: Tensor
@@ -65,19 +65,19 @@ class TokenScores:
     top_k_entropy: Tensor | None = None
     """Entropy of the 20 most probable tokens, renormalised among themselves."""
     sequence: Tensor | None = None
-    """Which sequence a token belongs to; integers, equal within a sequence."""
+    """The id of each token's sequence; an integer."""
     reference_logp: Tensor | None = None
     """logp of the same tokens under the reference (the base model)."""
     reference_kl: Tensor | None = None
     """KL(reference || model), differentiable."""
     signals: Mapping[str, Tensor] = field(default_factory=dict)
-    """What the examples carry beside their tokens, by name; [M], an example's value at each of its tokens."""
+    """What the examples carry besides their tokens, by name; [M], each example's value at its tokens."""
     hidden: Tensor | None = None
     """With keep_jacobian: the supervised hidden states [M, D]."""
     jacobian: Tensor | None = None
     """With keep_jacobian: d logp / d hidden [M, D]."""
     skipped_rows: int = 0
-    """Rows left out of the gradient by `skip`."""
+    """Tokens that `skip` left out of the gradient."""
     skip_bound: float = 0.0
     """Upper bound of the Frobenius norm of what skipping removed from the gradient of `sum(w * logp)`."""
 
@@ -87,7 +87,7 @@ class TokenScores:
         return self.logp.detach().exp()
 
     def need(self, field: str) -> Tensor:
-        """An optional field; ValueError naming it where it is absent."""
+        """An optional field. Raises ValueError naming it if it is absent."""
         value = getattr(self, field)
         if value is None:
             raise ValueError(f"{field}: not among these scores; pass needs=objective.needs to token_logps")
@@ -117,20 +117,21 @@ def token_logps(
     ignore_index: int = -100,
     check_values: bool = True,
 ) -> TokenScores:
-    """Scores of the supervised tokens, differentiable with respect to whatever requires grad.
+    """Scores of the supervised tokens, differentiable with respect to everything that requires grad.
 
     hidden [N, D], weight [V, D], targets [N] (`ignore_index` where unsupervised), bias [V].
     z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), tanh only with a softcap.
 
     needs: names of optional fields of TokenScores that the objective reads (`objective.needs`).
-    signals: name -> [N], what the objective reads beside the scores (`objective.signals`).
-    sequence [N]: ids of the sequences tokens belong to. reference: the scores of the same targets under the
-    base model; with its `keep_jacobian`, `reference_kl` becomes available for a frozen head without soft-cap.
-    chunk_bytes: size of the workspace; given explicitly it overrides the floor of 512 rows.
-    skip, token_weight: leave rows out of the gradient, the smallest first, while their part of the summed
+    signals: name -> [N], what the objective reads besides the scores (`objective.signals`).
+    sequence [N]: the id of each token's sequence. reference: the scores of the same targets under the base
+    model; with its `keep_jacobian`, `reference_kl` becomes available for a frozen head without soft-cap.
+    chunk_bytes: size of the workspace; an explicit value overrides the floor of 512 rows.
+    skip, token_weight: leave tokens out of the gradient, the smallest first, while their share of the summed
     `2 * token_weight(logp) * (1 - p)` stays under `skip`; see `TokenScores.skip_bound`. token_weight is the
     objective's own detached weight, a function of logp alone (`objective.token_weight`).
-    check_values: refuse targets outside [0, V) and non-finite hidden states; off, they are undefined.
+    check_values: refuse targets outside [0, V) and non-finite hidden states. Without the check, results for
+    such values are undefined.
 
     Cost: two GEMMs of 2 M D V flops; one if nothing requires grad, four with a trainable weight. Memory:
     J [M, D] and one workspace [chunk, V].
@@ -189,7 +190,7 @@ def token_logps(
 def _reference_kl(h_MD: Tensor, logp_M: Tensor, reference: TokenScores) -> Tensor:
     """KL(reference || model) of two hidden states under one linear head, without its logits.
 
-    lse is convex in h, so this KL is its Bregman divergence; written with logp and J nothing large cancels:
+    lse is convex in h, so this KL is its Bregman divergence. Written with logp and J, nothing large cancels:
     KL = logp_ref - logp + (h - h_ref) . J_ref, of gradient J_ref - J. Bias and scale drop out.
     """
     moved_MD = h_MD.to(logp_M.dtype) - reference.need("hidden")
@@ -197,7 +198,7 @@ def _reference_kl(h_MD: Tensor, logp_M: Tensor, reference: TokenScores) -> Tenso
 
 
 def chunk_rows(hidden: Tensor, V: int, M: int, chunk_bytes: int | None) -> int:
-    """Rows of a chunk by bytes; a given size is obeyed, the default keeps the GEMMs large."""
+    """Rows per chunk: what fits into `chunk_bytes`; by default, enough to keep the GEMMs large."""
     if chunk_bytes is not None:
         return max(1, chunk_bytes // (V * hidden.element_size()))
     budget = CHUNK_BYTES.get(hidden.device.type, DEVICE_CHUNK_BYTES)
@@ -211,7 +212,7 @@ def _check_shapes(
     chunk_bytes: int | None,
     per_token: Mapping[str, Tensor | None],
 ) -> None:
-    """Shapes, devices, dtypes and plain numbers; `per_token` values are [N], of any dtype."""
+    """Checks shapes, devices, dtypes and plain numbers; `per_token` values are [N], of any dtype."""
     weight = head.weight_VD
     if hidden.ndim != 2:
         raise ValueError(f"hidden: must be [N, D], got {list(hidden.shape)}")
@@ -236,8 +237,8 @@ def _check_shapes(
             raise ValueError(f"{name}: is on {tensor.device}, hidden on {hidden.device}")
         if tensor is not None and name in trained and tensor.dtype != hidden.dtype:
             raise ValueError(f"{name}: is {tensor.dtype}, hidden is {hidden.dtype}")
-    if not isfinite(head.scale) or head.scale == 0:
-        raise ValueError(f"logit_scale: must be finite and not zero, got {head.scale}")
+    if not isfinite(head.logit_scale) or head.logit_scale == 0:
+        raise ValueError(f"logit_scale: must be finite and not zero, got {head.logit_scale}")
     if head.softcap is not None and not (isfinite(head.softcap) and head.softcap > 0):
         raise ValueError(f"softcap: must be positive, got {head.softcap}")
     if chunk_bytes is not None and chunk_bytes < 1:
@@ -245,14 +246,14 @@ def _check_shapes(
 
 
 def _check_values(h_MD: Tensor, y_M: Tensor, V: int) -> None:
-    """Reads the data: one synchronisation on a GPU."""
+    """Checks the values themselves, at the cost of one synchronisation on a GPU."""
     if len(y_M) == 0:
         return
     low, high = int(y_M.min()), int(y_M.max())
     if low < 0 or high >= V:
         raise ValueError(f"targets: must lie in [0, {V}), got {low if low < 0 else high}")
     if not bool(torch.isfinite(h_MD.detach()).all()):
-        raise ValueError("hidden: holds NaN or infinite values")
+        raise ValueError("hidden: contains NaN or infinite values")
 
 
 def _check_modes(
@@ -264,7 +265,7 @@ def _check_modes(
     reference: TokenScores | None,
     index: Tensor,
 ) -> None:
-    """Combinations that cannot be exact."""
+    """Refuses combinations that cannot be exact."""
     if not 0 <= skip < 1:
         raise ValueError(f"skip: must lie in [0, 1), got {skip}")
     if skip and token_weight is None:
@@ -272,7 +273,7 @@ def _check_modes(
     if skip and head.trainable:
         raise ValueError("skip: needs a frozen head; its error bound does not cover the head's own gradient")
     for name in needs - NEEDS:
-        raise ValueError(f"needs: {name!r} is none of {', '.join(sorted(NEEDS))}")
+        raise ValueError(f"needs: {name!r} is not one of {', '.join(sorted(NEEDS))}")
     if "sequence" in needs and sequence is None:
         raise ValueError("sequence: the objective needs the sequence id of each token")
     if needs & REFERENCE_NEEDS and reference is None:

@@ -4,14 +4,19 @@ peft has this as `model(..., adapter_names=[...])`. We install the same pre-forw
 reasons. peft removes its hooks after the forward but not when the forward raises (peft issue 3475, 0.21.2):
 the next batch of the same size then mixes adapters without a word. And it searches the whole model for its
 layers on every call (0.9 ms on a model of 28 LoRA layers, 0.05 ms here), paid at every token.
+
+A plain LoRA layer is told that all rows take the base, and its adapters are added to its output here: the
+same sums as peft's, but the places of an adapter's rows are worked out once per forward, not per layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import ModelError, did_you_mean
 
@@ -49,14 +54,49 @@ def mixed(layers: Sequence[nn.Module], adapter_names: Sequence[str | None]) -> I
     `layers` come from `adapter_layers`. No hook outlives the `with`, whatever happens in it.
     """
     names = [BASE if name is None else name for name in adapter_names]
+    bases = [BASE] * len(names)
+    places: dict[str, Tensor] = {}
+    if layers:
+        device = next(layers[0].parameters()).device
+        for wanted in set(names) - {BASE}:
+            rows = [row for row, name in enumerate(names) if name == wanted]
+            places[wanted] = torch.tensor(rows, device=device)
 
     def inject(layer, args, kwargs):
-        return args, {**kwargs, "adapter_names": names}
+        return args, {**kwargs, "adapter_names": bases if _is_plain(layer) else names}
+
+    def add(layer, args, output):
+        for name, rows in places.items():
+            if name in layer.lora_A:
+                _add_lora(layer, name, rows, args[0], output)
+        return output
 
     hooks = []
     try:
-        hooks += [layer.register_forward_pre_hook(inject, with_kwargs=True) for layer in layers]
+        for layer in layers:
+            hooks.append(layer.register_forward_pre_hook(inject, with_kwargs=True))
+            if places and _is_plain(layer):
+                hooks.append(layer.register_forward_hook(add))
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """A LoRA over a linear layer without variants such as DoRA."""
+    if not getattr(layer, "lora_A", None) or layer.lora_variant:
+        return False
+    return hasattr(layer.get_base_layer(), "in_features")
+
+
+def _add_lora(layer: Any, name: str, rows: Tensor, x: Tensor, output: Tensor) -> None:
+    """output[rows] += scaling * B(A(x[rows])), computed in LoRA's dtype and rounded to the output's."""
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    everyone = len(rows) == len(output)
+    taken = (x if everyone else x[rows]).to(down.weight.dtype)
+    change = (up(down(taken)) * layer.scaling[name]).to(output.dtype)
+    if everyone:
+        output += change
+    else:
+        output[rows] += change

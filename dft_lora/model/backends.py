@@ -6,33 +6,16 @@ Same recipe, same objectives through the same loss; a backend is a function from
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
 from ..config import Recipe
-from .hardware import Hardware
-from .head import Head, check_head, hidden_states, refuse_adapted_head
+from .built import Built
+from .head import check_head, refuse_adapted_head
 from .load import add_lora, load_base, set_checkpointing, use_checkpointing
 from .lora_inputs import keep_inputs_narrow
 from .sharding import shard
-
-
-@dataclass(frozen=True)
-class Built:
-    """A base with one new trainable adapter, ready to train."""
-
-    model: Any
-    """A peft model in eval mode."""
-    head: Head
-    hardware: Hardware
-    checkpointing: bool
-    hidden_states: Callable[..., torch.Tensor] = hidden_states
-    """(model, **inputs) -> h_BLD, connected to the graph."""
-    set_checkpointing: Callable[[bool], None] | None = None
-    """Switches checkpointing on or off; None where the backend's own is settled when the model is built."""
 
 
 def prepare(recipe: Recipe) -> None:

@@ -1,7 +1,7 @@
-"""The cache folder: what was fetched or unpacked once, `DFT_LORA_CACHE` or `~/.cache/dft-lora`.
+"""The cache folder for what was fetched or unpacked once: `DFT_LORA_CACHE` or `~/.cache/dft-lora`.
 
-Each entry is a sealed folder (`runs/atomic.py`): whole or not there. Two processes that want the same entry take
-turns; the second finds it made.
+Each entry is an atomic folder (`runs/atomic.py`): complete or absent. Two processes that want the same entry
+take turns; the second one finds it ready.
 """
 
 from __future__ import annotations

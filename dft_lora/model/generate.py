@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RequestError, RunError
+from ..loss import Head
 from .adapters import adapter_layers, mixed
 from .generation_memory import LOGITS_BYTES, PREFILL_TOKENS, rows_that_fit, sampler_rows
-from .head import Head, bare, head_of
+from .head import bare, head_of
 
 BLOCK = 512  # numbers of a row that are reduced at a time: the largest, or the sum, of each block comes first
 

@@ -26,7 +26,7 @@ class Rule:
     @property
     def consequence(self) -> str:
         scaled = ", loss scaled" if self.dtype == torch.float16 else ""
-        return f"base {str(self.dtype).removeprefix('torch.')}{scaled}; LoRA, loss and optimizer float32"
+        return f"base {dtype_name(self.dtype)}{scaled}; LoRA, loss and optimizer float32"
 
 
 def _capable(device: torch.device) -> bool:
@@ -77,6 +77,11 @@ def choose(dtype: str = "auto", parameters: int = 0, device: torch.device | None
         return Hardware(device, name, getattr(torch, dtype), f"model.dtype is {dtype}")
     rule = next(rule for rule in RULES if rule.applies(device, parameters))
     return Hardware(device, name, rule.dtype, rule.where)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16: the spelling of recipes and of recorded values."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _cpu_name() -> str:

@@ -4,7 +4,7 @@ The loss engine needs h_BLD and the head's weight, never [B, L, V] logits. A for
 decoder catches h while the model runs as it is, making no logits; once, at the start, the logits of
 one position prove that the head we read equals the head the model applies.
 
-Legend: B rows, L positions, D hidden width, V vocabulary.
+Shapes (docs/shapes.md): B rows, L positions, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,53 +12,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..errors import ModelError
-
-
-@dataclass(frozen=True)
-class Head:
-    """z = softcap * tanh(logit_scale * (h @ weight_VD.T + bias_V) / softcap); tanh only with a softcap."""
-
-    weight_VD: torch.Tensor
-    bias_V: torch.Tensor | None = None
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `token_logps` beyond hidden states and targets."""
-        return {
-            "weight": self.weight_VD,
-            "bias": self.bias_V,
-            "logit_scale": self.logit_scale,
-            "softcap": self.softcap,
-        }
-
-    @property
-    def row_bytes(self) -> int:
-        """Memory of one position in `raw_logits`, work arrays included."""
-        V, size = self.weight_VD.shape[0], self.weight_VD.element_size()
-        return V * size if self._plain else V * (size + 3 * 4)
-
-    @property
-    def _plain(self) -> bool:
-        return self.logit_scale == 1.0 and self.softcap is None
-
-    def raw_logits(self, h_ND: torch.Tensor) -> torch.Tensor:
-        """Full logits [N, V] for a few positions; in the head's dtype, float32 with a scale or a softcap."""
-        z_NV = torch.nn.functional.linear(h_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
-        if self._plain:
-            return z_NV
-        z_NV = z_NV.float() * self.logit_scale
-        return z_NV if self.softcap is None else self.softcap * torch.tanh(z_NV / self.softcap)
-
-    def logits(self, h_ND: torch.Tensor) -> torch.Tensor:
-        """Full logits [N, V] in float32, for a few positions only."""
-        return self.raw_logits(h_ND).float()
+from ..loss import Head
 
 
 def bare(model: Any) -> Any:

@@ -19,7 +19,7 @@ from ..errors import ModelError
 from ..hub import unreachable
 from ..runs.atomic import MANIFEST, damage
 from . import gguf
-from .hardware import Hardware, choose
+from .hardware import Hardware, choose, dtype_name
 from .head import bare
 from .known import KNOWN, known_file, unpacked_base
 from .limits import refuse_running_state
@@ -173,7 +173,7 @@ def load_base(
         )
     except (OSError, ValueError) as error:
         raise _not_found(config, "no weights of", error) from None
-    _keep_differentiable(model)
+    keep_differentiable(model)
     if for_answers and _wants_unpacked(model, config.unpack):
         _unpack_layers(model)
     model.requires_grad_(False)
@@ -214,7 +214,7 @@ def unpack(config: ModelConfig, dtype: torch.dtype, folder: Path) -> None:
 
     On the CPU: the device's memory stays free for that engine. Takes 2 bytes a parameter of memory and disk.
     """
-    named = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    named = config.model_copy(update={"dtype": dtype_name(dtype)})
     load_base(named, torch.device("cpu"))[0].dequantize().save_pretrained(folder)
 
 
@@ -242,7 +242,7 @@ def _nf4(dtype: torch.dtype, storage: torch.dtype) -> Any:
     )
 
 
-def _keep_differentiable(model: Any) -> None:
+def keep_differentiable(model: Any) -> None:
     """Close bitsandbytes' re-packing trap.
 
     On CPUs with AVX512-BF16 the first forward in eval mode without gradients re-packs each 4-bit

@@ -15,19 +15,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..config import Recipe
 from ..errors import MissingPart, ModelError
+from .built import Built
 from .hardware import choose
 from .head import bare, check_head, head_of, hidden_states
-from .load import CHECKPOINTING_FROM, count_parameters, load_model_config, resolve
+from .load import CHECKPOINTING_FROM, count_parameters, keep_differentiable, load_model_config, resolve
 from .lora_inputs import keep_inputs_narrow
-
-if TYPE_CHECKING:
-    from .backends import Built
 
 LEAST = (2026, 10, 9)
 REMEDY = "pip install -c constraints-unsloth.txt 'dft-lora[unsloth]' in an environment of its own"
@@ -58,8 +56,6 @@ def import_unsloth() -> Any:
 
 def build_with_unsloth(recipe: Recipe, device: torch.device) -> Built:
     """The base and adapter of a recipe, made by unsloth. Raises MissingPart or ModelError."""
-    from .backends import Built
-
     language_model = import_unsloth().FastLanguageModel
     config, adapter = recipe.model, recipe.adapter
     parameters = count_parameters(load_model_config(config))
@@ -76,9 +72,7 @@ def build_with_unsloth(recipe: Recipe, device: torch.device) -> Built:
         use_exact_model_name=True,  # the weights of the recipe, not unsloth's own 4-bit copy of them
         revision=config.revision,
     )
-    for module in base.modules():  # see load.py: bitsandbytes' re-packing trap
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    keep_differentiable(base)
     on_gpu = device.type == "cuda"
     head = head_of(base) if on_gpu else check_head(base)
     targets = adapter.target_modules

@@ -19,7 +19,7 @@ from ..data.templates import Renderer
 from ..errors import MissingPart, RequestError
 from ..runs.folder import read_json
 from .generate import Completion, Request, random_stream
-from .hardware import choose
+from .hardware import choose, dtype_name
 from .load import count_parameters, load_model_config, resolve, unpack
 
 AT_ONCE = 1024  # requests handed over at a time: what a kill loses
@@ -51,7 +51,7 @@ class Vllm:
 
         config = recipe.model
         hardware = choose(config.dtype, count_parameters(load_model_config(config)))
-        dtype = str(hardware.dtype).removeprefix("torch.")
+        dtype = dtype_name(hardware.dtype)
         self.provenance: dict[str, Any] = {"device": hardware.name, "dtype": dtype, "engine": "vllm"}
         self.stop_ids = sorted(renderer.stop_ids)
         self.loras = {

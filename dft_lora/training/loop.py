@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..config import Recipe
-from ..data.doctor import table
+from ..data.doctor import findings_table
 from ..errors import Interrupted
 from ..model.backends import prepare
 from ..runs.folder import RunFolder
@@ -22,7 +22,7 @@ from .faults import SaveClock, StopSignals
 from .plan import make_plan
 from .probe import auto_micro_batch
 from .ranks import Ranks
-from .resume_guard import identity, refuse_differences
+from .resume_guard import guarded_fields, refuse_differences
 from .trackers import begin, finish, track
 from .trainer import Trainer
 
@@ -45,12 +45,13 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
     checkpoints = Checkpoints(folder.checkpoints, recipe.train.keep_checkpoints)
     with StopSignals() as stop:
         ranks = Ranks(recipe)
-        itself = identity(plan, ranks.device, ranks.world)
-        state = reopen(folder, checkpoints, itself, extend) if resume or extend else None
+        guarded = guarded_fields(plan, ranks.device, ranks.world)
+        state = reopen(folder, checkpoints, guarded, extend) if resume or extend else None
         ranks.wait()  # all have read before one writes
         if ranks.is_main and plan.findings:
             print(
-                f"{recipe.data.source}: {plan.counts['rows']} rows\n{table(plan.findings)}", file=sys.stderr
+                f"{recipe.data.source}: {plan.counts['rows']} rows\n{findings_table(plan.findings)}",
+                file=sys.stderr,
             )
         if ranks.is_main and not ((resume or extend) and folder.begun):
             RunFolder.create(folder.path)
@@ -65,7 +66,7 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
         if ranks.is_main:
             folder.cut_metrics(trainer.done)
             folder.write_run(
-                **trainer.metadata(), **trainer.progress(), identity=itself, **provenance(folder, trainer)
+                **trainer.metadata(), **trainer.progress(), identity=guarded, **provenance(folder, trainer)
             )
             begin(ranks.accelerator, recipe.as_dict())
         clock = SaveClock(recipe.train.save_steps)

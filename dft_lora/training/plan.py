@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import Recipe, digest
-from ..data.doctor import Finding, examine, usable
+from ..data.doctor import Finding, check_data, usable
 from ..data.sources import load_problems
 from ..data.templates import Example, Renderer
 from ..errors import DataError, RecipeError
@@ -55,7 +55,7 @@ def make_plan(recipe: Recipe) -> Plan:
     rows = load_problems(recipe.data, recipe.train.seed)
     limit = recipe.data.max_length
     rendered = [renderer.render(problem) for problem in rows.problems if problem.solution is not None]
-    counts, findings = examine(rows, rendered, limit, recipe.evaluate.tasks)
+    counts, findings = check_data(rows, rendered, limit, recipe.evaluate.tasks)
     examples = usable(rendered, limit)
     if not examples:
         raise DataError(

@@ -17,6 +17,7 @@ from ..config import Recipe
 from ..data.batches import ungrouped
 from ..errors import RequestError
 from ..model.backends import prepare
+from ..model.hardware import dtype_name
 from ..model.memory import MIB
 from .learner import Learner
 from .plan import Plan, make_plan
@@ -69,7 +70,7 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
     return {
         "device": learner.hardware.name,
         "counted": "CUDA allocator" if device.type == "cuda" else "live tensors",
-        "dtype": str(learner.hardware.dtype).removeprefix("torch."),
+        "dtype": dtype_name(learner.hardware.dtype),
         "micro_batch_size": learner.layout.micro_batch_size,
         "gradient_checkpointing": learner.checkpointing,
         "longest_micro_batch": list(worst.input_ids_BL.shape),
@@ -77,7 +78,7 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
         | {"activations": real.saved, "loss_workspace": int(fit.workspace(real.M))}
         | {"scores_and_backward": max(0, real.peak - real.saved - int(fit.workspace(real.M)))},
         "peak": sum(resident.values()) + real.peak,
-        "predicted_peak": sum(resident.values()) + int(fit.peak(real.T, real.M)),
+        "predicted_peak": sum(resident.values()) + int(fit.peak(real.N, real.M)),
         "available": available,
         "headroom": int(usable(available, device, budget)) - sum(resident.values()) - real.peak,
         "seconds_a_step": a_step,
@@ -104,7 +105,7 @@ def propose(
     checkpointing, if that leaves room for four rows; else with it, as many rows as fit; a smaller loss chunk
     only where one row would not fit otherwise. `fits` may hold one of the two alone.
     """
-    T, M = worst.T / rows, worst.M / rows
+    N, M = worst.N / rows, worst.M / rows
     most = min(MOST_ROWS, batch_size)
     enough = min(ENOUGH_ROWS, most)
     leanest = max(fits)  # with checkpointing, where that was measured
@@ -118,14 +119,14 @@ def propose(
         if checkpointing not in fits:
             continue
         fit = fits[checkpointing].with_chunk(chunk)
-        fitting = [m for m in range(1, most + 1) if resident + fit.peak(m * T, m * M) <= limit]
+        fitting = [m for m in range(1, most + 1) if resident + fit.peak(m * N, m * M) <= limit]
         if fitting and fitting[-1] >= least:
             best = fitting[-1]
             return {
                 "train.micro_batch_size": best,
                 "train.gradient_checkpointing": checkpointing,
                 "train.loss_chunk_mb": None if chunk is None else max(1, chunk // MIB),
-                "predicted_peak": int(resident + fit.peak(best * T, best * M)),
+                "predicted_peak": int(resident + fit.peak(best * N, best * M)),
             }
     return None
 

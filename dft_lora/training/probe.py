@@ -3,14 +3,14 @@
 A pass is at its worst when the loss has its workspace on top of all that the forward pass saved, or in the
 backward pass:
 
-    peak(T, M) = resident + max(saved(T) + workspace(M) + scores * M, backward(T))
+    peak(N, M) = resident + max(saved(N) + workspace(M) + scores * M, backward(N))
 
-for T positions, M of them supervised; `saved` and `backward` are straight lines through two small passes, for
+for N positions, M of them supervised; `saved` and `backward` are straight lines through two small passes, for
 no attention in use keeps an [L, L] matrix per head. On CUDA the allocator counts the bytes. On a CPU the live
 tensors are counted, which is what a GPU's allocator would see of the same dtypes: so a run can be fitted to a
 GPU that is not here.
 
-Legend: T positions of a micro-batch, M supervised ones, V vocabulary.
+Legend: N positions of a micro-batch, M supervised ones, V vocabulary.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PROBE = 256
 
 @dataclass(frozen=True)
 class LinearFit:
-    """y = at_zero + slope * T."""
+    """y = at_zero + slope * N."""
 
     at_zero: float
     slope: float
@@ -54,15 +54,15 @@ class LinearFit:
         slope = (b[1] - a[1]) / (b[0] - a[0])
         return cls(a[1] - slope * a[0], slope)
 
-    def __call__(self, T: float) -> float:
-        return self.at_zero + self.slope * T
+    def __call__(self, N: float) -> float:
+        return self.at_zero + self.slope * N
 
 
 @dataclass(frozen=True)
 class ProbePass:
     """One forward and backward pass: bytes above what is resident."""
 
-    T: int
+    N: int
     M: int
     saved: int
     loss_peak: int
@@ -90,8 +90,8 @@ class MemoryFit:
     def workspace(self, M: float) -> float:
         return min(self.rows, M) * self.row_bytes
 
-    def peak(self, T: float, M: float) -> float:
-        return max(self.saved(T) + self.workspace(M) + self.scores * M, self.backward(T))
+    def peak(self, N: float, M: float) -> float:
+        return max(self.saved(N) + self.workspace(M) + self.scores * M, self.backward(N))
 
     def with_chunk(self, chunk_bytes: int | None) -> MemoryFit:
         return self if chunk_bytes is None else replace(self, rows=max(1, chunk_bytes // self.row_bytes))
@@ -104,8 +104,8 @@ def auto_micro_batch(learner: Learner, examples: Sequence[Example]) -> int:
     resident = sum(resident_bytes(learner).values())
     limit = usable(memory_of_machine(learner.ranks.device), learner.ranks.device, None)
     most = min(MOST_ROWS, learner.recipe.train.batch_size)
-    T, M = worst.positions, worst.supervised
-    return max([m for m in range(1, most + 1) if resident + fit.peak(m * T, m * M) <= limit], default=1)
+    N, M = worst.positions, worst.supervised
+    return max([m for m in range(1, most + 1) if resident + fit.peak(m * N, m * M) <= limit], default=1)
 
 
 def measure(learner: Learner, examples: Sequence[Example], checkpointing: bool) -> MemoryFit:
@@ -125,8 +125,8 @@ def measure(learner: Learner, examples: Sequence[Example], checkpointing: bool) 
     weight_VD = learner.head.weight_VD
     V, chunk = len(weight_VD), learner.layout.chunk_bytes
     fit = MemoryFit(
-        saved=LinearFit.through((short.T, short.saved), (long.T, long.saved)),
-        backward=LinearFit.through((short.T, short.backward_peak), (long.T, long.backward_peak)),
+        saved=LinearFit.through((short.N, short.saved), (long.N, long.saved)),
+        backward=LinearFit.through((short.N, short.backward_peak), (long.N, long.backward_peak)),
         scores=0.0,
         row_bytes=V * weight_VD.element_size(),
         rows=chunk_rows(weight_VD, V, 2**30, chunk),

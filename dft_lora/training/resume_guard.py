@@ -9,7 +9,7 @@ import torch
 
 from ..errors import RequestError
 from ..model.fingerprint import base_fingerprint
-from ..model.hardware import choose
+from ..model.hardware import choose, dtype_name
 from ..model.load import count_parameters, load_model_config
 from .plan import Plan
 
@@ -19,7 +19,7 @@ LENGTH = ("train.max_steps", "train.epochs")
 """Fields that make the number of steps, which is compared in their place."""
 
 
-def identity(plan: Plan, device: torch.device, processes: int) -> dict[str, Any]:
+def guarded_fields(plan: Plan, device: torch.device, processes: int) -> dict[str, Any]:
     """Names and plain values, flat. The dtype stands as resolved: `auto` differs between GPUs."""
     config = plan.recipe.model
     hardware = choose(config.dtype, count_parameters(load_model_config(config)), device)
@@ -33,7 +33,7 @@ def identity(plan: Plan, device: torch.device, processes: int) -> dict[str, Any]
         "data": plan.data_hash,
         "template": plan.renderer.fingerprint,
         "base": base_fingerprint(config),
-        "dtype": str(hardware.dtype).removeprefix("torch."),
+        "dtype": dtype_name(hardware.dtype),
         "processes": processes,
     }
 

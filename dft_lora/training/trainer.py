@@ -10,7 +10,7 @@ import torch
 
 from ..data.batches import examples_of, ungrouped
 from ..errors import RunError
-from ..model.hardware import peak_memory_mb
+from ..model.hardware import dtype_name, peak_memory_mb
 from ..model.load import weights_of
 from ..model.sharding import held_mb
 from ..runs.provenance import certificate
@@ -169,7 +169,3 @@ class Trainer:
         return tqdm(
             total=self.plan.steps, initial=done, desc=name, unit="step", disable=not self.ranks.is_main
         )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

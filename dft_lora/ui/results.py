@@ -166,7 +166,7 @@ def _accuracy(label: Legend, recorded: Recorded) -> str:
 def _paired(label: Legend, paired: Sequence[Mapping[str, Any]], known: set[str]) -> str:
     rows = [
         [
-            f"{label(e['b'])} − {label(e['a'])}",
+            f'<span class="pair">{label(e["b"])} − {label(e["a"])}</span>',
             plain(e["task"]),
             f"<b>{100 * e['difference']:+.1f}</b>",
             f"{100 * e['ci95'][0]:+.1f} to {100 * e['ci95'][1]:+.1f}",
@@ -277,7 +277,8 @@ def _bars(bins: Sequence[int], most: int, colour: str) -> str:
         for i, n in enumerate(bins)
     )
     ticks = "".join(
-        _text(across(i / len(bins)), HEIGHT - 6, f"{100 * i // len(bins)} %") for i in range(len(bins) + 1)
+        _text(across(i / len(bins)), HEIGHT - 6, f"{100 * i // len(bins)} %", anchor)
+        for i, anchor in enumerate(["middle"] * len(bins) + ["end"])
     )
     return _svg(bars + ticks, "problems by share of correct samples")
 

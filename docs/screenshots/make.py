@@ -1,6 +1,6 @@
-"""Screenshots of each tab at 1280 and 390 px, light and dark: `python docs/screenshots/make.py RUN_DIR ...`.
+"""Screenshots of every tab at 1280 and 390 px, light and dark: `python docs/screenshots/make.py [RUN ...]`.
 
-Needs Chromium with chromedriver, and selenium. The page is served on a free port and closed again.
+It needs Chromium, chromedriver and selenium, and serves the page on a free port while it runs.
 """
 
 import shutil
@@ -13,14 +13,17 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
 from dft_lora.runs.folder import RunFolder
-from dft_lora.ui.server import launch
+from dft_lora.ui.server import default_runs, launch
 from dft_lora.ui.session import Session
 from dft_lora.ui.votes import Ballot
 
 OUT = Path(__file__).parent
 SIZES = {1280: 900, 390: 844}
-READY = {  # tab -> (what to press there, what is seen when it is done)
-    "Compare": ("#go", "document.querySelectorAll('#answers .chip:not(.wait)').length >= 2"),
+READY = {  # tab -> (what to press there, what the page shows once it is done)
+    "Compare": (
+        "#go",
+        "document.querySelector('#answers .chip') && !document.querySelector('#answers .chip.wait')",
+    ),
     "Tokens": (None, "document.querySelector('#strips .t')"),
     "Samples": (
         "#draw",
@@ -32,7 +35,7 @@ READY = {  # tab -> (what to press there, what is seen when it is done)
 
 
 def main(run_dirs: list[str]) -> None:
-    folders = [RunFolder.open(path) for path in run_dirs]
+    folders = [RunFolder.open(path) for path in run_dirs] or default_runs()
     session = Session(folders)
     with tempfile.TemporaryDirectory() as votes:
         page = launch(folders, session, Ballot(Path(votes, "votes.jsonl"), session.identities))
@@ -72,11 +75,11 @@ def shoot(url: str, width: int, height: int, scheme: str) -> None:
         driver.quit()
 
 
-def wait(driver, condition: str, seconds: float = 120) -> None:
+def wait(driver, condition: str, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not driver.execute_script(f"return Boolean({condition})"):
         if time.monotonic() > end:
-            sys.exit(f"waited {seconds:.0f} s in vain for {condition}")
+            sys.exit(f"gave up after {seconds:.0f} s: {condition}")
         time.sleep(0.1)
 
 

@@ -43,39 +43,41 @@ class CompareInputs:
 
 def compare_tab(session: Session) -> CompareInputs:
     example = get_task("arithmetic").problems()[EXAMPLE]
-    with gr.Tab("Compare", id="compare"), gr.Row(elem_classes="split"):
+    with gr.Tab("Compare", id="compare"):
         comparison = gr.State(None)
-        with gr.Column(scale=1, min_width=280, elem_classes="ask"):
+        with gr.Row(elem_classes="ask"):
             problem = gr.Textbox(
                 example.question,
                 label="Problem",
                 info="Chosen because the demo’s runs disagree on it; Results shows how often they do.",
-                lines=5,
+                lines=4,
                 max_lines=12,
                 max_length=8000,
                 elem_id="problem",
+                scale=3,
+                min_width=300,
             )
-            reference = gr.Textbox(
-                example.answer,
-                label="Reference answer",
-                placeholder="Optional. Answers are judged against it.",
-                max_length=2000,
-                elem_id="reference",
-            )
-            with gr.Row(elem_classes="buttons"):
-                go = gr.Button("Compare", variant="primary", elem_id="go", scale=2, min_width=120)
-                stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
-            with gr.Accordion("Pick a problem", open=False):
+            with gr.Column(scale=1, min_width=280):
+                reference = gr.Textbox(
+                    example.answer,
+                    label="Reference answer",
+                    placeholder="Optional. Answers are judged against it.",
+                    max_length=2000,
+                    elem_id="reference",
+                )
+                with gr.Row(elem_classes="buttons"):
+                    go = gr.Button("Compare", variant="primary", elem_id="go", scale=2, min_width=120)
+                    stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
+        with gr.Row(elem_classes="more"):
+            with gr.Column(min_width=280), gr.Accordion("Pick a problem", open=False):
                 task, level, pick = picker()
-            with gr.Accordion("Sampling", open=False):
+            with gr.Column(min_width=280), gr.Accordion("Sampling", open=False):
                 temperature = gr.Slider(0, 1.5, 1.0, step=0.1, label="Temperature", info="0 means greedy")
                 samples = gr.Slider(1, 8, 1, step=1, label="Samples per run")
                 most = max(16, min(4096, session.positions // 2))
-                max_new_tokens = gr.Slider(
-                    16, most, min(most, 512), step=16, label="Maximum length in tokens"
-                )
+                max_new_tokens = gr.Slider(16, most, min(most, 512), step=16, label="Max new tokens")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-            with gr.Accordion("Reference solution", open=False):
+            with gr.Column(min_width=280), gr.Accordion("Reference solution", open=False):
                 solution = gr.Textbox(
                     example.solution,
                     label="Reference solution",
@@ -84,13 +86,12 @@ def compare_tab(session: Session) -> CompareInputs:
                     max_length=8000,
                     elem_id="solution",
                 )
-        with gr.Column(scale=3, min_width=320):
-            answers = gr.Markdown(
-                answers_view(session.runs, []),
-                latex_delimiters=[*DELIMITERS],
-                sanitize_html=True,
-                elem_id="answers",
-            )
+        answers = gr.Markdown(
+            answers_view(session.runs, []),
+            latex_delimiters=[*DELIMITERS],
+            sanitize_html=True,
+            elem_id="answers",
+        )
 
     inputs = [problem, reference, temperature, max_new_tokens, seed, samples]
 

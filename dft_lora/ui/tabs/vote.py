@@ -24,7 +24,7 @@ def vote_tab(session: Session, ballot: Ballot) -> None:
             task = gr.Dropdown(task_names(), value="arithmetic-long", label="Problem set", min_width=160)
             new = gr.Button("New pair", variant="primary", elem_id="new-pair", min_width=120)
         pair_shown = gr.Markdown(pair_view(None), latex_delimiters=[*DELIMITERS], elem_id="pair")
-        with gr.Row(elem_classes="controls"):
+        with gr.Row(elem_classes="choices", equal_height=True):
             left = gr.Button("Left is better", interactive=False, elem_id="left")
             tie = gr.Button("No difference", interactive=False, elem_id="tie")
             right = gr.Button("Right is better", interactive=False, elem_id="right")
