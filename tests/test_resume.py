@@ -187,7 +187,7 @@ def test_a_run_that_has_not_finished_is_not_evaluated_unless_a_checkpoint_is_nam
     assert adapter(stopped / "steps" / "step-000006") == (newest / "adapter" / ADAPTER).read_bytes()
     assert (stopped / "steps" / "step-000006" / "report.json").is_file()
     code, told = run("evaluate", str(stopped / "checkpoints" / "step-000007"), *ASKED)
-    assert code == 2 and "kept are: step-000003, step-000006" in told
+    assert code == 2 and "available: step-000003, step-000006" in told
     assert run("train", str(recipe), "--resume")[0] == 0
     code, told = run("evaluate", str(stopped), *ASKED)
     assert code == 0, told

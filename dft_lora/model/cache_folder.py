@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import RequestError, RunError
-from ..runs.atomic import MANIFEST, write_sealed
+from ..runs.atomic import MANIFEST, write_folder
 
 
 def cache_folder() -> Path:
@@ -51,7 +51,7 @@ def keep(entry: Path, files: Iterable[tuple[str, bytes]], room: int, purpose: st
                     f"{purpose}: {entry.parent} has {free / 1e6:,.0f} MB free and needs {room / 1e6:,.0f}; "
                     "make room, or name another folder with DFT_LORA_CACHE"
                 )
-            write_sealed(entry, files)
+            write_folder(entry, files)
     except OSError as error:
         raise RunError(
             f"{purpose}: {entry.parent} could not be written ({error.strerror or error}); "

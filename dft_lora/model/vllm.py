@@ -52,7 +52,7 @@ class Vllm:
         config = recipe.model
         hardware = choose(config.dtype, count_parameters(load_model_config(config)))
         dtype = dtype_name(hardware.dtype)
-        self.facts: dict[str, Any] = {"device": hardware.name, "dtype": dtype, "engine": "vllm"}
+        self.provenance: dict[str, Any] = {"device": hardware.name, "dtype": dtype, "engine": "vllm"}
         self.stop_ids = sorted(renderer.stop_ids)
         self.loras = {
             name: LoRARequest(name, number, str(path.resolve()))

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from ..errors import RunError
-from ..runs.atomic import damage, discard, write_sealed
+from ..runs.atomic import damage, discard, write_folder
 from ..runs.folder import writing
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -70,7 +70,7 @@ class Checkpoints:
         """
         path = self.path / f"step-{state.step:06d}"
         with writing(path):
-            write_sealed(path, _files(state, adapter_config))
+            write_folder(path, _files(state, adapter_config))
             for leftover in self.path.glob(".step-*"):
                 shutil.rmtree(leftover)
             kept = [p for p in self.all() if _step(p) <= state.step][-self.keep :]
@@ -103,7 +103,7 @@ class Checkpoints:
 def write_adapter(path: Path, weights: dict[str, torch.Tensor], config: Any) -> None:
     """A final adapter, sealed. Raises RunError when it cannot be written."""
     with writing(path):
-        write_sealed(path, adapter_files(weights, config))
+        write_folder(path, adapter_files(weights, config))
 
 
 def adapter_files(weights: dict[str, torch.Tensor], config: Any) -> Iterator[tuple[str, bytes]]:
