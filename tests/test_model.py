@@ -251,7 +251,7 @@ def test_positions_count_rope_scaling_and_may_have_no_limit():
 def test_a_tokenizer_larger_than_the_embedding_is_refused_where_its_tokens_occur(tmp_path):
     path = saved(tmp_path, tiny_config("llama", vocab=20))
     line = refused(path)
-    assert line.startswith("error: model.name:") and "only 20 rows" in line
+    assert line.startswith("error: model.name:") and "its embedding has 20 rows" in line
     refuse_unknown_tokens([1, 19], AutoConfig.from_pretrained(path), None)  # 20 and above do not occur
 
 

@@ -68,9 +68,10 @@ class Batch:
         Packed rows come with positions and without a mask. Where positions restart, transformers derives the
         mask, or the bounds for variable-length attention, but only if it is given no mask.
         """
-        packed = self.positions_BL is not None
         inputs = {"input_ids": self.input_ids_BL} | (
-            {"position_ids": self.positions_BL} if packed else {"attention_mask": self.attention_mask_BL}
+            {"attention_mask": self.attention_mask_BL}
+            if self.positions_BL is None
+            else {"position_ids": self.positions_BL}
         )
         return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
 

@@ -67,7 +67,8 @@ def load_problems(data: DataConfig, seed: int = 0) -> Rows:
     """
     _refuse_ignored(data)
     if data.source in task_names():
-        good, bad = [[problem] for problem in get_task(data.source).problems(data.split)], []
+        good = [[problem] for problem in get_task(data.source).problems(data.split)]
+        bad: list[BadRow] = []
     else:
         good, bad = _read(data)
     total = len(good) + len(bad)

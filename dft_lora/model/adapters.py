@@ -41,7 +41,7 @@ def adapter_layers(model: nn.Module, names: Iterable[str | None] = ()) -> list[n
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)]
     if any(layer.disable_adapters for layer in layers):
         raise ModelError("the model's adapters are disabled: generate outside `disable_adapter()`")
     return layers

@@ -261,9 +261,10 @@ def add_lora(base: Any, config: AdapterConfig) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets = config.target_modules
+    alpha: Any = config.alpha  # peft's annotation says int, but it takes any number
     lora = LoraConfig(
         r=config.r,
-        lora_alpha=config.alpha,
+        lora_alpha=alpha,
         lora_dropout=config.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",

@@ -53,7 +53,8 @@ def keep_inputs_narrow(model: Any) -> None:
     """Let the float32 LoRA layers of a peft model keep their 16-bit inputs. The weights are not changed."""
     from peft.tuners.lora import LoraLayer
 
-    for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
         layer.cast_input_dtype_enabled = False
         for name, first in layer.lora_A.items():
             with torch.device("meta"):

@@ -107,7 +107,7 @@ class Vllm:
                 )
                 for request in requests
             ],
-            lora_request=[self.loras.get(request.adapter) for request in requests],
+            lora_request=[request.adapter and self.loras[request.adapter] for request in requests],
             use_tqdm=False,
         )
         for output in outputs:

@@ -1,4 +1,4 @@
-"""What is asked, and how an answer is judged. A task's module is imported when a task is first asked for."""
+"""Problems, and how answers to them are judged. The tasks' modules are imported when first needed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dft_lora.errors import RequestError, did_you_mean
 from dft_lora.tasks.base import Judge, Task
 
 MODULES = ("arithmetic", "codebook", "benchmarks")
-"""Modules of this package that hold tasks, each in a tuple TASKS."""
+"""Modules of this package that define tasks, each in a tuple TASKS."""
 
 
 @cache
@@ -18,12 +18,12 @@ def _tasks() -> dict[str, Task]:
 
 
 def task_names() -> list[str]:
-    """The names that `get_task` knows."""
+    """The names that `get_task` accepts."""
     return list(_tasks())
 
 
 def get_task(name: str) -> Task:
-    """The task of that name; RequestError with the nearest name where there is none."""
+    """The task of that name. Raises RequestError with the closest name if there is none."""
     if name not in _tasks():
         raise RequestError(
             f"unknown task {name!r}{did_you_mean(name, _tasks())}; known: {', '.join(_tasks())}"
@@ -32,5 +32,5 @@ def get_task(name: str) -> Task:
 
 
 def judge_of(source: str) -> Judge:
-    """Who judges answers to the rows of `data.source`: the task of that name, for own data the default."""
+    """The judge of answers to the rows of `data.source`: the task of that name, or the default judge."""
     return _tasks().get(source) or Judge()

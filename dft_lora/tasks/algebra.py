@@ -2,11 +2,12 @@ r"""The one file that imports math_verify, and the process that runs it.
 
     python -m dft_lora.tasks.algebra      `judge` starts it, talks to it and kills it
 
-A line in is `{"id", "answer", "reference", "seconds", "patience"}`, a line out `ID STATUS`. The process that
-was started stays warm and computes nothing; a forked child answers, and announces itself with `ready PID`.
-Nothing is trusted to end: the kernel ends the child after `seconds` of processor time, the caller after
-`patience` on the clock, and the kernel once more a second later, where the caller is gone. Memory is limited
-too, where the system can. (Without fork the process itself answers, and the caller's kill is the only limit.)
+An input line is `{"id", "answer", "reference", "seconds", "patience"}`, an output line `ID STATUS`. The
+process that was started stays warm and computes nothing; a forked child answers, and announces itself with
+`ready PID`. No computation is trusted to end: the kernel ends the child after `seconds` of processor time,
+the caller after `patience` seconds on the clock, and the kernel again one second later, in case the caller
+has died. Memory is limited too, if the system can. (Without fork the process itself answers, and only the
+caller can end it.)
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from typing import Any
 
 from dft_lora.tasks.answers import TOLERANCE, agree
 
-MEMORY = 2 << 30  # bytes of address space; sympy and an ordinary answer take 0.3
+MEMORY = 2 << 30  # bytes of address space; sympy and an ordinary answer take 0.3 GB
 
 
 class Unreadable(Exception):
     """An answer that math_verify cannot read as mathematics."""
 
 
-@lru_cache(256)  # the same few references come again and again
+@lru_cache(256)  # the same few references recur
 def _read(text: str, units: bool = False) -> Any:
     """A sympy object, or None. `units`: a trailing m, c or s is a unit, not a variable."""
     from latex2sympy2_extended import NormalizationConfig
@@ -40,7 +41,7 @@ def _read(text: str, units: bool = False) -> Any:
 
 
 def same(answer: str, reference: str) -> bool:
-    """Whether two expressions are equal; raises Unreadable where the answer is not mathematics."""
+    """Whether two expressions are equal. Raises Unreadable if the answer is not mathematics."""
     given, gold = _read(answer), _read(reference)
     if given is None:
         raise Unreadable
@@ -52,12 +53,13 @@ def same(answer: str, reference: str) -> bool:
 
 
 def _equal(given: Any, gold: Any) -> bool:
-    """Expressions and equations by their values, everything else by math_verify.
+    """Compares expressions and equations by their values, everything else with math_verify.
 
-    math_verify rounds numbers to six places, so that 2^{-99} sqrt(2) would be 2^{-98} sqrt(2), knows few
-    identities, and spends its time on simplification. So numbers are compared to 1e-12 relative (TOLERANCE
-    where one is written as a decimal), and expressions in variables at a few points, negative ones too.
-    Two equations are the same when their differences of sides have a constant ratio.
+    math_verify rounds numbers to six places, so that 2^{-99} sqrt(2) would equal 2^{-98} sqrt(2), knows few
+    identities, and spends its time on simplification. So numbers are compared to a relative 1e-12 (TOLERANCE
+    if one of them is written as a decimal), and expressions with variables at a few points, including
+    negative ones. Two equations are the same if their left sides minus their right sides have a constant
+    ratio.
     """
     from math_verify import verify
     from sympy import Equality, Expr, Float
@@ -81,7 +83,7 @@ def _equal(given: Any, gold: Any) -> bool:
 
 
 def _values(*expressions: Any) -> list[tuple[Any, ...]]:
-    """The values of expressions at three points; at none, so once, where they have no variables."""
+    """The values of expressions at three points, or once if they have no variables."""
     from sympy import Rational
 
     names = sorted(set().union(*(expression.free_symbols for expression in expressions)), key=str)
@@ -98,18 +100,18 @@ def status(answer: str, reference: str) -> str:
         return "unparsable"
     except MemoryError:
         raise
-    except Exception:  # sympy may raise anything on odd input, and none of it proves two answers equal
+    except Exception:  # sympy may raise anything on odd input, which never means that the answers are equal
         return "wrong"
 
 
 def main() -> None:
     """Warm up, then let forked children answer: when one is killed the next is ready in milliseconds."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, which ends this process
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    same(r"\frac{x}{2}", r"\sqrt{x}")  # imports and first-use tables are paid here, once
+    same(r"\frac{x}{2}", r"\sqrt{x}")  # pays for imports and first-use tables here, once
     while hasattr(os, "fork"):
         child = os.fork()
         if not child:
@@ -118,24 +120,24 @@ def main() -> None:
             return
     try:
         serve()
-    except BrokenPipeError:  # nobody listens any more; any other status would have the next child forked
+    except BrokenPipeError:  # the caller is gone; any other status would fork the next child
         os._exit(0)
 
 
 def serve() -> None:
-    """Say who is ready, then answer line by line until the input ends."""
+    """Announce this process, then answer line by line until the input ends."""
     replies, sys.stdout = sys.stdout, sys.stderr  # a stray print inside must not look like a reply
     print("ready", os.getpid(), file=replies, flush=True)
     for line in sys.stdin:
         job = json.loads(line)
         _alarms(job["seconds"], job["patience"] + 1)
         reply = status(job["answer"], job["reference"])
-        _alarms(0, 0)  # before the reply: who has answered does not die of it
+        _alarms(0, 0)  # before the reply: a process that has answered must not be killed
         print(job["id"], reply, file=replies, flush=True)
 
 
 def _alarms(seconds: float, patience: float) -> None:
-    """Let the kernel end this process after so much processor time, or so much time; 0: never."""
+    """Let the kernel end this process after that much processor time or wall time; 0: never."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
         signal.setitimer(signal.ITIMER_REAL, patience)

@@ -1,16 +1,15 @@
-r"""Whether two final answers say the same, without algebra.
+r"""Whether two final answers are equal, without algebra.
 
-`agree` takes an answer apart (lists, sets, tuples, intervals, unions, matrices) down to leaves and
-compares numbers as exact fractions, with units, percentages and degrees. A pair of leaves that needs
-algebra goes to the function given as `algebra`; the default raises `NeedsAlgebra`. Only the standard
-library is used, and every step is linear in the text or bounded, so that a hostile answer costs no
-more than an ordinary one.
+`agree` splits an answer (lists, sets, tuples, intervals, unions, matrices) into leaves and compares numbers
+as exact fractions, with units, percentages and degrees. A pair of leaves that needs algebra goes to the
+function given as `algebra`; the default raises `NeedsAlgebra`. It uses only the standard library, and every
+step is linear in the text or bounded, so a hostile answer costs no more than an ordinary one.
 
 Rules where practice differs (the reference harness is Qwen2.5-Math's, which the DFT paper used):
-- Integers and fractions match exactly. Where a decimal is involved 1e-4 relative is near enough (that
-  harness's tolerance), except that an integer reference wants the integer.
-- `50%` matches 50 and 0.5; a bare 0.5 does not match 50. Degrees are a unit. A unit that one side leaves
-  out or that is not in the table is ignored; two units of the table are converted.
+- Integers and fractions match exactly. If a decimal is involved, a relative 1e-4 is close enough (that
+  harness's tolerance), except that an integer reference requires the integer.
+- `50%` matches 50 and 0.5; a bare 0.5 does not match 50. Degrees are a unit. A unit that one side omits or
+  that is not in the table is ignored; two units of the table are converted.
 - Values separated by commas form a set; a tuple, an interval and a matrix keep their order.
 """
 
@@ -67,7 +66,7 @@ _LHS = re.compile(
 
 @lru_cache(4096)
 def tidy(answer: str) -> str:
-    """The answer without typography: spacing, dollar signs, degree marks, other spellings of one thing."""
+    """The answer without typography: spacing, dollar signs, degree marks, alternative spellings."""
     for pattern, new in _TIDY:
         answer = pattern.sub(new, answer)
     return answer.strip().rstrip(".,;:").strip()
@@ -87,7 +86,7 @@ class Group(NamedTuple):
 
 @lru_cache(4096)
 def parse(text: str, thousands: bool = True) -> Group | str:
-    """A tidy answer as nested groups with leaves of text; `thousands`: read a bare 1,234 as one number."""
+    """A tidy answer as nested groups whose leaves are texts; `thousands`: read a bare 1,234 as one number."""
     text = text.strip()
     if "," in text and (words := WRAP.fullmatch(text)):
         text = words[1]
@@ -113,7 +112,7 @@ def parse(text: str, thousands: bool = True) -> Group | str:
 
 
 def _split(text: str, separators: str) -> list[str]:
-    """The non-empty parts of a text between separators that stand outside every bracket."""
+    """The non-empty parts of a text between separators outside of all brackets."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "([{") - (letter in ")]}")
@@ -125,7 +124,7 @@ def _split(text: str, separators: str) -> list[str]:
 
 
 def _wrapped(text: str) -> bool:
-    """Whether the bracket that opens a text closes at its very end."""
+    """Whether the bracket that opens a text closes at its end."""
     depth = 0
     for i, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")
@@ -148,9 +147,9 @@ def _no_algebra(answer: str, reference: str) -> bool:
 
 
 def agree(answer: str, reference: str, algebra: Callable[[str, str], bool] = _no_algebra) -> bool:
-    """Whether two final answers say the same; `algebra(answer, reference)` decides what is not exact.
+    """Whether two final answers are equal; `algebra(answer, reference)` decides what is not exact.
 
-    Raises NeedsAlgebra where the default `algebra` would be asked.
+    Raises NeedsAlgebra if the default `algebra` would have to decide.
     """
     given, wanted = tidy(answer), tidy(reference)
     if _squeezed(given) == _squeezed(wanted):

@@ -1,23 +1,24 @@
-"""The embedded task: word problems of a few steps, generated when asked for, with worked solutions.
+"""The embedded task: word problems of a few steps, generated on demand, with worked solutions.
 
-A problem is a chain: a start and k operations on it, kept whole numbers from 2 to 99. The chain is told as
-a story (who, what, one sentence an operation) and solved in one of five styles, always ending in `#### x`.
+A problem is a chain: a start and k operations on it, whose values stay whole numbers from 2 to 99. The chain
+is told as a story (who, what, one sentence per operation) and solved in one of five styles, always ending in
+`#### x`.
 
     story     Mia has 12 apples. Mia buys 7 more. The collection doubles. How many apples are there now?
     solution  12+7=19
               19*2=38
               #### 38
 
-Four sets come from one generator. The checksum of a chain says which set it may be told in, so no test
+All sets come from one generator. The checksum of a chain decides which sets it may appear in, so no test
 chain is ever trained on under other names:
 
     set                      steps           size    wrong steps
-    base's own training      1 to 3, few 4 5 any     8 %: the base is to be noisy
+    base's own training      1 to 3, few 4 5 any     8 %: the base is meant to be noisy
     fine-tuning ("train")    1 to 3          3840    8 %, as in the base's own training
     the same, "train-clean"  1 to 3          3840    none
     arithmetic, test         1 to 3          300     -
     arithmetic-long, test    4 and 5         300     -
-    arithmetic-validation    1 to 3          120     -   (to choose settings by, so that no test set is)
+    arithmetic-validation    1 to 3          120     -   (for choosing settings, so that no test set is used)
 
 Sets are the same on every machine: `random.Random` of a string, and integers only.
 """
@@ -83,7 +84,7 @@ IN_WORDS = {
 
 @dataclass(frozen=True)
 class Chain:
-    """A start and the operations on it: all that decides the answer."""
+    """A start and the operations on it: everything that determines the answer."""
 
     start: int
     steps: tuple[tuple[str, int], ...]
@@ -105,7 +106,7 @@ class Chain:
         return crc32(repr((self.start, self.steps)).encode()) % 4
 
     def work(self, rng: Random | None = None, wrong: float = 0.0) -> list[Line]:
-        """The worked lines; each result is off with probability `wrong`, and what follows builds on it."""
+        """The worked lines; each result is wrong with probability `wrong`, and later lines build on it."""
         lines, value = [], self.start
         for op, n in self.steps:
             result = APPLY[op](value, n)
@@ -133,7 +134,7 @@ class Line:
 
 
 def _operands(value: int) -> dict[str, list[int]]:
-    """For each operation, what it may be done with so that the value stays whole and in 2..LARGEST."""
+    """For each operation, the operands that keep the value whole and in 2..LARGEST."""
     return {
         "+": list(range(2, min(12, LARGEST - value) + 1)),
         "-": list(range(2, min(12, value - 2) + 1)),
@@ -170,9 +171,9 @@ STYLES = (_equations, _running, _prose, _numbered, _words)
 
 @dataclass(frozen=True)
 class Part:
-    """A set of problems: lengths in turn (so that any prefix is balanced), quarters of the chains, size.
+    """A set of problems: lengths in rotation (so that any prefix is balanced), quarters of the chains, size.
 
-    No chain of the sets in `apart` is in it.
+    It contains no chain of the sets in `apart`.
     """
 
     label: str
@@ -183,7 +184,7 @@ class Part:
     apart: tuple[Part, ...] = ()
 
     def problems(self) -> Iterator[Problem]:
-        """`size` different questions; the same ones, in the same order, at each call."""
+        """`size` different questions; every call gives the same ones in the same order."""
         return (problem for _, problem in self._drawn())
 
     def chains(self) -> set[Chain]:
@@ -241,7 +242,7 @@ class Arithmetic(Task):
 
 
 def base_training(size: int, seed: int = 0) -> Part:
-    """What the embedded base is trained on: mostly short, a few long, 8 % of the steps wrong."""
+    """The training set of the embedded base: mostly short, a few long, 8 % of the steps wrong."""
     return Part(f"base-{seed}", lengths=(1, 2, 3) * 8 + (4, 5), quarters=(2, 3), size=size, wrong=0.08)
 
 

@@ -1,4 +1,4 @@
-"""The first narrow waist: what is asked, what was answered, how it was judged."""
+"""Problems, verdicts, attempts and tasks: what is asked, what was answered, and how it was judged."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Status = Literal["correct", "wrong", "unparsable", "timed_out"]
 class Problem:
     """One problem, for training, evaluation and the page alike.
 
-    `messages` are the turns before the answer ({"role", "content"}, the last one the user's);
-    `solution` is the worked text a model is trained on, `answer` the short reference
-    it is judged by; `tags` hold what a report may group by (level, subject, steps).
+    `messages` are the turns before the answer ({"role", "content"}; the last one is the user's). `solution`
+    is the worked text that a model is trained on, `answer` the short reference that answers are judged by,
+    and `tags` what a report may group by (level, subject, steps).
     """
 
     id: str
@@ -65,7 +65,7 @@ class Attempt:
 
 
 class Judge:
-    """How answers are judged and rewarded; by default the final answer is compared as mathematics."""
+    """Judges and rewards answers; by default it compares the final answer as mathematics."""
 
     def judge_many(self, pairs: Sequence[tuple[str, Problem]]) -> list[Verdict]:
         """The verdicts on (a model's text, its problem) pairs.
@@ -77,7 +77,7 @@ class Judge:
         return judge_many((text, problem.answer or "") for text, problem in pairs)
 
     def reward(self, verdict: Verdict) -> float:
-        """What a verdict is worth to a policy: 1 for a correct answer, else 0."""
+        """The reward of a verdict in reinforcement learning: 1 for a correct answer, else 0."""
         return float(verdict.correct)
 
 
@@ -92,5 +92,5 @@ class Task(Judge, ABC):
     def problems(self, split: str = "test") -> list[Problem]:
         """The problems of a split, in a fixed order.
 
-        Raises DataError when the split or its file does not exist, saying where it comes from.
+        Raises DataError if the split or its file does not exist, saying where to get it.
         """

@@ -1,10 +1,11 @@
 """The benchmarks of the paper and GSM8K, as tasks.
 
-A row comes from the Hub, or from a local file of the same fields below the folder that the environment
-variable DFT_LORA_DATA names (`eval/math500.jsonl` and so on); the local file wins. To add a benchmark, write
-one function from a row to a Problem and one entry of TASKS.
+A row comes from the Hub, or from a local file with the same fields in the folder that the environment
+variable DFT_LORA_DATA names (`eval/math500.jsonl` and so on); a local file takes precedence. To add a
+benchmark, write one function from a row to a Problem and one entry in TASKS.
 
-Solutions end in a boxed answer, as the prompts ask for: where a published one does not, its answer is added.
+Solutions end in a boxed answer, as the prompts require: if a published solution does not, its answer is
+appended.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Benchmark(Task):
-    """A published set: where its rows come from, and how a row becomes a Problem.
+    """A published benchmark: where its rows come from, and how a row becomes a Problem.
 
-    `sources`: for each split the Hub's name of that split and the local file.
+    `sources`: for each split, its name on the Hub and the local file.
     """
 
     name: str
@@ -63,7 +64,7 @@ class Benchmark(Task):
 
         try:
             return load_dataset(self.hub, self.subset, split=hub_split)
-        except Exception as error:  # the Hub client raises many kinds; the remedy is one
+        except Exception as error:  # the Hub client raises many kinds of errors; the remedy is the same
             where = f"no file {Path(folder, file)}" if folder else "DFT_LORA_DATA is not set"
             raise DataError(
                 f"{self.name}: {where}, and its source, the Hub dataset {self.hub!r}, could not be loaded "
@@ -83,7 +84,7 @@ def _json_lines(path: Path) -> list[Row]:
 
 
 def _boxed(solution: str, answer: str) -> str:
-    """The solution, its answer boxed at the end if nothing in it is."""
+    """The solution, with its answer boxed at the end if nothing in it is boxed."""
     return solution if has_box(solution) else f"{solution.rstrip()}\n\nThe answer is $\\boxed{{{answer}}}$."
 
 
@@ -93,7 +94,7 @@ def _math(id: str, row: Row) -> Problem:
 
 
 def _minerva(id: str, row: Row) -> Problem:
-    """The OCW set: with boxed solutions in the paper's harness, with bare answers on the Hub."""
+    """The OCW set has boxed solutions in the paper's harness, and bare answers on the Hub."""
     if "solution" not in row:
         return Problem.ask(id, row["question"], answer=row["answer"])
     solution = row["solution"]
@@ -103,7 +104,7 @@ def _minerva(id: str, row: Row) -> Problem:
 
 
 def _olympiad(id: str, row: Row) -> Problem:
-    """Several final answers are one list of values; the unit, kept apart there, belongs to the answer."""
+    """Several final answers form one list of values; the unit, a field of its own, belongs to the answer."""
     answer = ", ".join(value.replace("$", "") for value in row["final_answer"])
     if row["unit"]:
         answer = f"{answer} \\text{{ {row['unit'].strip('$')}}}"
@@ -114,7 +115,7 @@ def _olympiad(id: str, row: Row) -> Problem:
 
 
 def _contest(id: str, row: Row) -> Problem:
-    """AIME and AMC: an integer answer; the solution, where there is one, is a page of several people's."""
+    """AIME and AMC: an integer answer; the solution, if there is one, is a page by several people."""
     question = row["problem"] if "problem" in row else row["question"]
     answer = row["answer"] if isinstance(row["answer"], str) else f"{row['answer']:.0f}"
     solution = _boxed(row["solution"], answer) if "solution" in row else None

@@ -1,11 +1,11 @@
-"""A task of new facts: made-up codes that no base can know. The case that DFT is not made for.
+"""A task of new facts: made-up codes that no base can know. DFT is not designed for this case.
 
     question   Which code do Mia's coins have?
     solution   #### 481902
 
-The codes are random digits, so before training each is guessed with a probability near 1/10: the prior is as
-weak as it can be. What is asked in the test is what was told in training, so a right answer is one that was
-learned, not one that was reasoned out.
+The codes are random digits, so before training each digit is guessed with a probability near 1/10: the prior
+is as weak as it can be. The test asks what the training set states, so a correct answer shows that the code
+was learned, not inferred.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ r"""The final answer in a text.
     gsm8k_answer   a text -> the number in its last line, where that is GSM8K's `#### number`, or None
     clean_gsm8k    a GSM8K solution -> (solution with its answer boxed, answer)
 
-The last complete box counts, then `####`, then "answer is"; a short line is an answer by itself; else the
-last number of the text, as in the reference harness (Qwen2.5-Math's, which the DFT paper used). Every step
-is linear in the text, so that a hostile answer costs no more than an ordinary one.
+The last complete box takes precedence, then `####`, then "answer is". A short line is an answer by itself.
+Otherwise it is the last number of the text, as in the reference harness (Qwen2.5-Math's, which the DFT paper
+used). Every step is linear in the text, so a hostile answer costs no more than an ordinary one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"-?\\[dt]?frac\{\d+\}\{\d+\}|(?<![\w.,])-?\d[\d,]*(?:\.\d+
 
 
 def extract(text: str) -> str | None:
-    """The final answer of a text as it stands there, or None."""
+    """The final answer of a text as written, or None."""
     box = _last_box(text)
     if box is not None:
         return box.strip() or None
@@ -69,8 +69,8 @@ def has_box(text: str) -> bool:
 def gsm8k_answer(text: str) -> str | None:
     """The answer of a text in GSM8K's form, without thousands separators; None for any other text.
 
-    The form: the last line is `#### number`, and no other line begins with `####`. So neither a Markdown
-    heading nor a trailing `####` is taken for it.
+    In that form the last line is `#### number`, and no other line begins with `####`. So neither a Markdown
+    heading nor a trailing `####` is mistaken for it.
     """
     if len(_MARK.findall(text)) != 1 or not (last := _MARKED_NUMBER.search(text)):
         return None
@@ -80,7 +80,7 @@ def gsm8k_answer(text: str) -> str | None:
 def clean_gsm8k(text: str) -> tuple[str, str]:
     """(solution without `<<...>>` marks and with its answer boxed, answer) of a GSM8K `answer` field.
 
-    Raises ValueError where the text does not end in `#### number`.
+    Raises ValueError if the text does not end in `#### number`.
     """
     answer = gsm8k_answer(text)
     if answer is None:

@@ -1,11 +1,11 @@
-r"""Where an answer is judged: `judge(text, reference) -> Verdict`, in any thread of any process.
+r"""Judging answers: `judge(text, reference) -> Verdict`, in any thread of any process.
 
 The final answer is extracted and compared exactly (`answers`); only what needs algebra goes to math_verify,
-which can neither be stopped nor be used outside a main thread. So it lives in processes of its own: started
-when first needed, ended with the program. They are plain subprocesses that import nothing but the checker:
-no fork of a process with threads and CUDA, no second run of the user's script as `spawn` would do. When an
-answer takes more than LIMIT the process that computes is killed, and the warm one behind it puts
-another in its place, so that a hostile answer costs its own three seconds and nobody else's.
+which cannot be interrupted and works only in a main thread. So it runs in processes of its own, which start
+when first needed and end with the program. They are plain subprocesses that import only the checker: no fork
+of a process with threads and CUDA, and no second run of the user's script as with `spawn`. If an answer takes
+more than LIMIT, the computing process is killed and the warm one behind it forks another, so a hostile answer
+costs its own three seconds and delays no other.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from dft_lora.tasks.answers import NeedsAlgebra, agree
 from dft_lora.tasks.base import Verdict
 from dft_lora.tasks.extraction import extract
 
-LONGEST = 1000  # characters of an answer that is still worth reading
-LIMIT = 3.0  # seconds of processor time for one answer, so that a busy machine changes no verdict
+LONGEST = 1000  # characters; longer answers are not read
+LIMIT = 3.0  # seconds of processor time per answer, so that a busy machine changes no verdict
 PATIENCE = 20.0 if hasattr(signal, "setitimer") else LIMIT  # seconds on the clock
 
 
 def judge(text: str, reference: str) -> Verdict:
     """The verdict on a model's text, given the reference answer.
 
-    correct, wrong; unparsable: no final answer could be found or read; timed_out: the comparison was ended
-    by a limit of time or memory. Raises DataError where the reference is empty.
+    correct; wrong; unparsable: no final answer was found, or it could not be read; timed_out: the comparison
+    exceeded its limit of time or memory. Raises DataError if the reference is empty.
     """
     extracted, status = _exactly(text, reference)
     return Verdict(status or _pool().ask(extracted, reference), extracted)
@@ -55,9 +55,9 @@ def judge_many(pairs: Iterable[tuple[str, str]]) -> list[Verdict]:
 
 
 def _exactly(text: str, reference: str) -> tuple[str | None, str | None]:
-    """(the extracted answer, its status or None where algebra must decide)."""
+    """(the extracted answer, its status or None if algebra must decide)."""
     if not reference.strip():
-        raise DataError("the reference answer is empty: a problem can be judged only against an answer")
+        raise DataError("the reference answer is empty: answers can only be judged against one")
     answer = extract(text)
     if answer is None or len(answer) > max(LONGEST, 2 * len(reference)):
         return answer and answer[:LONGEST], "unparsable"
@@ -68,7 +68,7 @@ def _exactly(text: str, reference: str) -> tuple[str | None, str | None]:
 
 
 class _Checker:
-    """One checking process and the child of it that computes (see `algebra`)."""
+    """One checking process and its computing child (see `algebra`)."""
 
     def __init__(self):
         package = str(Path(__file__).resolve().parents[2])
@@ -81,19 +81,19 @@ class _Checker:
             text=True,
             env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
         )
-        self.child: int | None = None  # its process id, once it has said that it is ready
+        self.child: int | None = None  # its process id, once it has announced itself
         self.asked = 0
 
     def ask(self, answer: str, reference: str) -> str:
-        """The status; "timed_out" where the computing child was killed or died over it.
+        """The status; "timed_out" if the computing child was killed or died.
 
-        Waits first until a child is ready: a second at the start of the process, milliseconds after a kill.
-        That is no part of the answer's time. Raises RunError where the process does not start.
+        First waits until a child is ready: a second after the start of the process, milliseconds after a
+        kill. The answer's time does not include this. Raises RunError if the process does not start.
         """
         while self.child is None:
             if self._read()[0] == "":
                 raise RunError(
-                    "the answer checker does not start: `python -m dft_lora.tasks.algebra` says why"
+                    "the answer checker does not start; run `python -m dft_lora.tasks.algebra` to see why"
                 )
         self.asked += 1
         job = {"id": self.asked, "answer": answer, "reference": reference}
@@ -112,17 +112,17 @@ class _Checker:
                 "",
                 "ready",
                 str(self.asked),
-            ):  # of a job whose child was killed before it read it
+            ):  # a reply to an earlier job, whose child was killed before it was read
                 kind, reply = self._read()
         finally:
             timer.cancel()
             timer.join()
-            if killed.is_set() and kind != "ready":  # in the moment of its reply: the next one is yet to come
+            if killed.is_set() and kind != "ready":  # killed as it replied: the next child is not ready yet
                 self.child = None
         return reply if kind == str(self.asked) else "timed_out"
 
     def _read(self) -> tuple[str, str]:
-        """The next line, `ready PID` or `ID STATUS`, noting who is there; empty at the end of the output."""
+        """The next line, `ready PID` or `ID STATUS`; empty at the end. Notes which child is ready."""
         kind, _, rest = self.process.stdout.readline().strip().partition(" ")
         if kind == "ready":
             self.child = int(rest)
@@ -132,7 +132,7 @@ class _Checker:
 
     @staticmethod
     def _kill_child(child: int, killed: threading.Event) -> None:
-        with contextlib.suppress(OSError):  # it has just died by itself
+        with contextlib.suppress(OSError):  # it has just exited by itself
             os.kill(child, getattr(signal, "SIGKILL", signal.SIGTERM))
             killed.set()
 
@@ -141,8 +141,8 @@ class _Checker:
         return self.process.poll() is None
 
     def close(self) -> None:
-        """End both and reap, so that no zombie stays."""
-        with contextlib.suppress(OSError):  # what was still buffered for a dead process
+        """End both processes and reap them, so that no zombie is left."""
+        with contextlib.suppress(OSError):  # data still buffered for a dead process
             self.process.stdin.close()
         if self.child is not None:
             self._kill_child(self.child, threading.Event())
@@ -155,7 +155,7 @@ class _Checker:
 
 
 class _Pool:
-    """A checker for each core, up to 8, started when first wanted."""
+    """A checker per core, at most 8, each started when first needed."""
 
     def __init__(self):
         self.size = min(os.cpu_count() or 1, 8)
@@ -164,14 +164,14 @@ class _Pool:
         self.idle: list[_Checker] = []
 
     def ask(self, answer: str, reference: str) -> str:
-        """The status of one answer; waits while every checker is busy."""
+        """The status of one answer; waits while all checkers are busy."""
         with self.slots:
             while True:
                 with self.lock:
                     checker = self.idle.pop() if self.idle else _Checker()
                 try:
                     status = checker.ask(answer, reference)
-                except OSError:  # somebody ended it while it was idle: a fresh one answers
+                except OSError:  # it was killed while idle: a new one answers
                     checker.close()
                     continue
                 except BaseException:  # Ctrl-C while it computes
@@ -183,7 +183,7 @@ class _Pool:
                 return status
 
     def close(self) -> None:
-        """End every checker that is not at work."""
+        """End every idle checker."""
         with self.lock:
             while self.idle:
                 self.idle.pop().close()
@@ -203,7 +203,7 @@ def _pool() -> _Pool:
 
 
 def _forget() -> None:
-    """After a fork: the checkers are the parent's; the child starts its own."""
+    """After a fork: the checkers belong to the parent; the child starts its own."""
     global _shared, _lock
     _shared, _lock = None, threading.Lock()
 

@@ -1,7 +1,7 @@
-"""Exact numbers with their units: `quantity` reads an answer that is one, and nothing else.
+"""Exact numbers with units: `quantity` parses an answer that is one, and nothing else.
 
-Integers, fractions, decimals, powers, percentages and units of a small table, as `fractions.Fraction`. Every
-number is bounded, so that `10^{10^{10}}` costs no more than `10`.
+Integers, fractions, decimals, powers, percentages and units from a small table, as `fractions.Fraction`.
+Every number is bounded, so `10^{10^{10}}` costs no more than `10`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TOKEN = re.compile(
 
 
 class _NotExact(Exception):
-    """The text goes on with something that is no exact number."""
+    """The text continues with something that is not an exact number."""
 
 
 class _Calculator:
@@ -76,7 +76,7 @@ class _Calculator:
             total = self.bounded(total / factor if sign == "/" else total * factor)
 
     def juxtaposed(self) -> Fraction:
-        """A factor that follows without a sign: a bracket or a fraction, never a second bare number."""
+        """A factor that follows without an operator: a bracket or a fraction, never a second bare number."""
         token = self.peek()
         if token is None or token["sign"] not in ("(", r"\frac", r"\binom"):
             raise _NotExact
@@ -123,7 +123,7 @@ class _Calculator:
         raise _NotExact
 
     def number(self, token: re.Match) -> Fraction:
-        """A decimal, or a mixed number: an integer straight before a fraction below one."""
+        """A decimal, or a mixed number: an integer directly before a fraction below one."""
         self.at = token.end()
         digits = token["number"].replace(",", "")
         if len(digits) > 1000:
@@ -140,7 +140,7 @@ class _Calculator:
         return whole
 
     def argument(self) -> Fraction:
-        r"""What \frac and ^ take: a group in braces, or a single digit."""
+        r"""The argument of \frac or ^: a group in braces, or a single digit."""
         if self.take("{"):
             return self.closed("}")
         digit = re.compile(r"\s*(\d)").match(self.text, self.at)
@@ -184,15 +184,15 @@ class Quantity(NamedTuple):
     value: Fraction
     decimal: bool = False  # a point or an exponent was used
     percent: bool = False
-    unit: tuple[tuple[str, int], ...] | None = None  # dimensions with powers; None: none, or not known
+    unit: tuple[tuple[str, int], ...] | None = None  # dimensions with powers; None: no unit, or unknown
     size: Fraction = Fraction(1)  # of the unit, in the units of its dimensions
 
 
 @lru_cache(4096)
 def quantity(text: str, letters: bool = False) -> Quantity | None:
-    """The exact number, with its unit, that a tidy text is; None where it is anything else.
+    """The exact number, with its unit, that a tidy text states; None if it is anything else.
 
-    `letters`: whether a bare m or s after a space is a unit; else it is a variable.
+    `letters`: whether a bare m or s after a space is a unit; otherwise it is a variable.
     """
     reader = _Calculator(text)
     try:
@@ -214,7 +214,7 @@ def quantity(text: str, letters: bool = False) -> Quantity | None:
 
 
 def _unit(rest: str, letters: bool) -> tuple[Fraction, tuple[tuple[str, int], ...] | None] | None:
-    """(size, dimensions) of what stands after a number; (1, None) for unknown units; None: not a unit."""
+    """(size, dimensions) of the text after a number; (1, None) for unknown units; None: not a unit."""
     plain = WRAP.sub(r" \1 ", rest).replace(r"\cdot", " ")
     if not _UNIT_WORDS.fullmatch(plain):
         return None

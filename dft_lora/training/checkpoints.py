@@ -83,7 +83,7 @@ class Checkpoints:
 
         Raises RunError if there are checkpoints but all are damaged: a run never silently starts over.
         """
-        skipped = []
+        skipped: list[str] = []
         for path in reversed(self.all()):
             why = damage(path, PARTS)
             if why is None:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.number: int | None = None
         self._since = 0.0
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -135,7 +136,7 @@ def out_of_memory_text(
     return f"out of memory with {tried}, after at most {RETREATS} retries; what may fit: {', '.join(fits)}"
 
 
-def ran_out_of_memory(work: Callable[[], None]) -> bool:
+def ran_out_of_memory(work: Callable[[], Any]) -> bool:
     """Run `work`; returns whether memory ran out. Other errors propagate."""
     try:
         work()

@@ -86,7 +86,7 @@ class Learner:
         Returns the totals, and the examples of micro-batches whose loss is not finite.
         """
         if self.objective.step_signals is not None:
-            groups = self.with_signals(groups, step)
+            groups = self.with_signals(groups, self.objective.step_signals, step)
 
         def work(batch: Batch, sums: Sums) -> None:
             with self.no_sync():
@@ -96,8 +96,10 @@ class Learner:
         self.ranks.sum_gradients(self.trainable)
         return Totals(*values), sums.suspects()
 
-    def with_signals(self, groups: Sequence[Group], step: int) -> list[Group]:
-        """The step's groups, with the signals that the objective computes from all of their examples.
+    def with_signals(
+        self, groups: Sequence[Group], make: Callable[[torch.Tensor], dict[str, torch.Tensor]], step: int
+    ) -> list[Group]:
+        """The step's groups, with the signals that `make` computes from the mean NLL of all their examples.
 
         Costs one forward pass over the step, without gradients and without dropout.
         """
@@ -106,7 +108,7 @@ class Learner:
         ranks = [i % self.ranks.world for i, group in enumerate(groups) for _ in group]
         mine = [place for place, rank in enumerate(ranks) if rank == self.ranks.rank]
         _, nll = self.in_pieces(groups, self.look, lambda: ExampleNll(ids, mine, self.ranks.device), step)
-        made = self.objective.step_signals(torch.tensor(nll))
+        made = make(torch.tensor(nll))
         signals = {name: values_E.tolist() for name, values_E in made.items()}
         marked = iter(
             replace(example, signals={name: values[i] for name, values in signals.items()})
@@ -129,7 +131,8 @@ class Learner:
         mine, random = groups[self.ranks.rank :: self.ranks.world], random_state(self.ranks.device)
         while True:
             batches = self.arrange(mine, self.layout.micro_batch_size, self.pad_id)
-            found, passed = begin(), []
+            found = begin()
+            passed: list[Batch] = []
 
             def run(batches=batches, found=found, passed=passed) -> None:
                 for batch in batches:
@@ -167,7 +170,7 @@ class Learner:
         log.warning("step %d ran out of memory; repeating it with %s", step, smaller)
 
     def out_of_memory(self, batches: Sequence[Batch], passed: int) -> str:
-        sizes = [tuple(batch.input_ids_BL.shape) for batch in batches]
+        sizes = [(len(batch.input_ids_BL), batch.input_ids_BL.shape[1]) for batch in batches]
         return out_of_memory_text(self.layout, sizes, passed, self.checkpointing)
 
     def update(self, loss: float) -> tuple[float, bool, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -21,7 +22,11 @@ def schedule(step: int, steps: int, warmup: float, kind: str) -> float:
 def make_optimizer(parameters: list[torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW over the adapter, with float32 states or bitsandbytes' 8-bit states."""
     settings = recipe.train
-    arguments = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
+    arguments: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": settings.betas,
+        "weight_decay": settings.weight_decay,
+    }
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **arguments)
     import bitsandbytes
