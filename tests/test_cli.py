@@ -7,12 +7,12 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from dft_lora.run_folder import new_folder
 from evidence_runs import answered
 
 from dft_lora.cli import main
 from dft_lora.config import parse_recipe
 from dft_lora.errors import RunError
+from dft_lora.runs.folder import new_folder
 
 HEAVY = (
     "torch",
@@ -92,7 +92,9 @@ def rows(tmp_path):
 
 
 def test_wrong_requests_are_refused_before_a_model_is_loaded(tmp_path, rows, monkeypatch):
-    monkeypatch.setattr("dft_lora.model.load.load_base", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "dft_lora.model.backends.load_base", lambda *a, **k: pytest.fail("a model was loaded")
+    )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = f"output={tmp_path / 'run'}"
 

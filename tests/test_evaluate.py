@@ -23,7 +23,8 @@ from dft_lora.config import ModelConfig, load_recipe
 from dft_lora.data.templates import Renderer
 from dft_lora.errors import MissingPart, RequestError
 from dft_lora.evaluation.attempts import read_attempts
-from dft_lora.evaluation.evaluate import answer_limit, evaluate
+from dft_lora.evaluation.evaluate import evaluate
+from dft_lora.evaluation.protocol import answer_limit
 from dft_lora.evaluation.report import build, write_own_report
 from dft_lora.evaluation.sharpening import entropy_matched
 from dft_lora.evaluation.task_results import TaskResults

@@ -25,7 +25,7 @@ from dft_lora.model.load import load_adapters, load_base, load_tokenizer, resolv
 from dft_lora.runs.folder import RunFolder
 from dft_lora.tasks import get_task
 from dft_lora.training import learner as learner_module
-from dft_lora.training import loop
+from dft_lora.training import trainer as trainer_module
 from dft_lora.training.checkpoints import Checkpoints
 from dft_lora.training.faults import LIMIT_IN_A_ROW, Layout, SaveClock, is_out_of_memory
 from dft_lora.training.metrics import Sums
@@ -149,7 +149,7 @@ def test_weights_that_are_not_finite_are_never_written(data, tmp_path):
 
 def _third_update_breaks() -> None:
     """A learning rate that the recipe itself would refuse."""
-    loop.schedule = lambda step, *_: 1.0 if step < 2 else math.inf
+    trainer_module.schedule = lambda step, *_: 1.0 if step < 2 else math.inf
 
 
 @pytest.mark.parametrize(
@@ -244,11 +244,11 @@ def test_float16_loss_that_is_not_finite_leaves_the_scale(make_trainer):
 # --- memory -----------------------------------------------------------------------------------
 
 
-def starve(trainer, monkeypatch, where: str, error: Exception) -> None:
-    """Raise `error` where memory would run out: over two rows in the model, a large chunk in the loss."""
+def starve(trainer, monkeypatch, where: str, error: Exception, rows: int = 2) -> None:
+    """Raise `error` where memory would run out: over `rows` rows in the model, a large chunk in the loss."""
 
     def too_wide(tensor):
-        if len(tensor) > 2:
+        if len(tensor) > rows:
             raise error
 
     def hook(_module, _arguments, h_BLD):
@@ -314,6 +314,33 @@ def test_after_three_retreats_it_says_what_may_fit(make_trainer, monkeypatch):
     assert len(trainer.learner.retreats) == 3
     for part in ("2 example(s)", "gradient_checkpointing: true", "micro_batch_size: 1", "data.max_length"):
         assert part in str(stopped.value)
+
+
+@pytest.mark.parametrize("fits", [2, 0], ids=["pairs fit", "nothing fits"])
+def test_pairs_are_never_separated_where_memory_runs_out(make_trainer, monkeypatch, fits):
+    trainer = make_trainer("train.micro_batch_size=4", "data.packing=false")
+    examples, learner = trainer.plan.examples, trainer.learner
+    pairs = list(zip(examples[::2], examples[1::2], strict=True))
+    trainer.source = FixedGroups(pairs, per_step=4, seed=0)
+    starve(trainer, monkeypatch, "forward", ERRORS[0], rows=fits)
+    seen, arrange = [], learner.arrange
+
+    def arranged(*arguments):
+        batches = arrange(*arguments)
+        seen.append([set(batch.ids) for batch in batches])
+        return batches
+
+    learner.arrange = arranged
+    if fits:
+        trainer.step(0)
+    else:
+        with pytest.raises(RunError, match="out of memory"):
+            trainer.step(0)
+    assert learner.layout.micro_batch_size == 2
+    assert [len(batches) for batches in seen] == [2, 2, 4] if fits else [2, 2, 4, 4]
+    wanted = {frozenset(example.id for example in pair) for pair in trainer.source.groups(0)}
+    for batches in seen:
+        assert all(sum(pair <= ids for ids in batches) == 1 for pair in wanted)
 
 
 def test_layouts_shrink_to_one_row_of_one_example_and_no_further():

@@ -1,11 +1,13 @@
 """Packing changes where tokens lie, nothing else: logits, gradients, labels and counts stay."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_model import tiny_config
 
 from dft_lora.config import AdapterConfig, DataConfig, ModelConfig
-from dft_lora.data.batches import IGNORE, collate, micro_batches, ungrouped
+from dft_lora.data.batches import IGNORE, collate, examples_of, micro_batches, ungrouped
 from dft_lora.data.packing import CheapestPacking, Packed, collate_packed, fill
 from dft_lora.data.templates import Example
 from dft_lora.errors import ModelError
@@ -235,3 +237,25 @@ def test_no_group_is_in_two_micro_batches(arrange, size):
     )
     for group in GROUPS:
         assert sum(any(example.id in batch.ids for example in group) for batch in batches) == 1
+
+
+@pytest.mark.parametrize("arrange", [micro_batches, Packed(20), Packed(20, flat=True), CheapestPacking(4.0)])
+def test_signals_lie_at_their_tokens(arrange):
+    """One value per supervised token, here the token's own id, and one per example, at all of its tokens."""
+    groups = [*GROUPS, (example("no prompt", 5, 0),)]
+    place = {e.id: float(i) for i, e in enumerate(examples_of(groups), 1)}
+
+    def marked(one: Example) -> Example:
+        ids = tuple(float(id) for id in one.ids[max(1, one.prompt_length) :])
+        return replace(one, signals={"id": ids, "example": place[one.id]})
+
+    for size in (1, 3, 16):
+        for batch in arrange([tuple(map(marked, group)) for group in groups], size, PAD):
+            labels_BL, signals_BL = batch.labels_BL[:, 1:], batch.signals_BL
+            is_label = labels_BL != IGNORE
+            owners = [place[batch.ids[int(e)]] for e in batch.examples_BL[:, 1:][is_label]]
+            assert torch.equal(signals_BL["id"][:, 1:], labels_BL.float() * is_label)
+            assert signals_BL["example"][:, 1:][is_label].tolist() == owners
+            assert not signals_BL["example"][:, 1:][~is_label].any()
+            flat = batch.signals_N(torch.device("cpu"))["id"]
+            assert torch.equal(flat, (labels_BL.float() * is_label).flatten())

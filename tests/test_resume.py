@@ -122,7 +122,7 @@ def test_an_objective_that_looks_at_its_step_first_goes_on_to_the_bit(data, tmp_
     shutil.rmtree(run_dir / "adapter")
     shutil.rmtree(run_dir / "checkpoints" / "step-000006")
     code, told = run("train", str(path), "--resume")
-    assert code == 0 and "going on after step 3" in told
+    assert code == 0 and "resuming after step 3" in told
     assert_same(run_dir, undisturbed)
 
 

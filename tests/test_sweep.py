@@ -1,4 +1,4 @@
-"""Sweeps: what they train and refuse, that they resume, and that each objective keeps its own best run."""
+"""Sweeps: what they train, what they refuse, that they go on, and that each objective keeps its own best."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_each_objective_keeps_its_own_best(made):
     assert [(p["a"], p["b"]) for p in report["paired"]] == [tuple(report["best"].values())]
 
 
-def test_it_resumes_and_trains_nothing_twice(made):
+def test_it_goes_on_and_trains_nothing_twice(made):
     """The command again: one adapter was lost, the others keep their bytes and dates."""
     import shutil
 
@@ -99,17 +99,17 @@ def test_what_cannot_be_is_refused_before_training(tmp_path, change, said):
 
 
 def test_an_interrupted_run_says_how_to_continue(tmp_path, monkeypatch):
-    """A sweep has no --resume: the same command continues it."""
+    """A sweep has no --resume: starting it again continues it."""
 
     def stopped(recipe, resume):
         raise Interrupted("runs/sweep/sft: stopped after step 3 of 120", 2)
 
     monkeypatch.setattr(loop, "train", stopped)
     sweep = Sweep(
-        recipe="tiny_sft",
-        grid={"train.learning_rate": [1e-3]},
-        task="arithmetic",
-        output=str(tmp_path / "sweep"),
+        recipe="tiny_dft",
+        grid={"objective.name": ["sft"]},
+        task="arithmetic-validation",
+        output=str(tmp_path / "runs"),
     )
     with pytest.raises(Interrupted, match="step 3 of 120; run the same command again to continue") as raised:
         run_sweep(sweep)

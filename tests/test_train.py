@@ -1,6 +1,7 @@
 """The loop on the embedded base and with the real Qwen2.5 tokenizer: laws of one step, and whole runs."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,12 +9,14 @@ from click.testing import CliRunner
 
 from dft_lora.cli import main
 from dft_lora.config import load_recipe
+from dft_lora.data.batches import ungrouped
 from dft_lora.errors import RecipeError
-from dft_lora.loss import objective_names
+from dft_lora.loss import objective, objective_names
 from dft_lora.model.load import load_base
 from dft_lora.training.loop import train
 from dft_lora.training.plan import make_plan
 from dft_lora.training.ranks import Ranks
+from dft_lora.training.steps import FixedGroups
 from dft_lora.training.trainer import Trainer
 
 SMALL = (
@@ -25,10 +28,14 @@ SMALL = (
 )
 
 
-def one_step(*changes):
-    """Gradients after the first step's micro-batches, before the update, and its figures."""
+def one_step(*changes, prepare=lambda plan: (plan, None)):
+    """Gradients after the first step's micro-batches, before the update, and its figures.
+
+    `prepare` turns the recipe's plan into another one and a source of steps.
+    """
     recipe = load_recipe("tiny_dft", (*SMALL, *changes))
-    trainer = Trainer(make_plan(recipe), Ranks(recipe))
+    plan, source = prepare(make_plan(recipe))
+    trainer = Trainer(plan, Ranks(recipe), source)
     torch.manual_seed(1)
     for name, parameter in trainer.learner.adapter_model.named_parameters():
         if "lora_B" in name:
@@ -81,6 +88,57 @@ def test_a_second_look_at_the_step_draws_no_random_numbers():
         for name in ("dft", "cadft")
     )
     assert dft["nll"] == cadft["nll"] and dft["loss"] > cadft["loss"]
+
+
+def leads(scores):
+    """How far the first of each pair leads: a loss of whole pairs, each token with a weight of its own."""
+    pairs, of_M = scores.signals["pair"].unique(return_inverse=True)
+    lead_P = scores.logp.new_zeros(len(pairs)).index_add(0, of_M, scores.signals["weight"] * scores.logp)
+    return -torch.nn.functional.logsigmoid(lead_P / 4).sum()
+
+
+def in_pairs(divided_by, together=True):
+    """Eight examples as four pairs, under `leads`; not `together`, each example is a group of its own."""
+
+    def prepare(plan):
+        weigh, chosen = torch.Generator().manual_seed(0), []
+        for i, example in enumerate(plan.examples[:8]):
+            weight = torch.rand(example.supervised, generator=weigh) * (-1) ** i
+            chosen.append(replace(example, signals={"pair": float(i // 2), "weight": tuple(weight.tolist())}))
+
+        def wanted(scores):
+            return leads(scores)
+
+        wanted.signals, wanted.divided_by = ("pair", "weight"), divided_by
+        pairs = list(zip(chosen[::2], chosen[1::2], strict=True)) if together else ungrouped(chosen)
+        source = FixedGroups(pairs, per_step=len(pairs), seed=0)
+        return replace(plan, objective=objective(wanted)), source
+
+    return prepare
+
+
+@pytest.mark.parametrize(("divided_by", "divisor"), [("sequences", 8), ("groups", 4)])
+def test_a_step_of_pairs_is_the_same_in_micro_batches_of_any_size(divided_by, divisor):
+    """Divided by what the objective says; and pairs that came apart would have given another step."""
+    whole, figures = one_step("train.micro_batch_size=8", "data.packing=false", prepare=in_pairs(divided_by))
+    for size, packing in ((1, "false"), (2, "false"), (1, "true"), (8, "true")):
+        changes = (f"train.micro_batch_size={size}", f"data.packing={packing}")
+        parts, theirs = one_step(*changes, prepare=in_pairs(divided_by))
+        for key, gradient in whole.items():
+            assert (parts[key] - gradient).norm() <= 1e-5 * gradient.norm(), key
+        assert theirs["loss"] == pytest.approx(figures["loss"], rel=1e-6)
+    per_token, theirs = one_step("train.micro_batch_size=8", "data.packing=false", prepare=in_pairs("tokens"))
+    ratio = theirs["supervised_tokens"] / divisor
+    for key, gradient in per_token.items():
+        assert (ratio * gradient - whole[key]).norm() <= 1e-5 * whole[key].norm(), key
+    assert ratio * theirs["loss"] == pytest.approx(figures["loss"], rel=1e-6)
+    apart, _ = one_step(
+        "train.micro_batch_size=1", "data.packing=false", prepare=in_pairs("sequences", together=False)
+    )
+    scale = 8 / divisor
+    assert all(
+        (scale * apart[key] - gradient).norm() > 1e-2 * gradient.norm() for key, gradient in whole.items()
+    )
 
 
 @pytest.mark.parametrize("name", objective_names())

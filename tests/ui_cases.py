@@ -25,6 +25,7 @@ from dft_lora.evaluation.base_run import base_run
 from dft_lora.model.adapters import adapter_layers
 from dft_lora.model.generate import Request, generate
 from dft_lora.model.generate import stream as generate_stream
+from dft_lora.model.head import bare
 from dft_lora.model.load import add_lora, load_base
 from dft_lora.runs.folder import RunFolder
 from dft_lora.ui import session as ui_session
@@ -153,7 +154,7 @@ def alone_texts(question: Question) -> list[str]:
 
 
 class Forwards:
-    """Counts the model's forward passes; raises in one, waits before one, or slows them where asked.
+    """Counts the decoder's forward passes; raises in one, waits before one, or slows them where asked.
 
     `hold_at`: that pass waits for `go_on`. `pace`: seconds that each takes at least, so that whoever stops
     a stream comes before its end on any machine.
@@ -164,7 +165,8 @@ class Forwards:
         self.streams, self.go_on = 0, threading.Event()
 
     def __enter__(self):
-        self.hook = session().model.register_forward_pre_hook(self._before)
+        decoder = bare(session().model).get_decoder()  # what a generation runs, see `generate._Batch`
+        self.hook = decoder.register_forward_pre_hook(self._before)
         self.watch = mock.patch.object(ui_session, "stream", self._watched)
         self.watch.start()
         return self
