@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 from ..config import Recipe
 from ..data.templates import Renderer
 from ..model.generate import Completion, Request, generate
+from ..model.hardware import dtype_name
 from ..model.head import check_head
 from ..model.load import load_adapters, load_base
 from ..model.vllm import Vllm
@@ -39,7 +40,7 @@ class Plain:
         base, hardware = load_base(recipe.model, for_answers=True)
         check_head(base)
         self.model, self.renderer = load_adapters(base, adapters), renderer
-        self.provenance = {"device": hardware.name, "dtype": str(hardware.dtype).removeprefix("torch.")}
+        self.provenance = {"device": hardware.name, "dtype": dtype_name(hardware.dtype)}
 
     def generate(self, requests: Sequence[Request], on_progress: Callable[[int, Completion], None]) -> None:
         generate(
