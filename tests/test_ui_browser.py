@@ -62,6 +62,7 @@ class Page:
     def tab(self, name: str) -> None:
         tabs = "[...document.querySelectorAll('button[role=tab]')]"
         self.run(f"{tabs}.find(b => b.innerText.trim() == arguments[0]).click()", name)
+        self.driver.execute_async_script(FRAMES)  # a tab's buttons listen a frame after it opens
 
     def fill(self, box: str, value: str) -> None:
         self.run(
@@ -83,8 +84,8 @@ class Page:
     def settle(self) -> None:
         """Wait until colours have faded in."""
         self.driver.execute_async_script(FRAMES)
-        finite = "document.getAnimations().filter(a => a.effect.getTiming().iterations !== Infinity)"
-        wait_for(lambda: self.run(f"return {finite}.length == 0"))
+        fading = "a.playState == 'running' && a.effect.getTiming().iterations != Infinity"
+        wait_for(lambda: self.run(f"return !document.getAnimations().some(a => {fading})"))
 
     def compare(self) -> None:
         """Press Compare and wait until every column is complete."""
