@@ -1,7 +1,7 @@
 """The recipe: everything a run depends on, as YAML and as frozen values.
 
-Every field has a default, so a recipe states only what is its own. Contradictions are
-refused here, by field name, before anything heavy is imported.
+Every field has a default, so a recipe states only what differs. Contradictions are refused here, by field
+name, before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from pydantic import (
 from .errors import RecipeError, did_you_mean
 
 RECIPES = Path(__file__).parent / "recipes"
-LONGEST_FILE = 2**20  # bytes of a YAML file; recipes have a few hundred
-SEEDS = 2**32  # seeds lie below: every library takes them, and seed * 1_000_003 + n fits torch's 64 bits
+LONGEST_FILE = 2**20  # bytes of a YAML file; a recipe has a few hundred
+SEEDS = 2**32  # exclusive: all libraries accept smaller seeds, and seed * 1_000_003 + n fits torch's 64 bits
 
 Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 
 
 class Part(BaseModel):
-    """A part of a recipe: numbers are finite, text can be written to a file, true is not 1."""
+    """A section of a recipe: numbers are finite, text can be written to a file, true is not 1."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
@@ -51,10 +51,10 @@ class Part(BaseModel):
 
 
 def check_text(value: Any) -> None:
-    """Raises ValueError for text, or a list of texts, that no file can hold; other values pass."""
+    """Raises ValueError for text, or a list of texts, that cannot be written to a file; other values pass."""
     for text in value if isinstance(value, list | tuple) else [value]:
         if isinstance(text, str) and ("\0" in text or not _encodable(text)):
-            raise ValueError("must not hold a NUL character or half of a surrogate pair")
+            raise ValueError("must not contain a NUL character or half of a surrogate pair")
 
 
 def _encodable(text: str) -> bool:
@@ -66,25 +66,25 @@ def _encodable(text: str) -> bool:
 
 
 class ModelConfig(Part):
-    """Which base model, and how it is held in memory."""
+    """The base model, and how it is stored in memory."""
 
     name: str = "tiny"
     """A folder, a .gguf file, a Hub id, or a base known by name: `tiny`, `smollm2-135m`, `gemma-3-270m`."""
     gguf: str | None = None
-    """The .gguf file in a Hub repository, or folder, that holds several."""
+    """The .gguf file to use from a Hub repository or folder with several."""
     revision: str | None = None
     backend: Literal["plain", "unsloth"] = "plain"
     quantization: Literal["nf4", "none"] = "nf4"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     unpack: Literal["auto"] | bool = "auto"
-    """Answering with 4-bit layers unpacked once: same answers, more memory; auto: on a CPU, where it fits."""
+    """Unpack 4-bit layers once for generation: same answers, more memory; auto: on a CPU, if it fits."""
 
     @model_validator(mode="after")
     def _one_gguf_file(self):
         if self.gguf is not None and not self.gguf.endswith(".gguf"):
-            raise ValueError(f"model.gguf: {self.gguf!r} is no .gguf file")
+            raise ValueError(f"model.gguf: {self.gguf!r} is not a .gguf file")
         if self.gguf is not None and self.name.endswith(".gguf"):
-            raise ValueError("model.gguf: model.name is a .gguf file already; give one of the two")
+            raise ValueError("model.gguf: model.name is already a .gguf file; set only one of the two")
         return self
 
 
@@ -109,19 +109,19 @@ class DataConfig(Part):
     prompt: str = "problem"
     completion: str = "solution"
     answer: str | None = None
-    """The column of reference answers, by which own samples are judged; null: `answer`, where rows have it.
-    A row that has one is trained on unchanged, even where its completion ends in `#### 42`."""
+    """The column of reference answers, by which own samples are judged; null: `answer`, if rows have it.
+    A row with one is used unchanged, even if its completion ends in `#### 42`."""
     template: str = "auto"
     sample: int | None = Field(None, ge=1)
-    """At most so many usable rows, drawn at random (with train.seed), instead of all."""
+    """At most this many usable rows, drawn at random (with train.seed), instead of all."""
     max_length: int = Field(2048, ge=2)
     packing: Literal["auto"] | bool = "auto"
     skip_bad_rows: float = Field(0.0, ge=0, le=1)
-    """The share of unreadable rows that may be skipped; 0 refuses the first one."""
+    """The share of unusable rows that may be skipped; with 0 a single one is refused."""
 
 
 class ObjectiveConfig(BaseModel):
-    """The objective's name and its own numbers; `loss.objective` knows which are right."""
+    """The objective's name and its own numbers; `loss.objective` checks them."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
     name: str = "dft"
@@ -132,7 +132,7 @@ class ObjectiveConfig(BaseModel):
 
 
 class TrainConfig(Part):
-    """The optimizer step. `batch_size` counts examples of one step over all ranks."""
+    """The optimizer step. `batch_size` counts the examples of one step over all ranks."""
 
     learning_rate: float = Field(5e-5, gt=0)
     batch_size: int = Field(256, ge=1, le=1_000_000)
@@ -148,16 +148,16 @@ class TrainConfig(Part):
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     logging_steps: int = Field(1, ge=1)
     save_steps: int | None = Field(None, ge=1)
-    """Steps between checkpoints; null: one every five minutes. The end and a signal always bring one."""
+    """Steps between checkpoints; null: one every five minutes. The last step and a signal always save one."""
     keep_checkpoints: int = Field(2, ge=1)
     loss_chunk_mb: int | None = Field(None, ge=1, le=1_000_000)
-    """Workspace of the loss; null: the loss engine's own choice."""
+    """Workspace of the loss; null: the loss engine's default."""
     shard: bool = False
-    """Share the frozen base among several processes (FSDP), for one too large for a single GPU."""
+    """Shard the frozen base over several processes (FSDP), if it is too large for a single GPU."""
     skip_rows: float = Field(0.0, ge=0, lt=1)
-    """Relative budget of loss rows to drop (`token_logps(skip=)`); only with a weighted objective."""
+    """Relative budget of tokens that the loss may skip (`token_logps(skip=)`); for weighted objectives."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Where each step's figures go beside `metrics.jsonl` and `curves.png`."""
+    """Where each step's metrics go besides `metrics.jsonl` and `curves.png`."""
     seed: Seed = 0
 
     @field_validator("micro_batch_size")
@@ -176,23 +176,23 @@ class TrainConfig(Part):
 
 
 class EvaluateConfig(Part):
-    """How a run is judged."""
+    """How a run is evaluated."""
 
     tasks: tuple[str, ...] = ()
     samples: int = Field(16, ge=1, le=1_000_000)
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: int = Field(4096, ge=1, le=1_000_000)
-    """The longest answer. Left at its default, a task may set a lower limit of its own; another value, or one
-    given with --set, is used as it stands."""
+    """The longest answer. At the default, a task may set a lower limit of its own; any other value, or one
+    given with --set, is used unchanged."""
     template: str = "same"
     seed: Seed = 0
     engine: Literal["plain", "vllm"] = "plain"
-    """What generates the answers; vllm is an optional part, for large runs on a GPU."""
+    """What generates the answers; vllm is optional, for large evaluations on a GPU."""
 
 
 class Recipe(Part):
-    """One run, whole. `output` may hold NAME, the recipe's own name."""
+    """A complete run. `output` may contain NAME, which stands for the recipe's name."""
 
     name: str = "run"
     model: ModelConfig = ModelConfig()
@@ -209,7 +209,7 @@ class Recipe(Part):
         if micro != "auto" and micro > batch:
             raise ValueError(f"train.micro_batch_size ({micro}) is larger than train.batch_size ({batch})")
         if self.train.shard and self.model.backend != "plain":
-            raise ValueError(f"train.shard: not with model.backend {self.model.backend!r}; plain has it")
+            raise ValueError(f"train.shard: not with model.backend {self.model.backend!r}; use plain")
         return self
 
     @field_validator("name")
@@ -237,9 +237,10 @@ class Recipe(Part):
         return self.model_dump(mode="json")
 
     def override(self, changes: Sequence[str]) -> Recipe:
-        """A copy with `a.b=value` changes applied; values are read as YAML.
+        """A copy with `a.b=value` changes applied; values are parsed as YAML.
 
-        Of the result, `model_fields_set` of each part names what is not at its default or was changed here.
+        `model_fields_set` of each section of the result names the fields that differ from their default or
+        were changed here.
         """
         values = self.model_dump(mode="json", exclude_defaults=True)
         for change in changes:
@@ -251,7 +252,7 @@ class Recipe(Part):
 
 
 def setting(field: str, value: Any) -> str:
-    """A change for `Recipe.override` that gives `field` this very value, whatever characters it holds."""
+    """A change for `Recipe.override` that sets `field` to exactly this value, whatever its characters."""
     return f"{field}={json.dumps(value, default=str)}"
 
 
@@ -273,7 +274,7 @@ def _unknown(path: str, key: str, known: Mapping[str, Any]):
 
 
 def parse_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """A Recipe from plain values. Raises RecipeError naming each wrong field and the nearest right one."""
+    """A Recipe from plain values. Raises RecipeError naming each wrong field and the closest valid one."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -281,7 +282,7 @@ def parse_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
 
 
 PLAIN = {"tuple_type": "must be a list, such as [a, b]", "model_type": "must be a mapping of fields"}
-"""Pydantic's kinds of error that its own text tells in terms of Python."""
+"""Clearer messages for pydantic's errors that are worded in terms of Python types."""
 
 
 def _explain(error: Mapping[str, Any]) -> str:
@@ -304,7 +305,7 @@ def _short(value: Any) -> str:
 
 
 class _OneOfEach(yaml.SafeLoader):
-    """YAML without repeated keys: SafeLoader would keep the last one and say nothing."""
+    """YAML without repeated keys: SafeLoader would silently keep the last one."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
@@ -317,7 +318,7 @@ class _OneOfEach(yaml.SafeLoader):
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text. Raises RecipeError, opening with `where`, for what is not plain YAML."""
+    """The value of a YAML text. Raises RecipeError, starting with `where`, for anything but plain YAML."""
     try:
         return yaml.load(text, _OneOfEach)
     except yaml.MarkedYAMLError as error:
@@ -329,7 +330,7 @@ def read_yaml(text: str, where: str) -> Any:
 
 
 def read_yaml_file(path: Path, where: str) -> Any:
-    """The value of a YAML file. Raises RecipeError where it cannot be read or is too large."""
+    """The value of a YAML file. Raises RecipeError if it cannot be read or is too large."""
     try:
         if (size := path.stat().st_size) > LONGEST_FILE:
             raise RecipeError(f"{where}: {size:,} bytes are too many for a recipe (at most {LONGEST_FILE:,})")
@@ -349,7 +350,7 @@ def shipped_recipes() -> dict[str, Path]:
 def load_recipe(source: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, or a shipped recipe by name, and apply `a.b=value` changes.
 
-    Raises RecipeError when the file is missing, is not YAML, or holds a field that does not exist.
+    Raises RecipeError if the file is missing, is not YAML, or has a field that does not exist.
     """
     path = Path(source)
     shipped = shipped_recipes()
@@ -359,13 +360,13 @@ def load_recipe(source: str | Path, changes: Sequence[str] = ()) -> Recipe:
             raise RecipeError(f"no recipe file or shipped recipe {_short(str(source))}{hint}")
         path = shipped[str(source)]
     values = read_yaml_file(path, str(path))
-    if values is None:  # nothing but comments: every field has a default
+    if values is None:  # only comments: every field has a default
         values = {}
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of fields, this is a {type(values).__name__}")
+        raise RecipeError(f"{path}: a recipe must be a mapping of fields, this is a {type(values).__name__}")
     return parse_recipe({"name": path.stem, **values}, where=str(path)).override(changes)
 
 
 def digest(value: Any) -> str:
-    """sha256 of a JSON-able value, independent of key order."""
+    """sha256 of a JSON-serializable value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

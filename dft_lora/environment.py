@@ -1,4 +1,4 @@
-"""`dft-lora doctor`: what this machine can do, and what a missing part would need."""
+"""`dft-lora doctor`: what this machine can do, and how to install what is missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIONAL = {
 
 
 def data_report(recipe: Recipe) -> dict[str, str]:
-    """The rows, counts and findings of a recipe's data: all bad rows are told, none is refused."""
+    """The counts and findings of a recipe's data. All bad rows are reported; none is refused."""
     from .training.plan import make_plan
 
     plan = make_plan(recipe.override(["data.skip_bad_rows=1"]))
@@ -31,7 +31,7 @@ def data_report(recipe: Recipe) -> dict[str, str]:
 
 
 def machine_report() -> dict[str, str]:
-    """Part and finding, one line each."""
+    """Each part of this machine and environment, with what was found."""
     small, large = choose(parameters=0), choose(parameters=10**10)
     found = {"commit": commit() or "installed package"}
     found |= {package: version or "missing" for package, version in versions().items()}

@@ -1,15 +1,15 @@
-"""What can go wrong, told to the person at the keyboard.
+"""The errors of this package, reported to the person at the keyboard.
 
     DftLoraError
-    ├── RequestError        the request was wrong (exit 2): names the field and the remedy
+    ├── RequestError        the request was wrong (exit 2); names the field and the remedy
     │   ├── RecipeError     a recipe field is unknown, ill-typed or contradicts another
     │   ├── DataError       a file, a column or a row is missing or unreadable
-    │   ├── ModelError      a model cannot be found, or has a part we cannot train exactly
-    │   └── MissingPart     an optional package or a piece of hardware is not there
-    └── RunError            the run failed after it had begun (exit 1)
-        └── Interrupted     a signal asked it to stop (exit 128 + signal); it can be resumed
+    │   ├── ModelError      a model cannot be found, or has a part that cannot be trained exactly
+    │   └── MissingPart     an optional package or a piece of hardware is missing
+    └── RunError            the run failed after it had started (exit 1)
+        └── Interrupted     a signal stopped it (exit 128 + signal); it can be resumed
 
-Each message is one line. `ValueError` is kept for wrong arguments to numerical functions.
+Each message is one line. Numerical functions raise `ValueError` for wrong arguments.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from difflib import get_close_matches
 
 
 class DftLoraError(Exception):
-    """Root of every error this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
     exit_code = 1
 
 
 class RequestError(DftLoraError):
-    """The request was wrong; nothing was loaded, nothing was written."""
+    """The request was wrong. Nothing was loaded and nothing was written."""
 
     exit_code = 2
 
@@ -47,24 +47,24 @@ class MissingPart(RequestError):
 
 
 class RunError(DftLoraError):
-    """The run failed after it had begun."""
+    """The run failed after it had started."""
 
 
 class Interrupted(RunError):
-    """SIGTERM or Ctrl-C; a checkpoint was kept. The exit code is a shell's: 143 or 130."""
+    """SIGTERM or Ctrl-C; progress was saved. The exit code is that of a shell: 143 or 130."""
 
-    def __init__(self, message: str, signal_number: int | None, told: bool = False):
+    def __init__(self, message: str, signal_number: int | None, hinted: bool = False):
         super().__init__(message)
-        self.told = told
+        self.hinted = hinted
         self.signal_number = signal_number
         self.exit_code = 128 + (signal_number or 0)
 
-    def and_then(self, way_on: str) -> Interrupted:
-        """The same, with how to go on: the one who was asked knows. It is said once."""
-        return self if self.told else Interrupted(f"{self}; {way_on}", self.signal_number, told=True)
+    def and_then(self, hint: str) -> Interrupted:
+        """The same with the way to continue, which the caller knows. The first caller's hint is kept."""
+        return self if self.hinted else Interrupted(f"{self}; {hint}", self.signal_number, hinted=True)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or the empty string when nothing is near."""
+    """` (did you mean 'x'?)`, or the empty string if no known name is close."""
     near = get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,7 +1,7 @@
-"""After training: a merged model, the Hub, vLLM, llama.cpp and Ollama, each by the tool that exists for it.
+"""Export a trained adapter: merged model, Hub, vLLM, llama.cpp, Ollama, each with the tool made for it.
 
-An adapter is merged into the 16-bit base. Merged into the 4-bit one, each weight would be rounded to 4 bits
-once more, and much of what was learned with it.
+An adapter is merged into the 16-bit base. Merging into the 4-bit base would round each weight to 4 bits
+again, which would lose much of what was learned.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ PROBES = 8
 
 
 def refuse_unfinished(run: RunFolder) -> None:
-    """Raises RequestError for a run that is a bare base, or was stopped before its end."""
+    """Raises RequestError for a bare base and for a run that was stopped before its last step."""
     if not run.has_adapter or "figures" not in run.run():
-        raise RequestError(f"{run.path}: no adapter of a finished run; train it, or go on with --resume")
+        raise RequestError(
+            f"{run.path}: no adapter of a finished run; train it, or continue it with --resume"
+        )
 
 
 def merge(run: RunFolder, out: Path, dtype: str = "bfloat16") -> dict[str, Any]:
-    """Write base + adapter as one 16-bit model, with tokenizer and card, to the new folder `out`.
+    """Write base and adapter as one 16-bit model, with tokenizer and card, to the new folder `out`.
 
-    Returns its drift: how far its logits are from those of the model as it was trained (4-bit base and
-    adapter), and from the unmerged 16-bit one. Raises RequestError when `out` exists or
-    cannot be written, or there is no adapter.
+    Returns the drift: how far its logits are from those of the model as trained (4-bit base and adapter), and
+    from those of the unmerged 16-bit model. Raises RequestError when `out` exists or cannot be written, or
+    when there is no adapter.
     """
     refuse_unfinished(run)
     with new_folder(out, "OUT"):
@@ -69,7 +71,7 @@ def _merge(run: RunFolder, out: Path, dtype: str) -> dict[str, Any]:
 
 
 def probe_rows(tokenizer: Any, template: str) -> list[list[int]]:
-    """A few problems of the embedded task with their solutions, as the run renders them."""
+    """Token ids of a few problems of the embedded task with their solutions, in the run's template."""
     from .data.templates import Renderer
     from .tasks import get_task
 
@@ -78,7 +80,7 @@ def probe_rows(tokenizer: Any, template: str) -> list[list[int]]:
 
 
 def logits_of(model: Any, rows: Sequence[Sequence[int]]) -> list[Any]:
-    """Logits [L, V] in float32 of each row alone."""
+    """The float32 logits [L, V] of each row, computed one row at a time."""
     import torch
 
     with torch.no_grad():
@@ -86,7 +88,7 @@ def logits_of(model: Any, rows: Sequence[Sequence[int]]) -> list[Any]:
 
 
 def difference(before: Sequence[Any], after: Sequence[Any]) -> dict[str, float]:
-    """Largest change of a logit, mean KL(before || after) in nats, share of positions of equal top token."""
+    """The largest logit change, the mean KL(before || after) in nats, and how often the top token agrees."""
     import torch
 
     b_NV, a_NV = torch.cat(list(before)), torch.cat(list(after))
@@ -99,9 +101,9 @@ def difference(before: Sequence[Any], after: Sequence[Any]) -> dict[str, float]:
 
 
 def push(run: RunFolder, repository: str, merged: Path | None = None, private: bool = True) -> str:
-    """Upload the adapter, or a merged model, with its card; returns the address.
+    """Upload the adapter, or a merged model, with its card; returns the URL.
 
-    Raises RequestError when the run holds no adapter, RunError with the Hub's own reason when it refuses.
+    Raises RequestError when the run has no adapter, RunError with the Hub's reason when the upload fails.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -110,7 +112,7 @@ def push(run: RunFolder, repository: str, merged: Path | None = None, private: b
     if merged is None:
         refuse_unfinished(run)
     elif not (merged / "config.json").is_file():
-        raise RequestError(f"--merged: {merged} holds no merged model; dft-lora merge makes one")
+        raise RequestError(f"--merged: {merged} holds no merged model; make one with dft-lora merge")
     try:
         validate_repo_id(repository)
         if why := unreachable():
@@ -125,17 +127,17 @@ def push(run: RunFolder, repository: str, merged: Path | None = None, private: b
                 write_text(Path(folder) / "README.md", card(run))
                 api.upload_folder(repo_id=repository, folder_path=folder)
     except HFValidationError as error:
-        raise RequestError(f"{repository!r} is no repository name: {_line(error)}") from None
+        raise RequestError(f"{repository!r} is not a repository name: {_line(error)}") from None
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         raise RunError(
-            f"the Hub did not take {repository}: {_line(error)} (hf auth login gives it a token)"
+            f"the Hub did not accept {repository}: {_line(error)} (log in with hf auth login)"
         ) from None
     return str(address)
 
 
 def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = None) -> str:
-    """The model card, from run.json and, where the run was evaluated, report.json."""
-    facts, recipe = run.run(), run.recipe()
+    """The model card, from run.json and, if the run was evaluated, report.json."""
+    metadata, recipe = run.run(), run.recipe()
     base, name = recipe.model.name, run.name
     header: dict[str, Any] = {
         "base_model": base,
@@ -146,7 +148,7 @@ def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = No
     if recipe.data.source.count("/") == 1 and not Path(recipe.data.source).exists():
         header["datasets"] = [recipe.data.source]
     objective, train = recipe.objective.name, recipe.train
-    made, last = facts["provenance"], facts["figures"]["last"]
+    made, last = metadata["provenance"], metadata["figures"]["last"]
     lines = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {name}",
@@ -156,9 +158,9 @@ def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = No
         + (", then merged into the 16-bit base." if merged else "."),
         "## Training",
         f"{last['step']} steps of {train.batch_size} examples, AdamW {train.learning_rate:g}, "
-        f"{train.schedule}, seed {train.seed}; {facts['figures']['seconds']:.0f} s on {made['device']} in "
+        f"{train.schedule}, seed {train.seed}; {metadata['figures']['seconds']:.0f} s on {made['device']} in "
         f"{made['dtype']}. Last step: NLL {last['nll']:.3f}, mean target probability "
-        f"{last['mean_probability']:.3f}. Prompt template: `{facts['template']}`.",
+        f"{last['mean_probability']:.3f}. Prompt template: `{metadata['template']}`.",
         f"Made with dft-lora {made['versions']['dft-lora']} (commit {made['commit']}), "
         f"torch {made['versions']['torch']}, transformers {made['versions']['transformers']}, "
         f"{made['date'][:10]}.",
@@ -168,9 +170,10 @@ def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = No
     if drift:
         far = drift["from_training"]
         lines += [
-            f"Merging left the 4-bit base the adapter was trained on: the largest change of a logit is "
-            f"{far['largest_logit_change']:.3g}, mean KL {far['mean_kl']:.2g} nats, the same first token at "
-            f"{far['same_top1']:.1%} of positions. The figures above are of the 4-bit model."
+            "The adapter was trained on the 4-bit base and merged into the 16-bit base. Compared with the "
+            f"model as trained, the largest logit change is {far['largest_logit_change']:.3g}, the mean KL "
+            f"is {far['mean_kl']:.2g} nats, and the most probable token is the same at "
+            f"{far['same_top1']:.1%} of positions. The results above are those of the 4-bit model."
         ]
     lines += ["## Use", "```sh\n" + (f"vllm serve {name}" if merged else vllm_command(run)) + "\n```"]
     return "\n\n".join(lines) + "\n"
@@ -179,7 +182,7 @@ def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = No
 def _results(run: RunFolder) -> str:
     reported = read_json(run.report_file)["runs"] if run.report_file.is_file() else {}
     runs = {name: r for name, r in reported.items() if r.get("adapter") == run.adapter_digest}
-    if not runs:  # or answered by an adapter that has been trained further since
+    if not runs:  # also if the report is on an adapter that has since been trained further
         return "Not evaluated."
     lines = [
         "| run | task | sampled accuracy | 95 % interval | greedy | problems |",
@@ -195,7 +198,7 @@ def _results(run: RunFolder) -> str:
 
 
 def vllm_command(run: RunFolder, base: str | None = None) -> str:
-    """How vLLM serves the adapter over its 16-bit base, by default as the recipe names it."""
+    """The command that serves the adapter with vLLM, over `base` or else the recipe's base, in 16 bits."""
     from .model.vllm import lora_rank
 
     recipe = run.recipe()
@@ -206,9 +209,9 @@ def vllm_command(run: RunFolder, base: str | None = None) -> str:
 
 
 def to_llama_cpp(run: RunFolder, out: Path | None = None) -> tuple[Path, str]:
-    """The adapter as a GGUF file for llama.cpp, by default in the run folder, and the command that loads it.
+    """Write the adapter as a GGUF file for llama.cpp; returns the file and the command that loads it.
 
-    Raises RequestError when there is no adapter, `out` exists, or llama.cpp has no place for a part of it.
+    Raises RequestError when there is no adapter, `out` exists, or llama.cpp does not support a part of it.
     """
     from .model.gguf import write_adapter
     from .model.load import gguf_file, load_model_config
@@ -231,19 +234,19 @@ def to_llama_cpp(run: RunFolder, out: Path | None = None) -> tuple[Path, str]:
 
 
 def to_gguf(merged: Path, out: Path, llama_cpp: Path | None = None, quantize: str | None = None) -> Path:
-    """A merged model as a GGUF file, by llama.cpp's own converter; `quantize`: such as Q4_K_M.
+    """Convert a merged model to a GGUF file with llama.cpp's converter; `quantize` is a type such as Q4_K_M.
 
-    Raises MissingPart where llama.cpp is not at hand, RunError when one of its tools fails.
+    Raises MissingPart when llama.cpp is not found, RunError when one of its tools fails.
     """
     home = llama_cpp or (Path(os.environ["LLAMA_CPP"]) if "LLAMA_CPP" in os.environ else None)
     converter = home / "convert_hf_to_gguf.py" if home else None
     if home is None or converter is None or not converter.is_file():
         raise MissingPart(
             "convert_hf_to_gguf.py was not found: git clone https://github.com/ggml-org/llama.cpp, "
-            "pip install -r its requirements.txt, and name the folder with --llama-cpp or LLAMA_CPP"
+            "install its requirements.txt with pip, and name the folder with --llama-cpp or LLAMA_CPP"
         )
     if not (merged / "config.json").is_file():
-        raise RequestError(f"{merged}: no merged model; dft-lora merge RUN_DIR {merged} makes one")
+        raise RequestError(f"{merged}: no merged model; make one with dft-lora merge RUN_DIR {merged}")
     whole = out if quantize is None else out.with_suffix(".bf16.gguf")
     _call(sys.executable, str(converter), str(merged), "--outfile", str(whole), "--outtype", "bf16")
     if quantize:
@@ -256,7 +259,7 @@ def to_gguf(merged: Path, out: Path, llama_cpp: Path | None = None, quantize: st
 
 
 def to_ollama(gguf: Path, name: str) -> None:
-    """Register a GGUF file with Ollama. Raises MissingPart where it is not installed."""
+    """Register a GGUF file with Ollama. Raises MissingPart when Ollama is not installed."""
     if shutil.which("ollama") is None:
         raise MissingPart("ollama is not installed: https://ollama.com/download")
     modelfile = gguf.with_suffix(".Modelfile")
@@ -265,7 +268,7 @@ def to_ollama(gguf: Path, name: str) -> None:
 
 
 def _call(*command: str) -> None:
-    """Run a tool, its output on stderr. Raises RunError naming it when it fails."""
+    """Run a tool with its output on stderr. Raises RunError naming the tool when it fails."""
     with _naming(command[0]):
         code = subprocess.run(command, stdout=sys.stderr.fileno()).returncode
     if code:
@@ -274,6 +277,7 @@ def _call(*command: str) -> None:
 
 @contextmanager
 def _naming(tool: str) -> Iterator[None]:
+    """Turn an OSError at the start of a tool into a RunError that names it."""
     try:
         yield
     except OSError as error:

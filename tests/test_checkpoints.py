@@ -18,7 +18,7 @@ import torch
 
 from dft_lora.config import digest
 from dft_lora.errors import RunError
-from dft_lora.runs.atomic import damage, discard, write_sealed
+from dft_lora.runs.atomic import damage, discard, write_folder
 from dft_lora.training.checkpoints import (
     PARTS,
     Checkpoints,
@@ -135,8 +135,8 @@ def test_a_checkpoint_sealed_without_its_optimizer_is_an_error(checkpoints):
     shutil.rmtree(checkpoints.path / "step-000010")
     path = checkpoints.path / "step-000020"
     files = [(name, (path / name).read_bytes()) for name in PARTS if not name.startswith("optimizer")]
-    write_sealed(path, files)
-    with pytest.raises(RunError, match=r"step-000020: optimizer\.safetensors is not part of it"):
+    write_folder(path, files)
+    with pytest.raises(RunError, match=r"step-000020: optimizer\.safetensors is not in its manifest\.json"):
         checkpoints.newest()
 
 
@@ -297,10 +297,10 @@ def test_no_pickle_of_a_checkpoint_is_executed(checkpoints, tmp_path):
     assert same(checkpoints.newest()[0], make_state(20))
     for name in PARTS:  # sealed by an attacker, so the checksums are right
         files = {part: (path / part).read_bytes() for part in PARTS}
-        write_sealed(path, (files | {name: payload}).items())
+        write_folder(path, (files | {name: payload}).items())
         found = checkpoints.newest()[0]
         assert found.step == (20 if name.endswith("adapter_config.json") else 10)
-        write_sealed(path, files.items())
+        write_folder(path, files.items())
     assert not canary.exists()
     pickle.loads(payload)
     assert canary.exists(), "the payload works"

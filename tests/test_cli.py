@@ -7,12 +7,12 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from dft_lora.run_folder import new_folder
 from evidence_runs import answered
 
 from dft_lora.cli import main
 from dft_lora.config import parse_recipe
 from dft_lora.errors import RunError
+from dft_lora.runs.folder import new_folder
 
 HEAVY = (
     "torch",

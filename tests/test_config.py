@@ -63,7 +63,7 @@ def test_a_pair_differs_in_the_objective_alone(pair):
         ("train.batch_size=true", "field 'train.batch_size': must not be true or false"),
         ("train.batch_size=1" + "0" * 20, "train.batch_size"),
         ("evaluate.tasks=gsm8k", "field 'evaluate.tasks': must be a list"),
-        ('data.source="a\\0b"', "field 'data.source': must not hold a NUL character"),
+        ('data.source="a\\0b"', "field 'data.source': must not contain a NUL character"),
         ('evaluate.tasks=["a\\ud800"]', "half of a surrogate pair"),
         ("train.=1", "field 'train.' does not exist"),
     ],

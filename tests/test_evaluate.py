@@ -23,9 +23,11 @@ from dft_lora.config import ModelConfig, load_recipe
 from dft_lora.data.templates import Renderer
 from dft_lora.errors import MissingPart, RequestError
 from dft_lora.evaluation.attempts import read_attempts
-from dft_lora.evaluation.evaluate import answer_limit, evaluate
+from dft_lora.evaluation.evaluate import evaluate
+from dft_lora.evaluation.protocol import answer_limit
 from dft_lora.evaluation.report import build, write_own_report
 from dft_lora.evaluation.sharpening import entropy_matched
+from dft_lora.evaluation.task_results import TaskResults
 from dft_lora.evaluation.token_table import TokenTable, tokens_file
 from dft_lora.evaluation.tokens import entropy, score, temperature_for
 from dft_lora.model.head import check_head
@@ -245,28 +247,26 @@ def test_vllm_says_what_is_missing(fresh):
         evaluate([fresh[0]], ["arithmetic"], limit=2, changes=["samples=1", "engine=vllm"])
 
 
-class Echo(Task):
-    """A task whose answers are to start with a word of the question, not to be mathematics."""
+class EvenLength(Task):
+    """A task with its own judge and without reference answers: an answer of even length is correct."""
 
-    name, description, max_new_tokens = "echo", "starts with the question's first word", 8
+    name, description, max_new_tokens = "even-length", "answers of even length", 8
 
     def problems(self, split="test"):
         return [replace(problem, answer=None) for problem in get_task("arithmetic").problems(split)]
 
     def judge_many(self, pairs):
-        return [
-            Verdict("correct" if text.split()[:1] == problem.question.split()[:1] else "wrong", text)
-            for text, problem in pairs
-        ]
+        return [Verdict("wrong" if len(text) % 2 else "correct", text) for text, _ in pairs]
 
 
 def test_a_task_judges_its_own_answers(fresh, monkeypatch):
-    monkeypatch.setitem(tasks._tasks(), "echo", Echo())
-    evaluate([fresh[0]], ["echo"], limit=3, changes=["samples=2"])
-    found = read_attempts(RunFolder(fresh[0]).evaluation("echo"))
-    problems = {problem.id: problem for problem in Echo().problems()}
-    assert len(found) == 3 * 3
-    assert [a.verdict for a in found] == Echo().judge_many([(a.text, problems[a.problem]) for a in found])
+    monkeypatch.setitem(tasks._tasks(), "even-length", EvenLength())
+    evaluate([fresh[0]], ["even-length"], limit=6, changes=["samples=1"])
+    found = read_attempts(RunFolder(fresh[0]).evaluation("even-length"))
+    assert {a.verdict.status for a in found} == {"correct", "wrong"}
+    assert all(a.verdict == Verdict("wrong" if len(a.text) % 2 else "correct", a.text) for a in found)
+    summary = TaskResults.read(RunFolder(fresh[0]), "even-length").summary()
+    assert summary["maj_at"]["1"] == summary["avg"] > 0, "a correct answer votes without a reference, too"
 
 
 def test_checkpoints_are_evaluated_like_runs(runs):

@@ -109,7 +109,7 @@ def test_when_one_is_killed_the_other_ends_and_the_run_goes_on_to_the_bit(tmp_pa
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ([], "train.shard: there is one process"),
+        ([], "train.shard: there is only one process"),
         (["model.backend=unsloth"], "train.shard: not with model.backend 'unsloth'"),
     ],
 )
@@ -123,7 +123,7 @@ def test_what_cannot_be_shared_is_refused(tmp_path, changes, words):
     ("changes", "words"),
     [
         (["train.batch_size=5"], "train.batch_size 5: with train.shard it must be a multiple of the 2"),
-        (["data.packing=true"], "data.packing: true does not go with train.shard"),
+        (["data.packing=true"], "data.packing: true cannot be combined with train.shard"),
     ],
 )
 def test_two_processes_that_would_not_keep_step_are_refused(tmp_path, changes, words):

@@ -416,7 +416,7 @@ def test_too_little_room_is_told_before_anything_is_written(tiny_gguf, cache, mo
 
 
 def test_a_recipe_names_one_file():
-    with pytest.raises(RecipeError, match=r"model.gguf: 'weights.bin' is no .gguf file"):
+    with pytest.raises(RecipeError, match=r"model.gguf: 'weights.bin' is not a .gguf file"):
         parse_recipe({"model": {"name": "owner/name", "gguf": "weights.bin"}})
     with pytest.raises(RecipeError, match="one of the two"):
         parse_recipe({"model": {"name": "a.gguf", "gguf": "b.gguf"}})

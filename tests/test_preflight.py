@@ -125,7 +125,7 @@ def test_a_proposal_keeps_a_backends_own_checkpointing(own):
 PLAIN = MemoryFit(LinearFit(0, 1000.0 * 1024), LinearFit(0, 1100.0 * 1024), 0.0, 300_000, 512)
 CHECKPOINTED = MemoryFit(LinearFit(0, 50.0 * 1024), LinearFit(0, 100.0 * 1024), 0.0, 300_000, 512)
 FITS = {False: PLAIN, True: CHECKPOINTED}
-ROW = ProbePass(T=1000, M=600, saved=0, loss_peak=0, backward_peak=0, seconds=1.0)
+ROW = ProbePass(N=1000, M=600, saved=0, loss_peak=0, backward_peak=0, seconds=1.0)
 
 
 def test_proposals_grow_with_memory_and_fit_it():

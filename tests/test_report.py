@@ -83,9 +83,9 @@ def test_small_differences_are_called_noise_and_holm_only_raises(report):
         ({"temperature": 0.6}, "temperature"),
         ({"max_new_tokens": 48}, "max_new_tokens 96 and 48"),
         ({"template": "plain", "template_hash": "u"}, "template 'chat' and 'plain'"),
-        ({"template_hash": "u"}, "renders other ids"),
+        ({"template_hash": "u"}, "different token ids"),
         ({"engine": "vllm"}, "engine 'plain' and 'vllm'"),
-        ({"problems_hash": "x"}, "other texts or answers"),
+        ({"problems_hash": "x"}, "different texts or answers"),
     ],
 )
 def test_other_protocols_are_refused_with_the_difference(folders, tmp_path, change, said):

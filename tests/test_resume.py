@@ -122,7 +122,7 @@ def test_an_objective_that_looks_at_its_step_first_goes_on_to_the_bit(data, tmp_
     shutil.rmtree(run_dir / "adapter")
     shutil.rmtree(run_dir / "checkpoints" / "step-000006")
     code, told = run("train", str(path), "--resume")
-    assert code == 0 and "going on after step 3" in told
+    assert code == 0 and "resuming after step 3" in told
     assert_same(run_dir, undisturbed)
 
 
@@ -187,7 +187,7 @@ def test_a_run_that_has_not_finished_is_not_evaluated_unless_a_checkpoint_is_nam
     assert adapter(stopped / "steps" / "step-000006") == (newest / "adapter" / ADAPTER).read_bytes()
     assert (stopped / "steps" / "step-000006" / "report.json").is_file()
     code, told = run("evaluate", str(stopped / "checkpoints" / "step-000007"), *ASKED)
-    assert code == 2 and "kept are: step-000003, step-000006" in told
+    assert code == 2 and "available: step-000003, step-000006" in told
     assert run("train", str(recipe), "--resume")[0] == 0
     code, told = run("evaluate", str(stopped), *ASKED)
     assert code == 0, told

@@ -21,8 +21,8 @@ class Engine(Protocol):
     """Whether `model` is a torch model that can also score given texts token by token."""
 
     model: Any
-    facts: dict[str, Any]
-    """What provenance records: device, dtype."""
+    provenance: dict[str, Any]
+    """What it adds to recorded provenance: device, dtype."""
 
     def __init__(self, recipe: Recipe, adapters: Mapping[str, Path], renderer: Renderer): ...
 
@@ -39,7 +39,7 @@ class Plain:
         base, hardware = load_base(recipe.model, for_answers=True)
         check_head(base)
         self.model, self.renderer = load_adapters(base, adapters), renderer
-        self.facts = {"device": hardware.name, "dtype": str(hardware.dtype).removeprefix("torch.")}
+        self.provenance = {"device": hardware.name, "dtype": str(hardware.dtype).removeprefix("torch.")}
 
     def generate(self, requests: Sequence[Request], on_progress: Callable[[int, Completion], None]) -> None:
         generate(

@@ -105,7 +105,7 @@ def _complete(
     adapters = {name: folder.adapter for name, folder in folders.items() if folder.has_adapter}
     engine = ENGINES[recipe.evaluate.engine](recipe, adapters, renderer)
     for answers in work.values():
-        answers.begin(certificate(**engine.facts))
+        answers.begin(certificate(**engine.provenance))
     shard.wait()  # no process adds answers before the old ones are deleted
     for task in problems:
         mine = {name: answers for (t, name), answers in work.items() if t == task}

@@ -37,7 +37,7 @@ def pass_at_k(correct_PN: ArrayLike, k: int) -> Scores:
     correct_PN = _correct(correct_PN)
     n = correct_PN.shape[1]
     if not 1 <= k <= n:
-        raise ValueError(f"k = {k}: give 1 to the number of samples, {n}")
+        raise ValueError(f"k = {k}: give a number from 1 to the number of samples, {n}")
     wrong_P = n - correct_PN.sum(1)
     enough = wrong_P >= k
     none_P = np.zeros(len(wrong_P))
@@ -55,7 +55,7 @@ def maj_at_k(answers_PN: Sequence[Sequence[Hashable]], correct_PN: ArrayLike, k:
     n = correct_PN.shape[1]
     k = n if k is None else k
     if not 1 <= k <= n:
-        raise ValueError(f"k = {k}: give 1 to the number of samples, {n}")
+        raise ValueError(f"k = {k}: give a number from 1 to the number of samples, {n}")
     if [len(row) for row in answers_PN] != [n] * len(correct_PN):
         raise ValueError(f"answers_PN does not have the shape of correct_PN, {correct_PN.shape}")
     return np.array([_majority(a[:k], c[:k]) for a, c in zip(answers_PN, correct_PN, strict=True)])
@@ -139,7 +139,7 @@ def smallest_detectable(a_P: ArrayLike, b_P: ArrayLike, power: float = 0.8, leve
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs on the same problems: b - a, its 95 % interval, its p-value, and what could have been seen."""
+    """b - a for two runs on the same problems, with interval, p-value and smallest detectable difference."""
 
     difference: float
     ci95: Interval

@@ -1,4 +1,4 @@
-"""Whole experiments, from training to verdicts: `dft-lora experiment NAME`. A stopped one continues."""
+"""Whole experiments, from training to verdicts: `dft-lora experiment NAME`. Run it again to resume it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 CONTINUES = "run the same command again to continue"
 
 NAMES = ("findings",)
-"""Modules of this package with `run(out, seeds, only)`, which yields the lines that a person reads."""
+"""Modules of this package with a function `run(out, seeds, only)` that yields lines for the terminal."""
 
 
 def run_experiment(name: str, out: Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[str]:
-    """Run one of NAMES below `out`, or `only` the named parts of it; what is already there is used again."""
+    """Run the experiment `name`, or `only` the named parts of it. Finished work in `out` is reused."""
     return import_module(f".{name}", __name__).run(out, seeds, only)

@@ -1,7 +1,7 @@
 """`make demo`: train, evaluate and compare on the embedded base and the embedded task.
 
-base, sft and dft are three run folders over one 4-bit base. The two adapters see the same data in the same
-order, start from the same weights and differ only in the objective.
+base, sft and dft are three run folders over one 4-bit base. The two adapters start from the same weights, see
+the same data in the same order, and differ only in the objective.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ..runs.folder import RunFolder, make_writable, read_json, write_json
 from ..training.loop import train
 
 RUNS = ("base", "sft", "dft")
-MARK = "demo.json"  # lists what a demo wrote: the next demo replaces that and nothing else
+MARK = "demo.json"  # lists what a demo wrote; the next demo replaces nothing else
 QUICK = ("train.max_steps=6", "evaluate.samples=1")
 QUICK_LIMIT = 12
 CLEAN = ("data.split=train-clean",)  # without the 8 % of wrong steps in "train"
 
 
 def run_demo(out: Path, seed: int = 0, quick: bool = False, clean: bool = False) -> dict[str, Any]:
-    """Train SFT and DFT adapters on the embedded base, evaluate base, SFT and DFT, write the report.
+    """Train SFT and DFT adapters on the embedded base, evaluate them and the base, and write the report.
 
-    Raises RequestError when `out` holds files that no demo wrote, or cannot be written.
+    Raises RequestError when `out` contains files that no demo wrote, or cannot be written.
     """
     changes = (
         f"train.seed={seed}",
@@ -39,7 +39,7 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, clean: bool = False)
         *(CLEAN if clean else ()),
     )
     for name in RUNS[1:]:
-        demo_recipe(name, out, changes)  # a wrong value is refused before anything is removed
+        demo_recipe(name, out, changes)  # a wrong value is an error before anything is removed
     clear(out)
     make_writable(out, "--out")
     keep_mark(out)
@@ -47,13 +47,13 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, clean: bool = False)
 
 
 def train_runs(out: Path, changes: Sequence[str] = ()) -> list[RunFolder]:
-    """The runs of RUNS below `out`: the bare base, and an adapter per objective."""
+    """The runs of RUNS below `out`: the bare base and one adapter per objective."""
     recipes = [demo_recipe(name, out, changes) for name in RUNS[1:]]
     return [base_run(recipes[0], out / RUNS[0]), *map(train, recipes)]
 
 
 def evaluate_runs(folders: Sequence[RunFolder], out: Path, limit: int | None = None) -> dict[str, Any]:
-    """Evaluate the runs and write a report in each folder, and the one that compares them in `out`."""
+    """Evaluate the runs; write a report on each to its folder and the report that compares them to `out`."""
     evaluate([folder.path for folder in folders], limit=limit)
     report = write_report(folders, out)
     for folder in folders:
@@ -67,7 +67,7 @@ def demo_recipe(name: str, out: Path, changes: Sequence[str] = ()) -> Recipe:
 
 
 def clear(out: Path) -> None:
-    """Remove what an earlier demo wrote to `out`. Raises RequestError when `out` holds anything else."""
+    """Remove what an earlier demo wrote to `out`. Raises RequestError when `out` contains anything else."""
     if not os.path.lexists(out):
         return
     if not out.is_dir():
@@ -76,9 +76,9 @@ def clear(out: Path) -> None:
     wrote = mark.get("wrote") if isinstance(mark, dict) else None
     ours = [*wrote, MARK] if isinstance(wrote, list) else []
     entries = sorted(out.iterdir())
-    if strange := [entry.name for entry in entries if entry.name not in ours]:
+    if foreign := [entry.name for entry in entries if entry.name not in ours]:
         raise RequestError(
-            f"--out: {out} holds files that the demo did not write ({', '.join(strange[:3])}); "
+            f"--out: {out} contains files that the demo did not write ({', '.join(foreign[:3])}); "
             "name another folder"
         )
     for path in entries:
@@ -89,7 +89,7 @@ def clear(out: Path) -> None:
 
 
 def keep_mark(out: Path) -> None:
-    """List what the demo writes: the three runs and the report's files."""
+    """Write the list of what the demo writes: the three runs and the report's files."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / MARK, {"wrote": [*RUNS, "report.json", "report.md", "plots"]})
 

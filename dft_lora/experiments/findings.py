@@ -1,16 +1,18 @@
-"""The paper's claims, tried on the embedded base: `dft-lora experiment findings`.
+"""The paper's claims, tested on the embedded base: `dft-lora experiment findings`.
 
-Each line is judged by a paired interval over problems, of the mean of three seeds, and by the seeds alone:
+Each claim is judged by the difference between two kinds of runs, averaged over the seeds, with a paired 95 %
+interval over problems, and by the difference in each seed:
 
-    confirmed    the interval lies on the claimed side of zero, and so does every seed
+    confirmed    the interval and the difference in every seed lie on the claimed side of zero
     refuted      the interval lies on the other side
-    not shown    anything else: the difference is smaller than what these runs can show
+    not shown    anything else; the difference is too small for these runs to show it
 
-Every objective runs at its own best learning rate, chosen on arithmetic-validation with seed 0 and reported
-on the test sets. The base was frozen before; neither it nor the data are tuned until a line comes true.
+Every objective runs at its own best learning rate, chosen on arithmetic-validation with the first seed and
+reported on the test sets. The base was frozen beforehand; neither it nor the data were tuned to confirm a
+claim.
 
-Run folders lie below --out and are used again, so a command that was stopped continues. The result is
-OUT/findings.json with its provenance; docs/findings.md is generated from the recorded copy in docs/results.
+Run folders below --out are reused, so the same command resumes a stopped experiment. The result is
+OUT/findings.json with its provenance; docs/findings.md is generated from the copy in docs/results.
 """
 
 from __future__ import annotations
@@ -54,14 +56,14 @@ GROUPS: dict[str, dict[str, Any]] = {
     "codebook": CODEBOOK,
     **{f"batch-{n}": {"train.batch_size": n, "train.max_steps": EXAMPLES // n} for n in OTHER_BATCHES},
 }
-"""Folder of runs -> what they change; `own` (the base's own samples) stands apart."""
+"""Folder of runs -> the fields they change. `own`, on the base's own samples, is not listed."""
 VALIDATION, LIMIT = "arithmetic-validation", 200
 TASKS = ("arithmetic", "arithmetic-long")
 OWN_PROBLEMS, OWN_SAMPLES = 480, 4
 
 
 def recipe(out: Path, group: str, objective: str, rate: float, seed: int, **more: Any) -> Recipe:
-    """One run of the findings. Its seed draws the order of the data and the adapter's first weights."""
+    """The recipe of one run. Its seed determines the order of the data and the adapter's initial weights."""
     name = f"{objective}-{rate:g}"
     fields = {
         **SETTINGS,
@@ -76,18 +78,18 @@ def recipe(out: Path, group: str, objective: str, rate: float, seed: int, **more
 
 
 class Runs:
-    """The runs that the findings rest on; each is trained and evaluated when a finding first asks for it."""
+    """The runs behind the findings; each is trained and evaluated when a finding first needs it."""
 
     def __init__(self, out: Path, seeds: Sequence[int]):
         self.out, self.seeds = out, seeds
         self._rates: dict[tuple[str, str], float] = {}
 
     def trained(self, group: str, objective: str, rate: float) -> list[RunFolder]:
-        """One run per seed. `group` names a folder and what else differs: see GROUPS."""
+        """One run per seed. `group` names a folder and further changes; see GROUPS."""
         return [self._train(group, objective, rate, seed) for seed in self.seeds]
 
     def rate(self, objective: str, group: str = "arithmetic") -> float:
-        """The learning rate of the best sampled accuracy with the first seed; the lower one of equals."""
+        """The learning rate with the best sampled accuracy for the first seed; the lower one of a tie."""
         if (objective, group) in self._rates:
             return self._rates[objective, group]
         task = "codebook" if group == "codebook" else VALIDATION
@@ -98,17 +100,17 @@ class Runs:
         return self._rates[objective, group]
 
     def best(self, objective: str, group: str = "arithmetic") -> list[RunFolder]:
-        """One evaluated run per seed, at the best rate of the objective on the group's data."""
+        """One evaluated run per seed, at the objective's best learning rate on the group's data."""
         rates_from = "codebook" if group == "codebook" else "arithmetic"
         return self.at(objective, self.rate(objective, rates_from), group)
 
     def at(self, objective: str, rate: float, group: str = "arithmetic") -> list[RunFolder]:
-        """One evaluated run per seed."""
+        """One evaluated run per seed at this learning rate."""
         return evaluated(self.trained(group, objective, rate), ["codebook"] if group == "codebook" else TASKS)
 
     @cached_property
     def base(self) -> list[RunFolder]:
-        """The untouched base, once per seed."""
+        """The untrained base, repeated once per seed."""
         folder = RunFolder(self.out / "arithmetic" / "base")
         if not folder.begun:
             base_run(recipe(self.out, "arithmetic", "dft", RATES[0], self.seeds[0]), folder.path)
@@ -142,29 +144,31 @@ class Runs:
 
 
 def evaluated(folders: list[RunFolder], tasks: Sequence[str] = TASKS) -> list[RunFolder]:
-    """The same folders, once their answers to the tasks are there."""
+    """The same folders, after they have been evaluated on the tasks."""
     evaluate([folder.path for folder in folders], tasks, limit=None if "codebook" in tasks else LIMIT)
     return folders
 
 
-# --- the lines --------------------------------------------------------------------------------
+# --- the findings -----------------------------------------------------------------------------
 
 
 def scores(folder: RunFolder, tasks: Sequence[str] = TASKS) -> np.ndarray:
-    """Sampled accuracy of each problem, task after task [P]."""
+    """Sampled accuracy per problem, the tasks one after another [P]."""
     return np.concatenate([st.avg_at_n(TaskResults.read(folder, task).correct_PN) for task in tasks])
 
 
 def probability(folder: RunFolder) -> np.ndarray:
-    """Geometric mean of the reference tokens' probability, code by code: exp(- plain NLL)."""
+    """Geometric mean of the reference tokens' probabilities, per code: exp(-NLL) [P]."""
     return np.exp(-TokenTable.load(tokens_file(folder, "codebook")).nll_E)
 
 
 def greedy(folder: RunFolder) -> np.ndarray:
+    """Greedy accuracy per problem [P]."""
     return np.concatenate([TaskResults.read(folder, task).greedy_P for task in TASKS]).astype(float)
 
 
 def any_of_four(folder: RunFolder) -> np.ndarray:
+    """pass@4 per problem [P]."""
     return np.concatenate([st.pass_at_k(TaskResults.read(folder, task).correct_PN, 4) for task in TASKS])
 
 
@@ -174,7 +178,7 @@ def contrast(
     b: Sequence[RunFolder],
     read: Callable[[RunFolder], np.ndarray] = scores,
 ) -> dict[str, Any]:
-    """b - a: mean over seeds, its interval over problems, the seeds one by one, and whether b is above."""
+    """b - a: its mean over seeds, the interval over problems, each seed, and whether b is above a."""
     a_SP, b_SP = (np.array([read(folder) for folder in folders]) for folders in (a, b))
     return _judged(what, a_SP, b_SP)
 
@@ -198,6 +202,7 @@ def _judged(what: str, a_SP: np.ndarray, b_SP: np.ndarray) -> dict[str, Any]:
 
 
 def finding(claim: str, *parts: dict[str, Any], verdict: str | None = None, **more: Any) -> dict[str, Any]:
+    """A claim, the contrasts it is judged by, and the verdict: by default that all contrasts agree on."""
     return {"claim": claim, "parts": list(parts), "verdict": verdict or _all(parts), **more}
 
 
@@ -256,14 +261,14 @@ def new_facts(runs: Runs) -> dict[str, Any]:
         name: diagnose(folders[0].recipe())
         for name, folders in (("arithmetic", runs.best("sft")), ("codebook", sft))
     }
-    foretold = all(
+    as_expected = all(
         found["favours"] == right for found, right in zip(advice.values(), ("dft", "sft"), strict=True)
     )
     return finding(
         "on new facts DFT loses to SFT, and diagnose says so before",
         recalled,
         known,
-        verdict=_all([recalled, known]) if foretold else "refuted",
+        verdict=_all([recalled, known]) if as_expected else "refuted",
         diagnosis={
             name: {key: found[key] for key in ("mean_probability", "favours", "verdict")}
             for name, found in advice.items()
@@ -283,7 +288,7 @@ def sharpening(runs: Runs) -> dict[str, Any]:
 
 
 def _all(parts: Sequence[Mapping[str, Any]]) -> str:
-    """Confirmed when all parts are, refuted when one is."""
+    """The verdict that all parts share; refuted if one is refuted; else not shown."""
     verdicts = {part["verdict"] for part in parts}
     return "refuted" if "refuted" in verdicts else verdicts.pop() if len(verdicts) == 1 else "not shown"
 
@@ -291,9 +296,9 @@ def _all(parts: Sequence[Mapping[str, Any]]) -> str:
 def shares_near_the_ends(
     base: Sequence[RunFolder], dft: Sequence[RunFolder], sft: Sequence[RunFolder]
 ) -> list[dict[str, Any]]:
-    """Shares of target tokens near 0 and near 1 on held-out solutions: they grow under DFT.
+    """Do the shares of target tokens near 0 and near 1 grow under DFT, on held-out solutions?
 
-    The shares of each solution are its scores. SFT's stand beside them as a note, without a say.
+    The shares of each solution are its scores. SFT's change is recorded too, but does not affect the verdict.
     """
 
     def near_zero(p_T: np.ndarray) -> np.ndarray:
@@ -319,7 +324,7 @@ def shares_near_the_ends(
 
 
 def peak(runs: Runs) -> dict[str, Any]:
-    """The checkpoint with the best validation accuracy, run by run: earlier for DFT in every seed?"""
+    """Does DFT reach its best validation accuracy at an earlier checkpoint than SFT, in every seed?"""
     curves: dict[str, list[list[float]]] = {}
     for name in MAIN:
         of_runs = [folder.checkpoint_runs() for folder in runs.best(name)]
@@ -344,11 +349,11 @@ FINDINGS: dict[str, Callable[[Runs], dict[str, Any]]] = {
     "new-facts": new_facts,
     "sharpening": sharpening,
 }
-"""In the paper's order; the last one is the question that a gain at temperature 1 raises."""
+"""In the paper's order. The last one asks whether a gain at temperature 1 is only sharpening."""
 
 
 def accuracy(runs: Runs) -> dict[str, dict[str, float]]:
-    """Mean over seeds of every kind of run, task by task, sampled and greedy."""
+    """Accuracy of every kind of run: mean over seeds, per task, sampled and greedy."""
     kinds = {
         "base": runs.base,
         **{objective: runs.best(objective) for objective in (*MAIN, *RIVALS)},
@@ -368,6 +373,7 @@ def accuracy(runs: Runs) -> dict[str, dict[str, float]]:
 
 
 def settings(runs: Runs) -> dict[str, Any]:
+    """The settings that the generated text of docs/findings.md states."""
     return {
         "seeds": len(runs.seeds),
         "examples": EXAMPLES,
@@ -382,10 +388,10 @@ def settings(runs: Runs) -> dict[str, Any]:
 
 
 def run(out: Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[str]:
-    """Write OUT/findings.json, with all findings or those named anew; yields the verdicts, one line each.
+    """Write OUT/findings.json and yield the verdicts, one line each.
 
-    `only` needs a findings.json that holds the others. Each finding carries its own commit and date.
-    Raises RequestError for an unknown name.
+    `only` renews the named findings and keeps the others in an existing findings.json. Each finding records
+    its own commit and date. Raises RequestError for an unknown name.
     """
     for name in only:
         if name not in FINDINGS:

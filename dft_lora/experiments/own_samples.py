@@ -1,9 +1,10 @@
 """Rejection sampling: a model's own answers that were judged correct, as a fine-tuning set.
 
-The data of RFT (arXiv 2308.01825) and RAFT, and of the row in which DFT is strongest (arXiv 2508.05629, about
-140k verified own samples): what the base says is already probable under it, so DFT's weights are high.
+RFT (arXiv 2308.01825) and RAFT train on such data, and so does the experiment in which DFT is strongest
+(arXiv 2508.05629, about 140k verified samples): what a model samples is probable under it, so DFT's weights
+are high.
 
-The file is read back as it was written: a row with its answer in a column of its own is used as it stands
+The file is read back exactly as it was written: a row with its answer in a separate column is used unchanged
 (`data/sources.py`), whatever the base ends its answers with.
 """
 
@@ -26,13 +27,13 @@ from ..tasks.base import Problem
 
 
 def own_samples(recipe: Recipe, out: Path, *, samples: int = 4, max_new_tokens: int = 512) -> Path:
-    """Write `out`, a .jsonl of problem, solution and answer: the base's correct answers to its training data.
+    """Write the base's correct answers to its training problems to `out`, a .jsonl file.
 
-    `samples` answers per problem at temperature 1; equal texts of a problem are kept once. A problem of more
-    than one turn is written as a list of turns. Beside `out` lies a file with the suffix .json: how it was
-    made. A file made in the same way is used again.
+    Its columns are problem, solution and answer. Each problem gets `samples` answers at temperature 1;
+    duplicate texts are kept once. A problem with several turns is written as a list of turns. A .json file
+    beside `out` records how it was made; a file made in the same way is reused.
 
-    Raises DataError when no row has a reference answer, RunError when not one answer was correct.
+    Raises DataError when no row has a reference answer, RunError when none of the answers was correct.
     """
     problems = [p for p in load_problems(recipe.data, recipe.train.seed).problems if p.answer is not None]
     if not problems:
@@ -48,8 +49,8 @@ def own_samples(recipe: Recipe, out: Path, *, samples: int = 4, max_new_tokens: 
         "max_new_tokens": max_new_tokens,
         "seed": recipe.train.seed,
     }
-    facts = out.with_suffix(".json")
-    if out.is_file() and facts.is_file() and read_json(facts)["how"] == how:
+    record = out.with_suffix(".json")
+    if out.is_file() and record.is_file() and read_json(record)["how"] == how:
         return out
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
     model, _ = load_base(recipe.model, for_answers=True)
@@ -77,11 +78,11 @@ def own_samples(recipe: Recipe, out: Path, *, samples: int = 4, max_new_tokens: 
         raise RunError(f"{recipe.model.name}: none of {len(asked)} answers was correct; nothing to train on")
     write_text(out, "".join(f"{line}\n" for line in kept))
     counts = {"answers": len(asked), "correct": sum(v.correct for v in verdicts), "kept": len(kept)}
-    write_json(facts, {"how": how, "counts": counts, "provenance": certificate()})
+    write_json(record, {"how": how, "counts": counts, "provenance": certificate()})
     return out
 
 
 def _asked(problem: Problem) -> str | list[dict[str, str]]:
-    """What was asked, as a row holds it: the question, or all turns where it is more than one."""
+    """The problem as written to a row: the question, or the list of all turns if there are several."""
     turns = [dict(turn) for turn in problem.messages]
     return problem.question if len(turns) == 1 else turns

@@ -1,8 +1,8 @@
-"""The demo's runs that come with the package, so that the page starts at once without a run of one's own.
+"""The demo runs that ship with the package, so that the page has runs to show before any have been trained.
 
-`python -m dft_lora.experiments.shipped` makes them again and replaces `shipped_runs/`. Do this after a change
-to the tiny recipes, the embedded base, the chat template, or the files of a run folder. It runs the demo with
-seed 0. On the same machine and versions, only dates and times differ from one making to the next.
+`python -m dft_lora.experiments.shipped` runs the demo with seed 0 and replaces `shipped_runs/`. Run it after
+a change to the tiny recipes, the embedded base, the chat template, or the files of a run folder. On the same
+machine with the same versions, only dates and times change.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..runs.atomic import write_sealed
+from ..runs.atomic import write_folder
 from ..runs.folder import RunFolder, read_json, write_json
 
 HOME = Path(__file__).with_name("shipped_runs")
 PER_RUN = ("run.json", "metrics.jsonl", "adapter")
-"""What is shipped of a run: neither checkpoints nor its 2,400 answers, which would double the size."""
+"""The shipped files of a run. Checkpoints and the 2,400 answers are left out; they would double the size."""
 
 
 def shipped_runs() -> list[RunFolder]:
-    """base, sft and dft."""
+    """The shipped runs base, sft and dft."""
     from .demo import runs
 
     return runs(HOME)
 
 
 def make(home: Path = HOME, limit: int | None = None, changes: tuple[str, ...] = ()) -> None:
-    """Replace the runs in `home`; `limit` and `changes` make a quick one.
+    """Replace the runs in `home`; `limit` and `changes` make a quick version.
 
-    They are made below a relative path, so that no path of this machine is recorded.
+    The runs are trained below a relative path, so that no path of this machine is recorded.
     """
     from .demo import evaluate_runs, train_runs
 
@@ -49,11 +49,11 @@ def make(home: Path = HOME, limit: int | None = None, changes: tuple[str, ...] =
 
 
 def _name_base(folder: RunFolder) -> None:
-    """peft records where the base lies on this machine: record its name in the recipe instead."""
+    """Replace the local path of the base, which peft records, by its name in the recipe."""
     config = folder.adapter / "adapter_config.json"
     write_json(config, read_json(config) | {"base_model_name_or_path": folder.recipe().model.name})
     files = sorted(folder.adapter.glob("adapter_*"))
-    write_sealed(folder.adapter, [(file.name, file.read_bytes()) for file in files])
+    write_folder(folder.adapter, [(file.name, file.read_bytes()) for file in files])
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -1,16 +1,17 @@
-"""Sweeps: every combination of some recipe fields, trained on the same data in the same order, judged as one.
+"""Sweeps: train every combination of some recipe fields on the same data, and compare the runs.
 
     recipe: tiny_dft                       # a file, or a shipped recipe
     set: {train.max_steps: 60}             # changes to it, for all runs
     grid:                                  # the product of these is trained
       objective.name: [sft, dft]
       train.learning_rate: [5.0e-4, 2.0e-3]
-    task: arithmetic-validation            # what the runs are judged by: never the set that is reported later
+    task: arithmetic-validation            # selects the best runs; never the set that is reported later
     output: runs/sweep
 
-Each run is an ordinary run folder. A sweep that was stopped goes on: finished runs are kept while recipe and
-data are the same, a run that was cut goes on from its checkpoint. The report names each objective's own
-best setting, by sampled accuracy; objectives are never compared by their losses, nor at one learning rate.
+Each run is an ordinary run folder. Starting a stopped sweep again resumes it: finished runs are kept if
+recipe and data are the same, and an unfinished run resumes from its checkpoint. The report names the best
+setting of each objective by sampled accuracy; objectives are not compared by their losses or at a single
+learning rate.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Sweep(Part):
     grid: dict[str, tuple[Any, ...]] = Field(min_length=1)
     task: str
     limit: int | None = Field(None, ge=1)
-    """Only the first problems of the task."""
+    """Use only the first problems of the task."""
     output: str = "runs/sweep"
 
     @classmethod
@@ -58,14 +59,18 @@ class Sweep(Part):
             raise RecipeError(f"--sweep {path}: {field}: {first['msg']}") from None
 
     def recipes(self) -> dict[str, Recipe]:
-        """Name and recipe of every run. Raises RecipeError for a field or value that a recipe cannot have."""
+        """The recipe of every run, by name. Raises RecipeError for an invalid field or value."""
         for field, values in self.grid.items():
             if not values:
-                raise RecipeError(f"grid.{field}: no values")
+                raise RecipeError(f"grid.{field}: no values; give at least one")
             if field.startswith("data.") or field == "train.seed":
-                raise RecipeError(f"grid.{field}: the runs of a sweep see the same data in the same order")
+                raise RecipeError(
+                    f"grid.{field}: the runs of a sweep see the same data in the same order; remove the field"
+                )
             if field.startswith("evaluate."):
-                raise RecipeError(f"grid.{field}: the runs of a sweep are judged alike; put it under 'set'")
+                raise RecipeError(
+                    f"grid.{field}: the runs of a sweep are evaluated alike; put it under 'set'"
+                )
         fixed = [setting(field, value) for field, value in self.set.items()]
         found: dict[str, Recipe] = {}
         for values in product(*self.grid.values()):
@@ -84,9 +89,9 @@ class Sweep(Part):
 
 
 def run_sweep(sweep: Sweep) -> dict[str, Any]:
-    """Train what is not trained yet, judge all runs in the same batches, write sweep.json and sweep.md.
+    """Train the missing runs, evaluate all in the same batches, and write sweep.json and sweep.md.
 
-    Raises a RequestError before anything is trained when the task, a field or a finished run does not fit.
+    Raises a RequestError before training when the task, a field or a finished run does not fit.
     """
     from ..evaluation.evaluate import evaluate
     from ..evaluation.task_results import TaskResults
@@ -108,9 +113,9 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
 
 
 def train_once(recipe: Recipe) -> RunFolder:
-    """The run of a recipe; what its folder already holds is used.
+    """Train the recipe unless its folder contains the finished run; an unfinished run is resumed.
 
-    Raises RequestError when the folder holds a run of another recipe or other data.
+    Raises RequestError when the folder contains a run of another recipe or on other data.
     """
     from ..training.loop import train
     from ..training.ranks import Ranks
@@ -130,7 +135,7 @@ _plans: dict[tuple[Any, ...], Any] = {}
 
 
 def _plan(recipe: Recipe) -> Any:
-    """`make_plan`, its data rendered once for all the runs that share them (a second or two each)."""
+    """`make_plan`, with the data rendered only once (a second or two) for all runs that share it."""
     from ..training.plan import make_plan
 
     if recipe.train.max_steps is None:
@@ -144,7 +149,7 @@ def _plan(recipe: Recipe) -> Any:
 def summary(
     sweep: Sweep, recipes: Mapping[str, Recipe], results: Mapping[str, TaskResults]
 ) -> dict[str, Any]:
-    """All runs with their figures, each objective's best, and the bests against each other."""
+    """All runs with their results, the best of each objective, and these compared with each other."""
     from ..evaluation import statistics as st
     from ..evaluation.report import paired
     from ..runs.provenance import certificate
@@ -182,7 +187,7 @@ def summary(
 
 
 def sweep_markdown(report: Mapping[str, Any]) -> str:
-    """sweep.md: every run, then each objective's best against the others'."""
+    """sweep.md: every run, then the best run of each objective compared with the others."""
     from ..evaluation.text import aligned, percent, points
 
     fields = list(next(iter(report["runs"].values()))["fields"])
@@ -199,8 +204,8 @@ def sweep_markdown(report: Mapping[str, Any]) -> str:
     first = next(iter(report["runs"].values()))
     parts = [
         "# Sweep",
-        f"Judged on {report['task']}: {first['problems']} problems, {first['samples']} samples each. The "
-        "best of several is flattered by the choice: report it on another set.",
+        f"Evaluated on {report['task']}: {first['problems']} problems, {first['samples']} samples each. "
+        "Choosing the best of several runs biases its accuracy upwards: report it on another set.",
         aligned([*fields, "avg@n", "95 % interval", "greedy", "of its objective"], rows),
     ]
     if report["paired"]:
@@ -219,9 +224,9 @@ def sweep_markdown(report: Mapping[str, Any]) -> str:
 
 
 def _label(field: str, value: Any) -> str:
-    """A part of a run's name: the value, and the field's last word where the value is a number."""
+    """Part of a run's name: the value, preceded by the last part of the field's name if it is a number."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    text = re.sub(r"[^\w.,=+-]+", "_", text)  # it becomes the name of a folder
+    text = re.sub(r"[^\w.,=+-]+", "_", text)  # it becomes part of a folder name
     return text if isinstance(value, str) and not _number(value) else f"{field.rpartition('.')[2]}={text}"
 
 

@@ -1,12 +1,12 @@
-"""Several LoRA adapters in one batch: row i of a forward answers with adapter i.
+"""Several LoRA adapters in one batch: row i of a forward pass uses adapter i.
 
 peft has this as `model(..., adapter_names=[...])`. We install the same pre-forward hooks ourselves, for two
 reasons. peft removes its hooks after the forward but not when the forward raises (peft issue 3475, 0.21.2):
-the next batch of the same size then mixes adapters without a word. And it searches the whole model for its
-layers on every call (0.9 ms on a model of 28 LoRA layers, 0.05 ms here), paid at every token.
+the next batch of the same size then silently mixes adapters. And it searches the whole model for its layers
+on every call, so at every token (0.9 ms on a model of 28 LoRA layers, 0.05 ms here).
 
 A plain LoRA layer is told that all rows take the base, and its adapters are added to its output here: the
-same sums as peft's, but the places of an adapter's rows are worked out once per forward, not per layer.
+same sums as peft's, but each adapter's rows are looked up once per forward pass, not once per layer.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, did_you_mean
 
-BASE = "__base__"  # peft's name for a row that takes no adapter
+BASE = "__base__"  # peft's name for a row without an adapter
 
 
 def adapter_layers(model: nn.Module, names: Iterable[str | None] = ()) -> list[nn.Module]:
-    """The layers of `model` that hold adapters, [] for a bare base; `names` (None: the base) are checked.
+    """The layers of `model` that have adapters, [] for a bare base. Checks `names` (None: the base).
 
-    Raises ModelError for an adapter that `model` does not have, and when its adapters are switched off
-    or the model is in training mode: peft would answer every row with the base, or with dropout.
+    Raises ModelError for an adapter that `model` does not have, and if its adapters are disabled or the model
+    is in training mode: peft would then use the base for every row, or apply dropout.
     """
     known = getattr(model, "peft_config", {})
     for name in {name for name in names if name is not None}:
@@ -43,15 +43,15 @@ def adapter_layers(model: nn.Module, names: Iterable[str | None] = ()) -> list[n
 
     layers = [m for m in model.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)]
     if any(layer.disable_adapters for layer in layers):
-        raise ModelError("the model's adapters are switched off: generate outside `disable_adapter()`")
+        raise ModelError("the model's adapters are disabled: generate outside `disable_adapter()`")
     return layers
 
 
 @contextmanager
 def mixed(layers: Sequence[nn.Module], adapter_names: Sequence[str | None]) -> Iterator[None]:
-    """Within it, row i of every forward takes adapter `adapter_names[i]` (None: the bare base).
+    """While open, row i of every forward pass uses adapter `adapter_names[i]` (None: the bare base).
 
-    `layers` come from `adapter_layers`. No hook outlives the `with`, whatever happens in it.
+    `layers` come from `adapter_layers`. No hook outlives the `with` block, even if it raises.
     """
     names = [BASE if name is None else name for name in adapter_names]
     bases = [BASE] * len(names)

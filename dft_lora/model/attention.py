@@ -1,4 +1,4 @@
-"""Attention over packed rows: which kind, and the proof that the examples of a row do not see each other."""
+"""Attention over packed rows: which kind to use, and a check that the examples of a row do not interact."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .head import bare, hidden_states
 
 
 def use_varlen(model: Any) -> bool:
-    """Switch a model to variable-length flash attention; False where package, device or model rule it out."""
+    """Switch a model to variable-length flash attention; False if package, device or model rule it out."""
     from transformers.utils import is_flash_attn_2_available
 
     core = bare(model)
@@ -30,9 +30,9 @@ def use_varlen(model: Any) -> bool:
 
 @torch.no_grad()
 def keeps_examples_apart(model: Any) -> bool:
-    """Whether, in a packed row, nothing of an example depends on the one before it, to the bit.
+    """Whether an example in a packed row is bit-exactly independent of the example before it.
 
-    True for attention that starts anew where positions do; false for recurrent layers, or for a model that
+    True for attention that restarts where positions restart; false for recurrent layers, or for a model that
     takes no positions. `model` must be in eval mode.
     """
     core = bare(model)
@@ -49,9 +49,9 @@ def keeps_examples_apart(model: Any) -> bool:
 
 
 def crossover_length(model: Any) -> float:
-    """Tokens of a row at which attention over the whole row costs as much as all matrices before the head.
+    """Row length at which attention over the row costs as much as all matrix products before the head.
 
-    2 P multiplications and additions a token against 4 L D a layer.
+    Per token, 2 operations per weight against 4 L D per layer.
     """
     core = bare(model)
     config, head = core.config.get_text_config(), core.get_output_embeddings()
@@ -64,16 +64,17 @@ def crossover_length(model: Any) -> float:
 
 
 def choose_arrangement(data: DataConfig, model: Any, alike: bool = False) -> Arrange:
-    """How a step's examples become micro-batches, as `data.packing` says; `model` in eval mode.
+    """How a step's examples become micro-batches, according to `data.packing`; `model` in eval mode.
 
-    `auto` packs all it can with variable-length attention, and elsewhere where that costs less than padding.
-    `alike`: as many micro-batches for any examples, which packing does not promise. Raises ModelError where
-    packing is asked for and the model mixes the examples of a row, where `auto` pads, or with `alike`.
+    `auto` always packs with variable-length attention, and otherwise wherever that costs less than padding.
+    `alike`: the number of micro-batches must not depend on the examples, which packing cannot guarantee.
+    Raises ModelError if `data.packing` is true but the model mixes the examples of a row (`auto` pads then),
+    or with `alike`.
     """
     if data.packing is False:
         return micro_batches
     if data.packing is True and alike:
-        raise ModelError("data.packing: true does not go with train.shard; auto does")
+        raise ModelError("data.packing: true cannot be combined with train.shard; auto can")
     varlen = not alike and use_varlen(model)
     if not keeps_examples_apart(model):
         if data.packing is True:

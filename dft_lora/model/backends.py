@@ -19,7 +19,7 @@ from .sharding import shard
 
 
 def prepare(recipe: Recipe) -> None:
-    """What a backend needs before transformers is imported. Raises MissingPart where it is not installed."""
+    """Do what a backend needs before transformers is imported. Raises MissingPart if it is not installed."""
     if recipe.model.backend == "unsloth":
         from .unsloth import import_unsloth
 
@@ -27,9 +27,9 @@ def prepare(recipe: Recipe) -> None:
 
 
 def build(recipe: Recipe, device: torch.device) -> Built:
-    """The base and adapter of a recipe on a device.
+    """Build the base and adapter of a recipe on a device.
 
-    Raises ModelError for what cannot be trained exactly, MissingPart where the backend is not installed.
+    Raises ModelError for what cannot be trained exactly, MissingPart if the backend is not installed.
     """
     built = BACKENDS[recipe.model.backend](recipe, device)
     refuse_adapted_head(built.model)

@@ -25,4 +25,4 @@ class Built:
     hidden_states: Callable[..., torch.Tensor] = hidden_states
     """(model, **inputs) -> h_BLD, connected to the graph."""
     set_checkpointing: Callable[[bool], None] | None = None
-    """Switches checkpointing on or off; None where the backend's own is settled when the model is built."""
+    """Switches checkpointing on or off; None if the backend decides it when the model is built."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import RequestError, RunError
-from ..runs.atomic import MANIFEST, write_sealed
+from ..runs.atomic import MANIFEST, write_folder
 
 
 def cache_folder() -> Path:
@@ -21,9 +21,9 @@ def cache_folder() -> Path:
 
 
 def keep(entry: Path, files: Iterable[tuple[str, bytes]], room: int, purpose: str) -> Path:
-    """The sealed folder `entry`, below the cache folder; made from `files` where it is not there yet.
+    """The sealed folder `entry`, below the cache folder; created from `files` if it does not exist yet.
 
-    `files` is consumed only then. `room`: bytes it will take. `purpose`: what is under way, for messages.
+    `files` is consumed only then. `room`: bytes it will take. `purpose`: what is being done, for messages.
     Raises RequestError for a cache that cannot be written, RunError for a full disk.
     """
     from filelock import FileLock, Timeout
@@ -41,21 +41,21 @@ def keep(entry: Path, files: Iterable[tuple[str, bytes]], room: int, purpose: st
     except OSError as error:
         raise RequestError(
             f"the cache {entry.parent} cannot be written ({error.strerror or error}); "
-            "DFT_LORA_CACHE names another folder"
+            "set DFT_LORA_CACHE to another folder"
         ) from None
     try:
         if not is_kept(entry):
             free = shutil.disk_usage(entry.parent).free
             if free < room:
                 raise RunError(
-                    f"{purpose}: {entry.parent} has {free / 1e6:,.0f} MB free and needs {room / 1e6:,.0f}; "
-                    "make room, or name another folder with DFT_LORA_CACHE"
+                    f"{purpose}: {entry.parent} has {free / 1e6:,.0f} MB free and {room / 1e6:,.0f} are "
+                    "needed; free some space, or set DFT_LORA_CACHE to another folder"
                 )
-            write_sealed(entry, files)
+            write_folder(entry, files)
     except OSError as error:
         raise RunError(
             f"{purpose}: {entry.parent} could not be written ({error.strerror or error}); "
-            "make room, or name another folder with DFT_LORA_CACHE"
+            "free some space, or set DFT_LORA_CACHE to another folder"
         ) from None
     finally:
         lock.release()

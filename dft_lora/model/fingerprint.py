@@ -1,4 +1,4 @@
-"""Which weights these are: the fingerprint of a base model, on disk or on the Hub."""
+"""The fingerprint of a base model, on disk or on the Hub: which weights it has."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ BLOCK, BLOCKS = 2**16, 64
 
 
 def base_fingerprint(config: ModelConfig) -> str:
-    """Which weights these are: the Hub's commit, a GGUF file's sha256, or a hash of a folder's files.
+    """Identifies the weights: the Hub's commit, a GGUF file's sha256, or a hash of a folder's files.
 
-    Of each weight file the size and 64 blocks of 64 KB spread evenly over it are hashed (all of a small one):
-    another training run changes every block, and a 16 GB base takes no longer than a small one.
+    For each weight file, the hash covers its size and 64 evenly spread blocks of 64 KB (all of a small file).
+    Further training changes every block, and a 16 GB base takes no longer than a small one.
     """
     local = local_fingerprint(config)
     if local is not None:
@@ -27,7 +27,7 @@ def base_fingerprint(config: ModelConfig) -> str:
 
 
 def local_fingerprint(config: ModelConfig) -> str | None:
-    """The same without the Hub: None for a base that is not a folder on this machine."""
+    """The same without asking the Hub: None for a base that is not on this machine."""
     try:
         folder = Path(resolve(config))
     except ModelError:
@@ -42,7 +42,7 @@ def local_fingerprint(config: ModelConfig) -> str | None:
 
 @lru_cache(64)
 def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Of (file, size, time of its last change): a file is read again once one of them differs."""
+    """Hash of (file, size, modification time) entries; a file is read again if one of them changes."""
     sha = hashlib.sha256()
     for file, size, _ in files:
         sha.update(f"{file.name} {size}\n".encode())

@@ -1,4 +1,4 @@
-"""Which device computes, and in which dtype: decided by capability, in one table (`RULES`).
+"""The device that computes, and its dtype: chosen by capability, in one table (`RULES`).
 
 LoRA, loss and optimizer are float32 everywhere. float16 needs loss scaling. bfloat16 on a CPU without
 matrix units, or on a model of a few million parameters, is many times slower than float32 (15x measured
@@ -17,7 +17,7 @@ SMALL = 50_000_000
 
 @dataclass(frozen=True)
 class Rule:
-    """In what dtype the base computes where `applies(device, parameters)`."""
+    """The dtype in which the base computes if `applies(device, parameters)`."""
 
     where: str
     dtype: torch.dtype
@@ -48,7 +48,7 @@ RULES = (  # the first that applies
 
 @dataclass(frozen=True)
 class Hardware:
-    """The device of this process and the rule that chose its dtype."""
+    """The device of this process, its dtype, and the rule that chose it."""
 
     device: torch.device
     name: str
@@ -70,7 +70,7 @@ def default_device() -> torch.device:
 
 
 def choose(dtype: str = "auto", parameters: int = 0, device: torch.device | None = None) -> Hardware:
-    """Device and compute dtype for a model of so many parameters; a named dtype is obeyed."""
+    """Device and compute dtype for a model with that many parameters; a dtype other than auto is final."""
     device = device or default_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     if dtype != "auto":
@@ -95,7 +95,7 @@ def _cpu_name() -> str:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak MB so far: allocated on CUDA; resident set of the process on a CPU."""
+    """Peak MB so far: allocated memory on CUDA, resident memory of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource

@@ -1,8 +1,8 @@
-"""The last hidden state and the head that turns it into logits, without patching a model.
+"""The last hidden state and the head that turns it into logits, without patching the model.
 
-The loss engine needs h_BLD and the head's weight, never [B, L, V] logits. A forward hook on the
-decoder catches h while the model runs as it is, making no logits; once, at the start, the logits of
-one position prove that the head we read equals the head the model applies.
+The loss engine needs h_BLD and the head's weight, never [B, L, V] logits. A forward hook on the decoder
+catches h while the unmodified model runs and computes no logits. Once, at the start, the logits of one
+position prove that the head we read equals the head that the model applies.
 
 Shapes (docs/shapes.md): B rows, L positions, D hidden width, V vocabulary.
 """
@@ -29,7 +29,7 @@ def bare(model: Any) -> Any:
 def head_of(model: Any) -> Head:
     """Read the head of a causal LM.
 
-    Raises ModelError for a head that is not one linear map.
+    Raises ModelError for a head that is not a single linear layer.
     """
     model = bare(model)
     linear = model.get_output_embeddings()
@@ -41,7 +41,7 @@ def head_of(model: Any) -> Head:
     ):
         raise ModelError(
             f"{type(model).__name__}: its output head is a {kind}, not a plain linear layer; "
-            "leave it out of quantization"
+            "exclude it from quantization"
         )
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
@@ -52,9 +52,9 @@ def head_of(model: Any) -> Head:
 
 
 def refuse_adapted_head(model: Any) -> None:
-    """Raises ModelError where an adapter changes the head: the loss reads its weight, and no adapter.
+    """Raises ModelError if an adapter changes the head: the loss reads the head's weight without an adapter.
 
-    Nor is an embedding adapted that shares its weight with the head: merging would change both.
+    The same holds for an embedding that shares its weight with the head: merging would change both.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -67,13 +67,13 @@ def refuse_adapted_head(model: Any) -> None:
             name = next(name for name, known in core.named_modules() if known is module)
             raise ModelError(
                 f"adapter.target_modules: {name!r} is the output head or shares its weight, "
-                "which takes no adapter here; take it out"
+                "which cannot be adapted here; take it out"
             )
 
 
 @contextmanager
 def catch_hidden(model: Any) -> Iterator[list[torch.Tensor]]:
-    """While open, each forward of `model` leaves its last hidden state in the list, instead of the last."""
+    """While open, the list holds the last hidden state of the latest forward pass of `model`."""
     caught: list[torch.Tensor] = []
 
     def keep(_module, _arguments, output):
@@ -89,8 +89,8 @@ def catch_hidden(model: Any) -> Iterator[list[torch.Tensor]]:
 def hidden_states(model: Any, **inputs: Any) -> torch.Tensor:
     """h_BLD of one forward pass, connected to the graph. The call goes through all wrappers of `model`.
 
-    The head is asked for the logits of no position. Those of one position are not cheap: for the strided
-    slice h[:, -1:] torch copies the weight for each row (bfloat16 CPU, B = 4, V = 151,936: 5 s and 600 MB).
+    It requests the logits of no position. Even those of one position are not cheap: for the strided slice
+    h[:, -1:] torch copies the weight for each row (bfloat16 CPU, B = 4, V = 151,936: 5 s and 600 MB).
     """
     with catch_hidden(model) as caught:
         model(**inputs, use_cache=False, logits_to_keep=inputs["input_ids"].new_empty(0))
@@ -98,9 +98,9 @@ def hidden_states(model: Any, **inputs: Any) -> torch.Tensor:
 
 
 def check_head(model: Any, tolerance: float = 0.05) -> Head:
-    """The head of a model, proven on three tokens against the logits that the model itself gives.
+    """The head of a model, checked on three tokens against the model's own logits.
 
-    Raises ModelError when the model does something to its logits, or to h, that the head does not say.
+    Raises ModelError if the model transforms its logits, or h, in a way that the head does not express.
     """
     core = bare(model)
     if "logits_to_keep" not in inspect.signature(core.forward).parameters:

@@ -1,4 +1,4 @@
-"""What a base can take, as its config tells before its weights are read."""
+"""The limits of a base, read from its config before its weights are loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import ModelError
 def refuse_running_state(config: Any, name: str) -> None:
     """Raises ModelError for a model with state-space or recurrent layers (Mamba, RWKV, Qwen3-Next).
 
-    They carry a state through the row, where generation here keeps keys and values of every token.
+    They carry a state along the row, but generation here caches keys and values of every token.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -19,34 +19,34 @@ def refuse_running_state(config: Any, name: str) -> None:
     if getattr(kind, "_is_stateful", False):
         raise ModelError(
             f"model.name: {name!r} is a {config.model_type} model, with state-space or recurrent layers, "
-            "which are not supported; name a model that has attention layers alone"
+            "which are not supported; use a model that has only attention layers"
         )
 
 
 def positions(config: Any) -> int | None:
-    """Tokens of the longest row a model takes, rope scaling included; None where its config has no limit."""
+    """Tokens of the longest row a model accepts, rope scaling included; None if its config has no limit."""
     config = config.get_text_config()
-    told = getattr(config, "max_position_embeddings", None)
-    if not told:
+    stated = getattr(config, "max_position_embeddings", None)
+    if not stated:
         return None
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [part for part in rope.values() if isinstance(part, dict)] or [rope]  # one for each kind of layer
+    kinds = [part for part in rope.values() if isinstance(part, dict)] or [rope]  # one per kind of layer
     stretched = [
-        (part.get("factor") or 1) * (part.get("original_max_position_embeddings") or told) for part in kinds
+        (part.get("factor") or 1) * (part.get("original_max_position_embeddings") or stated) for part in kinds
     ]
-    return int(max(told, *stretched))
+    return int(max(stated, *stretched))
 
 
 def refuse_unknown_tokens(ids: Iterable[int], config: Any, tokenizer: Any) -> None:
-    """Raises ModelError for a token id that the embedding has no row for.
+    """Raises ModelError for a token id without a row in the embedding.
 
-    Only ids that occur count: Gemma's tokenizer names a token for images that its text models lack.
+    Only ids that occur are checked: Gemma's tokenizer has an image token that its text models lack.
     """
     V, highest = config.get_text_config().vocab_size, max(ids)
     if highest >= V:
         token = tokenizer.convert_ids_to_tokens(highest)
         raise ModelError(
-            f"model.name: its tokenizer has token {highest} ({token!r}), its embedding only {V} rows; "
+            f"model.name: its tokenizer has token {highest} ({token!r}), but its embedding has {V} rows; "
             "use the tokenizer that the model was trained with, or resize the model's embedding"
         )
 

@@ -1,8 +1,8 @@
 """A base model in 4-bit (nf4, double quantisation) with LoRA adapters over it.
 
-The output head stays in the compute dtype, frozen and never copied to float32: at a vocabulary of
-152k that copy alone takes 0.9 GB. LoRA weights are float32 from the start, which is what makes a
-resumed run bit-exact. This is the one file that knows bitsandbytes.
+The output head stays in the compute dtype, frozen and never copied to float32: with a vocabulary of 152k that
+copy alone takes 0.9 GB. LoRA weights are float32 from the start, which makes a resumed run bit-exact. Only
+this file knows how bitsandbytes quantizes a base.
 """
 
 from __future__ import annotations
@@ -27,17 +27,16 @@ from .memory import free_memory
 from .tiny import TINY_DIR
 
 NO_CODE = {"trust_remote_code": False}
-"""Said aloud: left out, transformers asks at a terminal whether to run a model's own code."""
+"""Explicit, because otherwise transformers asks in a terminal whether to run a model's own code."""
 
-CHECKPOINTING_FROM = (
-    300_000_000  # parameters; below, activations are small and recomputing them costs a third
-)
+CHECKPOINTING_FROM = 300_000_000
+"""Parameters. In smaller models activations are small, and recomputing them costs a third of the time."""
 
 
 def resolve(config: ModelConfig) -> str:
-    """Path or Hub id of a model; `tiny` is the embedded base. A GGUF file is unpacked at the first call.
+    """Path or Hub id of a model; `tiny` is the embedded base. The first call unpacks a GGUF file.
 
-    Raises ModelError for a path that holds no model.
+    Raises ModelError for a path without a model.
     """
     if config.name == "tiny":
         return str(TINY_DIR)
@@ -48,16 +47,14 @@ def resolve(config: ModelConfig) -> str:
     path = Path(config.name)
     found = os.path.exists(path)
     if found and not (path / "config.json").is_file():
-        raise ModelError(f"model.name: {config.name!r} holds no config.json")
+        raise ModelError(f"model.name: {config.name!r} has no config.json")
     if not found and (config.name.startswith((".", "/", "~")) or config.name.count("/") != 1):
-        raise ModelError(
-            f"model.name: no folder {config.name!r}, and it is not a Hub id of the form owner/name"
-        )
+        raise ModelError(f"model.name: no folder {config.name!r}, and not a Hub id of the form owner/name")
     return config.name
 
 
 def _origin(config: ModelConfig) -> dict[str, Any]:
-    """Where `from_pretrained` finds a model; to be called before transformers is imported (`hub.py`)."""
+    """Where `from_pretrained` finds a model. Call it before transformers is imported (`hub.py`)."""
     name = resolve(config)
     return {
         "pretrained_model_name_or_path": name,
@@ -73,14 +70,14 @@ def _not_found(config: ModelConfig, what: str, error: Exception) -> ModelError:
         return ModelError(f"model.name: {what} {config.name!r} ({_first_line(error)})")
     return ModelError(
         f"model.name: {what} {config.name!r} in the local cache, and {why}; connect, or give a folder "
-        "that holds the model"
+        "that contains the model"
     )
 
 
 def gguf_file(config: ModelConfig) -> Path | None:
-    """The GGUF file that a recipe names: by path, known name, or in a folder or Hub repository; else None.
+    """The GGUF file that a recipe names: by path, by known name, or in a folder or Hub repository; else None.
 
-    Raises ModelError where a Hub repository does not give it.
+    Raises ModelError if it cannot be fetched from a Hub repository.
     """
     if config.name in KNOWN:
         return known_file(config.name)
@@ -101,7 +98,7 @@ def gguf_file(config: ModelConfig) -> Path | None:
 
 
 def weights_of(config: ModelConfig) -> str:
-    """How the weights are held, in words: `nf4`, or `nf4 over Q4_K_M: quantized twice`."""
+    """How the weights are stored, in words: `nf4`, or `nf4 over Q4_K_M: quantized twice`."""
     held, origin = config.quantization, gguf.facts(resolve(config))
     if origin is None:
         return held if held == "nf4" else "not quantized"
@@ -112,7 +109,7 @@ def weights_of(config: ModelConfig) -> str:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer. Raises ModelError when there is none."""
+    """The model's tokenizer. Raises ModelError if it has none."""
     origin = _origin(config)
     from transformers import AutoTokenizer
 
@@ -125,7 +122,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 def load_model_config(config: ModelConfig) -> Any:
     """The transformers config of a model, read without its weights.
 
-    Raises ModelError when there is none, or when it is of a kind that cannot be trained here.
+    Raises ModelError if there is none, or if this kind of model cannot be trained here.
     """
     origin = _origin(config)
     from transformers import AutoConfig
@@ -155,9 +152,9 @@ def load_base(
 ) -> tuple[Any, Hardware]:
     """A frozen causal LM in eval mode on its device, and the hardware rule that was applied.
 
-    `shardable`: left on the CPU, 4-bit weights stored as elements of the compute dtype (`sharding.py`).
-    `for_answers`: its 4-bit layers unpacked as `config.unpack` says, so that no decoding step unpacks them.
-    Raises ModelError when there is no such model.
+    `shardable`: leave it on the CPU, with 4-bit weights stored as elements of the compute dtype
+    (`sharding.py`). `for_answers`: unpack its 4-bit layers once, according to `config.unpack`, and not at
+    every decoding step. Raises ModelError if there is no such model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -182,9 +179,9 @@ def load_base(
 
 
 def _wants_unpacked(model: Any, unpack: bool | str) -> bool:
-    """`auto`: on a CPU, where the plain layers take at most half of the free memory.
+    """`auto`: on a CPU, if the plain layers take at most half of the free memory.
 
-    On CUDA bitsandbytes multiplies by the 4-bit numbers themselves, which reads a quarter of the memory.
+    On CUDA bitsandbytes multiplies by the 4-bit numbers directly, which reads a quarter of the memory.
     """
     if unpack != "auto":
         return bool(unpack)
@@ -197,9 +194,10 @@ def _4bit_layers(model: Any) -> list[tuple[str, Any]]:
 
 
 def _unpack_layers(model: Any) -> None:
-    """Put a plain layer of the same numbers, in the compute dtype, in the place of each 4-bit one.
+    """Replace each 4-bit layer with a plain layer of the same numbers in the compute dtype.
 
-    On a CPU a 4-bit layer multiplies by exactly these numbers, unpacked at each call: answers stay the same.
+    On a CPU a 4-bit layer multiplies by exactly these numbers, unpacked at each call, so answers stay the
+    same.
     """
     from bitsandbytes.functional import dequantize_4bit
 
@@ -211,16 +209,17 @@ def _unpack_layers(model: Any) -> None:
 
 
 def unpack(config: ModelConfig, dtype: torch.dtype, folder: Path) -> None:
-    """Save a 4-bit base as the 16-bit model it stands for: same logits, for engines that read no nf4.
+    """Save a 4-bit base as the equivalent 16-bit model: same logits, for engines that cannot read nf4.
 
-    On the CPU: the device's memory stays free for that engine. Takes 2 bytes a parameter of memory and disk.
+    Runs on the CPU, so the device's memory stays free for that engine. Takes 2 bytes of memory and disk per
+    parameter.
     """
     named = config.model_copy(update={"dtype": dtype_name(dtype)})
     load_base(named, torch.device("cpu"))[0].dequantize().save_pretrained(folder)
 
 
 def _quieten() -> None:
-    """Bars for weights that load in a blink, and notes on other packages' futures, tell nobody much."""
+    """Silence progress bars for weights that load instantly, and other packages' deprecation notes."""
     import logging
     import warnings
 
@@ -244,11 +243,11 @@ def _nf4(dtype: torch.dtype, storage: torch.dtype) -> Any:
 
 
 def keep_differentiable(model: Any) -> None:
-    """Close bitsandbytes' re-packing trap.
+    """Disable bitsandbytes' re-packing of 4-bit layers, which would stop training silently.
 
-    On CPUs with AVX512-BF16 the first forward in eval mode without gradients re-packs each 4-bit
-    layer in place; from then on the gradient through it is None, silently, and the LoRA layers
-    below stop learning. Keeping the common layout costs some speed of CPU inference.
+    On CPUs with AVX512-BF16 the first forward pass in eval mode without gradients re-packs each 4-bit layer
+    in place. From then on the gradient through it is None, without an error, and the LoRA layers below stop
+    learning. Keeping the common layout makes CPU inference somewhat slower.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -258,7 +257,7 @@ def keep_differentiable(model: Any) -> None:
 def add_lora(base: Any, config: AdapterConfig) -> Any:
     """A peft model with one new trainable adapter (named `default`, float32) over a frozen base.
 
-    Raises ModelError when target_modules match nothing.
+    Raises ModelError if target_modules match nothing.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -281,7 +280,7 @@ def add_lora(base: Any, config: AdapterConfig) -> Any:
 
 
 def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
-    """A peft model with the named adapters over one base, in eval mode; the base itself when there are none.
+    """A peft model with the named adapters over one base, in eval mode; the base itself if there are none.
 
     Raises ModelError for a folder without a readable adapter, or with a damaged one.
     """
@@ -290,9 +289,9 @@ def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
     model = base
     for name, path in adapters.items():
         if not (path / "adapter_config.json").is_file():
-            raise ModelError(f"{path}: no adapter there (adapter_config.json is missing)")
-        if not (path / "adapter_model.safetensors").is_file():  # peft would take a pickle in its place
-            raise ModelError(f"{path}: no adapter_model.safetensors; other formats are not read")
+            raise ModelError(f"{path}: no adapter here (adapter_config.json is missing)")
+        if not (path / "adapter_model.safetensors").is_file():  # peft would load a pickle instead
+            raise ModelError(f"{path}: no adapter_model.safetensors; other formats are not supported")
         if (path / MANIFEST).is_file() and (why := damage(path)):
             raise ModelError(f"{path}: the adapter is damaged: {why}")
         try:
@@ -306,10 +305,10 @@ def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
 
 
 def use_checkpointing(model: Any, wanted: bool | str) -> bool:
-    """Recompute activations in the backward pass where wanted; `auto`: on a GPU, from 300 M parameters."""
+    """Recompute activations in the backward pass if wanted; `auto`: on a GPU, from 300 M parameters."""
     core = bare(model)
     if wanted == "auto":
-        # 4-bit weights hold two parameters an element; the count is only a threshold.
+        # 4-bit weights have two parameters per element; this count is only compared with a threshold.
         wanted = core.device.type == "cuda" and core.num_parameters() >= CHECKPOINTING_FROM
     if wanted:
         set_checkpointing(model, True)
@@ -317,7 +316,7 @@ def use_checkpointing(model: Any, wanted: bool | str) -> bool:
 
 
 def set_checkpointing(model: Any, on: bool) -> None:
-    """Switch transformers' own checkpointing of a model on or off."""
+    """Switch transformers' gradient checkpointing on or off."""
     if on:
         bare(model).gradient_checkpointing_enable({"use_reentrant": False})
     else:

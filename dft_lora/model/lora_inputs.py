@@ -1,9 +1,12 @@
 """LoRA in float32 over a 16-bit base, without keeping float32 copies of its inputs.
 
-peft casts the input of every adapted layer to float32, and autograd keeps each copy for the gradient of A:
-q, k and v keep the same tensor three times over, and an MLP's down projection its widest. Kept in 16 bits and
-cast again in the backward pass they are tensors that are there anyway; every product stays the same, to the
-bit. On a Qwen2 of D = 512 this is a third of all activations (docs/measurements/lowres.md).
+peft casts the input of every adapted layer to float32, and autograd keeps each copy for the gradient of A: q,
+k and v keep the same tensor three times, and an MLP's down projection keeps its widest one. Here the 16-bit
+input is kept instead, a tensor that exists anyway, and cast again in the backward pass. All products stay
+bit-exactly the same. On a Qwen2 with D = 512 this saves a third of all activations
+(docs/measurements/lowres.md).
+
+Shapes (docs/shapes.md): N positions, D input width of a layer, R rank.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ from torch.nn.functional import linear
 
 
 class _Widened(torch.autograd.Function):
-    """x in 16 bits, A in float32: linear(x.float(), A), and x is what is saved.
+    """linear(x.float(), A) for x in 16 bits and A in float32; saves the 16-bit x.
 
-    Both passes switch autocast off: it would return 16 bits from the one and mix dtypes in the other.
+    Both passes disable autocast, which would return 16 bits in the one and mix dtypes in the other.
     """
 
     @staticmethod
@@ -38,7 +41,7 @@ class _Widened(torch.autograd.Function):
 
 
 class WideLinear(torch.nn.Linear):
-    """A linear layer of LoRA that widens its input itself."""
+    """A LoRA layer that casts its input to its own dtype."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype == self.weight.dtype or self.bias is not None:
@@ -47,7 +50,7 @@ class WideLinear(torch.nn.Linear):
 
 
 def keep_inputs_narrow(model: Any) -> None:
-    """Let the float32 LoRA layers of a peft model keep 16-bit inputs; the weights stay where they are."""
+    """Let the float32 LoRA layers of a peft model keep their 16-bit inputs. The weights are not changed."""
     from peft.tuners.lora import LoraLayer
 
     for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:

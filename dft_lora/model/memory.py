@@ -1,8 +1,8 @@
-"""How much memory a piece of work takes: what the machine sees, and what the tensors need.
+"""How much memory a piece of work takes, as seen by the machine or by counting tensors.
 
-ProcessMemory    resident set of this process (Linux): a CPU run as the machine sees it
+ProcessMemory    resident memory of this process (Linux): a CPU run as the machine sees it
 DeviceMemory     PyTorch's allocator on a CUDA device
-LiveTensors      bytes of the tensors alive, on a CPU: what a GPU's allocator would count
+LiveTensors      bytes of live tensors on a CPU: what a GPU's allocator would count
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MIB = 2**20
 
 
 class Memory(Protocol):
-    """A gauge of bytes; `peak` is the most since `reset`."""
+    """A gauge in bytes; `peak` is the maximum since `reset`."""
 
     def now(self) -> int: ...
     def peak(self) -> int: ...
@@ -27,7 +27,7 @@ class Memory(Protocol):
 
 
 class ProcessMemory:
-    """Resident memory. Freed pages go back to the system before each reading of `now`, as far as they can."""
+    """Resident memory. Each `now` first returns freed pages to the system, as far as possible."""
 
     def now(self) -> int:
         import ctypes
@@ -42,7 +42,7 @@ class ProcessMemory:
         return self._field("VmHWM")
 
     def reset(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
 
     @staticmethod
     def _field(name: str) -> int:
@@ -51,7 +51,7 @@ class ProcessMemory:
 
 
 class DeviceMemory:
-    """Allocated, not reserved: fragmentation and the CUDA context (about 0.5 GB) come on top."""
+    """Allocated, not reserved, memory: fragmentation and the CUDA context (about 0.5 GB) come on top."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -69,10 +69,10 @@ class DeviceMemory:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Within it, bytes of tensor storages made and not yet freed; tensors from before do not count.
+    """While open, bytes of tensor storages that were created and not yet freed; older tensors do not count.
 
-    Every operation is looked at, those of the backward pass too, so the count is exact and the same on every
-    machine; scratch space inside an operation is not seen. Costs some 20 microseconds an operation.
+    It inspects every operation, those of the backward pass too, so the count is exact and the same on every
+    machine. It does not see scratch space inside an operation. Costs some 20 microseconds per operation.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class LiveTensors(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
         keywords = keywords or {}
         results = operation(*arguments, **keywords)
-        # A view of a tensor, or one written in place, shares the storage of an input: nothing new.
+        # A view, or a tensor written in place, shares the storage of an input: nothing new.
         known = {_address(tensor) for tensor in tree_iter((arguments, keywords)) if _counts(tensor)}
         for tensor in tree_iter(results):
             if _counts(tensor) and _address(tensor) not in known | self._alive:
@@ -112,10 +112,11 @@ class LiveTensors(TorchDispatchMode):
 
 
 def give_back_large_blocks(least: int = MIB) -> None:
-    """Let glibc return every freed block of `least` bytes to the system, for this process.
+    """Make glibc return every freed block of at least `least` bytes to the system, for this process.
 
-    By itself it raises that size to 32 MB as blocks are freed, and activations then lie scattered over a heap
-    full of holes: 511 MB for 296 MB of tensors (309 MB with this), for some page faults a step.
+    By default it raises that size to 32 MB as blocks are freed, and activations are then scattered over a
+    heap full of holes: 511 MB for 296 MB of tensors (309 MB with this setting, at the price of some page
+    faults per step).
     """
     import ctypes
 
@@ -132,7 +133,7 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that new tensors may take on `device` now; on a CPU what Linux calls available, else 8 GB."""
+    """Bytes that new tensors may take on `device` now; on a CPU what Linux says is available, or 8 GB."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     facts = Path("/proc/meminfo")
@@ -141,5 +142,5 @@ def free_memory(device: torch.device) -> int:
 
 
 def memory_of(device: torch.device) -> Memory:
-    """What the machine sees of work on `device`."""
+    """The gauge for work on `device`, as the machine sees it."""
     return DeviceMemory(device) if device.type == "cuda" else ProcessMemory()

@@ -1,13 +1,13 @@
-"""A frozen base shared among processes: FSDP2 over what takes memory, and nothing else.
+"""A frozen base sharded over processes: FSDP2 for the decoder layers, and nothing else.
 
-Each process holds its part of every decoder layer's frozen weights; a layer is gathered when a forward or
-backward pass comes to it, and let go after. Adapter, embeddings, norm and output head stay whole everywhere
-(Qwen2.5-32B: 3 GB), so that all else is as with DDP: the loss reads the head outside of the forward pass,
-gradients are ordinary tensors, checkpoints hold whole adapters and optimizer states.
+Each process holds its part of every decoder layer's frozen weights. A layer is gathered when a forward or
+backward pass reaches it, and freed afterwards. Adapter, embeddings, norm and output head are complete in
+every process (Qwen2.5-32B: 3 GB), so everything else works as with DDP: the loss reads the head outside of
+the forward pass, gradients are ordinary tensors, checkpoints hold complete adapters and optimizer states.
 
-4-bit weights need two things for it. Their storage dtype is a floating one, since FSDP makes parameters of
-their parts. And their quantization state, whole in each process, hangs on the module, where bitsandbytes
-looks for it once FSDP has put a plain tensor in the weight's place.
+4-bit weights need two preparations. Their storage dtype must be a floating-point type, since FSDP turns their
+parts into parameters. And their quantization state, complete in each process, is attached to the module,
+where bitsandbytes looks for it once FSDP has replaced the weight with a plain tensor.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from .memory import MIB
 
 
 def shard(model: Any, device: torch.device) -> None:
-    """Share a peft model's frozen decoder layers among all processes; the rest goes to `device`, in place.
+    """Shard a peft model's frozen decoder layers over all processes, in place; the rest moves to `device`.
 
-    `model` may lie on the CPU: layers move to `device` one by one and leave it as parts. Every process must
-    then make the same number of forward and backward passes. Raises ModelError where the layers are unknown.
+    `model` may be on the CPU: layers move to `device` one by one and are sharded there. Afterwards every
+    process must make the same number of forward and backward passes. Raises ModelError if the layers are
+    unknown.
     """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -37,7 +38,9 @@ def shard(model: Any, device: torch.device) -> None:
     kinds = set(getattr(core, "_no_split_modules", None) or ())
     layers = [module for module in core.modules() if type(module).__name__ in kinds]
     if not layers:
-        raise ModelError(f"train.shard: {type(core).__name__} does not say which of its modules are layers")
+        raise ModelError(
+            f"train.shard: {type(core).__name__} does not declare which of its modules are layers"
+        )
     for module in core.modules():
         if state := getattr(getattr(module, "weight", None), "quant_state", None):
             state.to(device)
@@ -53,7 +56,7 @@ def shard(model: Any, device: torch.device) -> None:
 
 
 def held_mb(model: Any) -> float:
-    """MiB of frozen weights that lie in this process: all of them, or its share."""
+    """MiB of frozen weights in this process: all of them, or its shard."""
     frozen = [p for p in bare(model).parameters() if not p.requires_grad]
     held = [p.to_local() if hasattr(p, "to_local") else p for p in frozen]
     return sum(p.untyped_storage().nbytes() for p in held) / MIB

@@ -1,12 +1,12 @@
-"""The unsloth backend. The one file that imports unsloth, which patches transformers as it is imported.
+"""The unsloth backend. Only this file imports unsloth, which patches transformers when it is imported.
 
-unsloth is pinned to older transformers than ours, so it lives in an environment of its own:
+unsloth requires an older transformers than ours, so it needs an environment of its own:
 
     pip install -c constraints-unsloth.txt 'dft-lora[unsloth]'
 
-Asked for beside the newest transformers pip does not fail; it silently takes a year-old unsloth. Hence the
-lower bound, checked here too. On a GPU hidden states come by unsloth's documented switch, on a CPU (since
-2026.10.9) its models are stock ones and our hook catches them.
+Requested together with the newest transformers, pip does not fail but silently installs a year-old unsloth.
+Hence the lower bound, which is also checked here. On a GPU hidden states come from unsloth's documented
+switch. On a CPU (since 2026.10.9) its models are the stock ones, and our hook catches the hidden states.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def import_unsloth() -> Any:
-    """The package; to be called before anything imports transformers.
+    """The package. Call this before anything imports transformers.
 
-    Raises MissingPart, with what to install, where it is absent, too old, or does not start.
+    Raises MissingPart, with the command that installs it, if it is absent, too old, or does not start.
     """
     try:
         version = metadata.version("unsloth")
@@ -55,7 +55,7 @@ def import_unsloth() -> Any:
 
 
 def build_with_unsloth(recipe: Recipe, device: torch.device) -> Built:
-    """The base and adapter of a recipe, made by unsloth. Raises MissingPart or ModelError."""
+    """The base and adapter of a recipe, built by unsloth. Raises MissingPart or ModelError."""
     language_model = import_unsloth().FastLanguageModel
     config, adapter = recipe.model, recipe.adapter
     parameters = count_parameters(load_model_config(config))
@@ -94,9 +94,9 @@ def build_with_unsloth(recipe: Recipe, device: torch.device) -> Built:
 
 
 def by_switch(model: Any, **inputs: Any) -> torch.Tensor:
-    """h_BLD by unsloth's documented switch: its forward then returns hidden states in place of logits.
+    """h_BLD by unsloth's documented switch, which makes a forward pass return hidden states as its logits.
 
-    Raises ModelError where this model does not honour it.
+    Raises ModelError if the model ignores the switch.
     """
     with _environment(SWITCH, "1"):
         h_BLD = model(**inputs, use_cache=False).logits

@@ -1,8 +1,9 @@
-"""Generation by vLLM, for large evaluations: the only file that imports it (`dft-lora[vllm]`).
+"""Generation with vLLM, for large evaluations: the only file that imports it (`dft-lora[vllm]`).
 
-The same requests, protocol and files as the package's own loop, with one base and an adapter a request. vLLM
-reads no bitsandbytes weights, so it is given the 4-bit base unpacked: the same numbers, in 16 bits. It draws
-from random streams of its own, so single samples differ from the own loop's; their distribution does not.
+It uses the same requests, protocol and files as the package's own loop, with one base and one adapter per
+request. vLLM does not read our bitsandbytes weights, so it gets the 4-bit base unpacked: the same numbers, in
+16 bits. It has its own random streams, so individual samples differ from those of our loop; their
+distribution does not.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from .generate import Completion, Request, random_stream
 from .hardware import choose, dtype_name
 from .load import count_parameters, load_model_config, resolve, unpack
 
-AT_ONCE = 1024  # requests handed over at a time: what a kill loses
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for max_lora_rank
+AT_ONCE = 1024  # requests per call: what is lost if the process is killed
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM accepts for max_lora_rank
 
 
 def lora_rank(ranks: Iterable[int]) -> int:
-    """vLLM's max_lora_rank for adapters of these ranks. Raises RequestError where none is large enough."""
+    """vLLM's max_lora_rank for adapters of these ranks. Raises RequestError if none is large enough."""
     largest = max(ranks, default=1)
     if largest > RANKS[-1]:
-        raise RequestError(f"adapter.r {largest}: vLLM takes adapters up to rank {RANKS[-1]}")
+        raise RequestError(f"adapter.r {largest}: vLLM supports adapters up to rank {RANKS[-1]}")
     return next(rank for rank in RANKS if rank >= largest)
 
 
@@ -52,7 +53,7 @@ class Vllm:
         config = recipe.model
         hardware = choose(config.dtype, count_parameters(load_model_config(config)))
         dtype = dtype_name(hardware.dtype)
-        self.facts: dict[str, Any] = {"device": hardware.name, "dtype": dtype, "engine": "vllm"}
+        self.provenance: dict[str, Any] = {"device": hardware.name, "dtype": dtype, "engine": "vllm"}
         self.stop_ids = sorted(renderer.stop_ids)
         self.loras = {
             name: LoRARequest(name, number, str(path.resolve()))
@@ -78,9 +79,10 @@ class Vllm:
             )
 
     def generate(self, requests: Sequence[Request], on_progress: Callable[[int, Completion], None]) -> None:
-        """Answer all requests; `on_progress(i, completion)` as soon as each part of AT_ONCE is done.
+        """Answer all requests; calls `on_progress(i, completion)` after each part of AT_ONCE requests.
 
-        The bare base is asked apart: beside adapters, vLLM 0.32's CPU build applies one to its rows too.
+        Requests to the bare base go in calls of their own: next to adapters, vLLM 0.32's CPU build applies
+        one to their rows too.
         """
         for adapted in (False, True):
             chosen = [i for i, request in enumerate(requests) if (request.adapter is not None) == adapted]
@@ -98,7 +100,7 @@ class Vllm:
                 SamplingParams(
                     temperature=request.temperature,
                     top_p=request.top_p,
-                    seed=int(random_stream(request).integers(2**31)),  # vLLM's belongs to the seed alone
+                    seed=int(random_stream(request).integers(2**31)),  # vLLM's depends on the seed alone
                     max_tokens=request.max_new_tokens,
                     stop_token_ids=self.stop_ids,
                     detokenize=False,
@@ -118,7 +120,7 @@ class Vllm:
 
 
 def use_own_gpu() -> None:
-    """Under a launcher each process sees all GPUs, and vLLM takes the first it sees: show it its own."""
+    """Under a launcher each process sees all GPUs, and vLLM takes the first one: show it only its own."""
     if "LOCAL_RANK" in os.environ:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         gpus = seen.split(",") if seen else [str(i) for i in range(int(os.environ["LOCAL_WORLD_SIZE"]))]

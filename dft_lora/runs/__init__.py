@@ -1,1 +1,1 @@
-"""A run as files: the folder, folders written whole or not at all, where a number came from."""
+"""A run on disk: its folder, atomic writing of folders, provenance, plots."""

@@ -1,8 +1,8 @@
-"""Folders that are whole or not there at all.
+"""Atomic folders: complete and verified, or not there at all.
 
-A sealed folder is written aside, flushed to disk, proven by reading it back, and renamed into place. Its
-`manifest.json` holds size and sha256 of every file. A crash at any moment leaves the old folder or the
-new one, and perhaps a hidden leftover that nobody reads and the next save removes.
+An atomic folder is written beside its final place, flushed to disk, verified by reading it back, and renamed.
+Its `manifest.json` holds the size and the sha256 of every file. A crash at any moment leaves the old folder
+or the new one, and perhaps a hidden leftover that nothing reads and the next save removes.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from ..config import digest
 MANIFEST = "manifest.json"
 
 
-def write_sealed(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    """Write `files`, (relative name, content) pairs taken one at a time, as the folder `path`.
+def write_folder(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write `files`, (relative name, content) pairs that are consumed one at a time, as the folder `path`.
 
-    A folder of that name is replaced. Raises OSError when the disk is full or broken; the old folder is
-    then as it was.
+    An existing folder is replaced. Raises OSError when the disk is full or broken; the old folder then stays
+    unchanged.
     """
     aside, old = _hidden(path, "new"), _hidden(path, "old")
     for leftover in (aside, old):
         if leftover.exists():
             shutil.rmtree(leftover)
     try:
-        manifest = {}
+        listed = {}
         for name, content in files:
             _write(aside / name, content)
-            manifest[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        sealed = {"files": manifest, "sha256": digest(manifest)}
-        _write(aside / MANIFEST, json.dumps(sealed, indent=1).encode())
-        for folder in {aside, *((aside / name).parent for name in manifest)}:
+            listed[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest = {"files": listed, "sha256": digest(listed)}
+        _write(aside / MANIFEST, json.dumps(manifest, indent=1).encode())
+        for folder in {aside, *((aside / name).parent for name in listed)}:
             _flush(folder)
         if why := damage(aside):
-            raise OSError(f"{path} reads back differently from what was written: {why}")
+            raise OSError(f"{path} differs from what was written when it is read back: {why}")
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -53,17 +53,17 @@ def write_sealed(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
 
 
 def damage(path: Path, required: Collection[str] = ()) -> str | None:
-    """What is wrong with a sealed folder, in words; None when every file is as it was written.
+    """What is wrong with an atomic folder, as text; None when every file is as it was written.
 
-    `required` names files that must be among the sealed ones.
+    `required` names files that must be in the manifest.
     """
     try:
-        sealed = json.loads((path / MANIFEST).read_bytes())
-        files: dict[str, Any] = sealed["files"]
-        if sealed["sha256"] != digest(files):
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        files: dict[str, Any] = manifest["files"]
+        if manifest["sha256"] != digest(files):
             return f"{MANIFEST} is damaged"
         if missing := sorted(set(required) - set(files)):
-            return f"{', '.join(missing)} is not part of it"
+            return f"{', '.join(missing)} is not in its {MANIFEST}"
         for name, expected in files.items():
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 return f"{MANIFEST} names a file outside the folder"
@@ -85,7 +85,7 @@ def damage(path: Path, required: Collection[str] = ()) -> str | None:
 
 
 def discard(path: Path) -> None:
-    """Remove a sealed folder; a kill half-way leaves a hidden leftover, not half a folder."""
+    """Remove an atomic folder. A kill in between leaves a hidden leftover, not an incomplete folder."""
     old = _hidden(path, "old")
     os.rename(path, old)
     shutil.rmtree(old)
@@ -104,7 +104,7 @@ def _write(file: Path, content: bytes) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Make a folder's entries durable. Some network and Windows file systems cannot; theirs to answer for."""
+    """Flush a folder's entries to disk. Some network and Windows file systems cannot; this is ignored."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

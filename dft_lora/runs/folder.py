@@ -1,16 +1,16 @@
-"""The third narrow waist: a run as files.
+"""A run on disk.
 
-    adapter/                 the trained adapter, peft format, safetensors (absent for a bare base)
-    run.json                 resolved recipe, versions, commit, device, hashes, command, figures
-    metrics.jsonl            one line a logged step
-    curves.png               nll, mean probability and entropy of the training steps
-    checkpoints/             where training goes on from
+    adapter/                 the trained adapter in peft format, safetensors (absent for a bare base)
+    run.json                 resolved recipe, versions, commit, device, hashes, command, final metrics
+    metrics.jsonl            one line per logged step
+    curves.png               NLL, mean probability and entropy over the training steps
+    checkpoints/             from which training resumes
     steps/step-N/            a checkpoint that was evaluated, as a run folder
-    evaluation/TASK.jsonl    one line a sample
+    evaluation/TASK.jsonl    one line per answer
     report.json
 
-Training writes it, evaluation adds to it, reports and the page read it. JSON, YAML and
-safetensors only: nothing in a run folder is ever unpickled.
+Training writes it, evaluation adds to it, reports and the page read it. It contains only JSON and
+safetensors; nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from .atomic import damage
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 ALWAYS = ("recipe", "template", "template_hash")
-"""What `run.json` holds from the first time it is written."""
+"""The keys of `run.json` that are there from the first time it is written."""
 
 
 class RunFolder:
-    """One run's folder; attributes are paths and readers."""
+    """The folder of one run: its paths, and methods that read and write them."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -59,34 +59,35 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the adapter is that of the run's last step; true of a bare base, and of a checkpoint's run.
+        """Whether the adapter is that of the run's last step; also true of a bare base and of a checkpoint.
 
-        `steps` is what the run is to have, `figures` is written with the final adapter: a run that is being
-        extended has the adapter of fewer steps.
+        `steps` is the planned number of steps; `figures` is written with the final adapter. While a run is
+        being extended, its adapter is that of fewer steps than planned.
         """
         if not self.begun:
             return False
-        facts = self.run()
-        if "step" in facts or "steps" not in facts:  # a checkpoint; nothing was trained
-            return self.has_adapter or "step" not in facts
-        return self.has_adapter and facts.get("figures", {}).get("last", {}).get("step") == facts["steps"]
+        metadata = self.run()
+        if "step" in metadata or "steps" not in metadata:  # a checkpoint, or a bare base
+            return self.has_adapter or "step" not in metadata
+        trained = metadata.get("figures", {}).get("last", {}).get("step")
+        return self.has_adapter and trained == metadata["steps"]
 
     @property
     def adapter_digest(self) -> str | None:
-        """sha256 over the adapter's config and weights: which weights answer here. None for a bare base."""
+        """sha256 over the adapter's config and weights; None for a bare base."""
         return adapter_digest(self.adapter)
 
     @property
     def base_fingerprint(self) -> str | None:
-        """Of the base under this run, from when it was made; None where an earlier version made it."""
-        facts = self.run()
-        return facts.get("identity", facts).get("base")
+        """The fingerprint of the base when the run was made; None if an earlier version did not record it."""
+        metadata = self.run()
+        return metadata.get("identity", metadata).get("base")
 
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
-        """A new, empty folder; hidden leftovers of a run killed before it began do not count.
+        """Create a new folder. Hidden files, which a run killed before it starts leaves, may be in it.
 
-        Raises RequestError when it already holds anything, or cannot be written.
+        Raises RequestError when it contains anything else, or cannot be written.
         """
         folder = cls(path)
         try:
@@ -94,7 +95,7 @@ class RunFolder:
                 not folder.path.is_dir() or any(not p.name.startswith(".") for p in folder.path.iterdir())
             ):
                 raise RequestError(
-                    f"output: {folder.path} exists; name another folder, or go on with --resume"
+                    f"output: {folder.path} exists; name another folder, or continue the run with --resume"
                 )
         except OSError as error:
             raise RequestError(f"output: cannot write {folder.path}: {error.strerror}") from None
@@ -103,70 +104,67 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """An existing run. Raises RequestError when there is none, or its run.json is broken."""
+        """Open an existing run. Raises RequestError when there is none or its run.json is broken."""
         folder = cls(path)
         if not folder.begun:
             raise RequestError(f"{folder.path}: not a run folder (no run.json)")
-        facts = folder.run()
-        if missing := [key for key in ("recipe", "template", "template_hash") if key not in facts]:
-            raise DataError(f"{folder.path / 'run.json'}: broken ({', '.join(missing)} missing)")
         folder.recipe()
         return folder
 
     def checkpoint_run(self, name: str) -> RunFolder:
-        """The run folder `steps/NAME` of a checkpoint, its adapter copied: it is evaluated like any run.
+        """The run folder `steps/NAME` of a checkpoint, with a copy of its adapter, ready to be evaluated.
 
-        Raises RequestError where there is no whole checkpoint of that name.
+        Raises RequestError when there is no complete checkpoint of that name.
         """
         checkpoint, run = self.checkpoints / name, RunFolder(self.path / "steps" / name)
         if run.begun and run.adapter_digest == adapter_digest(checkpoint / "adapter"):
             return run
         if why := damage(checkpoint):
             kept = ", ".join(sorted(path.name for path in self.checkpoints.glob("step-*"))) or "none"
-            raise RequestError(f"{checkpoint}: no whole checkpoint there ({why}); kept are: {kept}")
+            raise RequestError(f"{checkpoint}: no complete checkpoint there ({why}); available: {kept}")
         shutil.copytree(checkpoint / "adapter", run.adapter, dirs_exist_ok=True)
-        facts = self.run()
-        recipe = facts["recipe"] | {"name": name, "output": str(run.path)}
-        run.write_run(**facts | {"recipe": recipe, "step": int(name.removeprefix("step-"))})
+        metadata = self.run()
+        recipe = metadata["recipe"] | {"name": name, "output": str(run.path)}
+        run.write_run(**metadata | {"recipe": recipe, "step": int(name.removeprefix("step-"))})
         return run
 
     def checkpoint_runs(self) -> list[RunFolder]:
-        """`checkpoint_run` for every checkpoint that was kept, in order of steps."""
+        """The run folders of all kept checkpoints (see `checkpoint_run`), in order of steps."""
         return [self.checkpoint_run(path.name) for path in sorted(self.checkpoints.glob("step-*"))]
 
-    def write_run(self, **facts: Any) -> None:
-        """Add facts to `run.json`."""
+    def write_run(self, **metadata: Any) -> None:
+        """Add or replace keys of `run.json`."""
         file = self.path / "run.json"
         before = self.run() if file.is_file() else {}
         with writing(file):
-            write_json(file, before | facts)
+            write_json(file, before | metadata)
 
     def run(self) -> dict[str, Any]:
-        """`run.json`. Raises DataError where it cannot be read or lacks what every run has from its start."""
+        """The content of `run.json`. Raises DataError when it cannot be read or lacks a key of ALWAYS."""
         file = self.path / "run.json"
-        facts = read_json(file)
-        missing = [key for key in ALWAYS if not isinstance(facts, dict) or key not in facts]
+        metadata = read_json(file)
+        missing = [key for key in ALWAYS if not isinstance(metadata, dict) or key not in metadata]
         if missing:
             raise DataError(f"{file}: not the record of a run ({', '.join(missing)} missing)")
-        return facts
+        return metadata
 
     def recipe(self) -> Recipe:
         """The recipe this run was made with."""
         return parse_recipe(self.run()["recipe"], where=str(self.path / "run.json"))
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append one step to `metrics.jsonl`."""
+        """Append the line of one step to `metrics.jsonl`."""
         with writing(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def flush_metrics(self) -> None:
-        """Force `metrics.jsonl` to the disk."""
+        """Flush `metrics.jsonl` to disk."""
         if self.metrics_file.is_file():
             with writing(self.metrics_file), self.metrics_file.open("a") as file:
                 os.fsync(file.fileno())
 
     def cut_metrics(self, step: int) -> None:
-        """Forget the lines after `step`, and one that a kill cut off: those steps are done again."""
+        """Remove the lines after `step` and an incomplete last line; those steps will be repeated."""
         if not self.metrics_file.is_file():
             return
         kept = []
@@ -188,9 +186,9 @@ class RunFolder:
 
 
 def open_runs(paths: Sequence[str | Path]) -> list[RunFolder]:
-    """Runs to be evaluated, compared or shown; RUN_DIR/checkpoints/step-N opens as a run of its own.
+    """Open finished runs to evaluate, compare or show; RUN_DIR/checkpoints/step-N opens that checkpoint.
 
-    Raises RequestError when one is no run, has not finished, or is named twice.
+    Raises RequestError when a path is not a run, is named twice, or when the run has not finished.
     """
     folders = [_open_finished(Path(path)) for path in paths]
     places = [folder.path.resolve() for folder in folders]
@@ -209,13 +207,13 @@ def _open_finished(path: Path) -> RunFolder:
         named = f", or name a checkpoint: {newest}" if newest else ""
         raise RequestError(
             f"{folder.path}: the run has not finished (no adapter of step {folder.run().get('steps')}); "
-            f"go on with dft-lora train RECIPE --resume{named}"
+            f"continue it with dft-lora train RECIPE --resume{named}"
         )
     return folder
 
 
 def adapter_digest(path: Path) -> str | None:
-    """sha256 over the config and weights of the adapter in the folder `path`; None where there is none."""
+    """sha256 over the config and weights of the adapter in the folder `path`; None if there is none."""
     files = [path / name for name in ADAPTER_FILES]
     if not files[0].is_file():
         return None
@@ -225,7 +223,7 @@ def adapter_digest(path: Path) -> str | None:
 
 @lru_cache(256)
 def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Of (file, size, time of its last change): files are read again once one of them differs."""
+    """The digest of (file, size, modification time) entries, cached until one of them changes."""
     sha = hashlib.sha256()
     for file, size, _ in files:
         sha.update(f"{file.name} {size}\n".encode())
@@ -236,21 +234,21 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 @contextmanager
-def writing(path: Path, then: str = "go on with --resume") -> Iterator[None]:
-    """Within it, a full or broken disk becomes a RunError that names `path` and the remedy."""
+def writing(path: Path, then: str = "continue with --resume") -> Iterator[None]:
+    """Turn an OSError, such as a full disk, into a RunError that names `path` and the remedy."""
     try:
         yield
     except OSError as error:
         raise RunError(
-            f"{path} could not be written ({error.strerror or error}); what was there before is untouched: "
-            f"make room and {then}"
+            f"{path} could not be written ({error.strerror or error}); what was there before is unchanged; "
+            f"free some space and {then}"
         ) from None
 
 
 def make_writable(path: Path, where: str) -> None:
-    """Make the folder `path` if need be, and prove that files can be written there.
+    """Create the folder `path` if needed, and check that files can be written to it.
 
-    Raises RequestError that opens with `where`, the flag or field that named it.
+    Raises RequestError starting with `where`, the flag or field that named the folder.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -263,9 +261,9 @@ def make_writable(path: Path, where: str) -> None:
 
 @contextmanager
 def new_folder(path: Path, where: str) -> Iterator[None]:
-    """A new folder that is there when the work within is done, and gone when it fails.
+    """Create a folder and remove it again if the body fails.
 
-    Raises RequestError where it exists or cannot be made, RunError where the disk is full or broken.
+    Raises RequestError when it exists or cannot be created, RunError when the disk is full or broken.
     """
     if os.path.lexists(path):
         raise RequestError(f"{where}: {path} exists; name another folder")
@@ -275,23 +273,26 @@ def new_folder(path: Path, where: str) -> Iterator[None]:
     except BaseException as error:
         shutil.rmtree(path, ignore_errors=True)
         if isinstance(error, OSError):
-            raise RunError(f"{path} could not be written ({error.strerror or error}); make room") from None
+            raise RunError(
+                f"{path} could not be written ({error.strerror or error}); free some space"
+            ) from None
         raise
 
 
 @contextmanager
 def parsing(path: Path) -> Iterator[None]:
-    """Within it, values of `path` that are missing or of another kind become a DataError that names it."""
+    """Turn errors from missing or wrongly typed values of `path` into a DataError that names the file."""
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise DataError(
-            f"{path}: not as dft-lora writes it ({type(error).__name__}: {error}); evaluate again with "
-            "--overwrite, or bring it back from a copy"
+            f"{path}: not in the format that dft-lora writes ({type(error).__name__}: {error}); evaluate "
+            "again with --overwrite, or restore it from a backup"
         ) from None
 
 
 def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises DataError naming the file when it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -301,6 +302,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file. Raises DataError naming the file and the line."""
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -316,11 +318,12 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all: a temporary file, flushed to disk, then renamed over the old one."""
+    """Write a JSON file atomically (see `write_text`)."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: a temporary file is flushed to disk and renamed over the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Pictures of runs and reports. matplotlib is imported here only, late, without a display."""
+"""Plots of runs and reports. Only this file imports matplotlib, late and without a display."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _save(figure: Any, file: Path) -> None:
 
 
 def accuracy(report: Mapping[str, Any], file: Path) -> None:
-    """Sampled accuracy with its 95 % interval, greedy as a mark; a panel a task."""
+    """Sampled accuracy with its 95 % interval, greedy as a diamond; one panel per task."""
     tasks = sorted({task for run in report["runs"].values() for task in run["tasks"]})
     figure, axes = _figure(len(tasks))
     for axis, task in zip(axes, tasks, strict=True):
@@ -49,9 +49,9 @@ def accuracy(report: Mapping[str, Any], file: Path) -> None:
 
 
 def curves(folders: Mapping[str, RunFolder], file: Path) -> None:
-    """Plain NLL, mean target probability and entropy of each training step, whatever the objective."""
+    """Plain NLL, mean target probability and entropy over the training steps, whatever the objective."""
     panels = {
-        "nll": "NLL (nats a token)",
+        "nll": "NLL (nats per token)",
         "mean_probability": "mean target probability",
         "entropy": "entropy (nats)",
     }
@@ -73,7 +73,7 @@ def curves(folders: Mapping[str, RunFolder], file: Path) -> None:
 
 
 def probabilities(metrics: Mapping[str, Any], file: Path) -> None:
-    """The paper's bimodal figure, target tokens by probability (log scale); and the gradient they exert."""
+    """The paper's bimodal figure, target tokens by probability (log scale), and their gradient norms."""
     figure, (counts, pulls) = _figure(2)
     for i, (name, run) in enumerate(metrics.items()):
         shares = [n / run["tokens"] for n in run["histogram"]]
@@ -97,7 +97,7 @@ def probabilities(metrics: Mapping[str, Any], file: Path) -> None:
 
 
 def steps(curves: Mapping[str, Mapping[str, list[dict[str, Any]]]], file: Path) -> None:
-    """Sampled accuracy of the checkpoints with its 95 % interval; a panel a task."""
+    """Sampled accuracy of the checkpoints with its 95 % interval; one panel per task."""
     tasks = sorted({task for by_task in curves.values() for task in by_task})
     figure, axes = _figure(len(tasks))
     for axis, task in zip(axes, tasks, strict=True):

@@ -1,4 +1,4 @@
-"""The birth certificate of a number: versions, commit, device, date, command."""
+"""The provenance of a result: versions, commit, device, date, command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("dft-lora", "torch", "transformers", "peft", "bitsandbytes", "accele
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
-    """Installed versions, None where a package is missing; read from metadata, nothing is imported."""
+    """Installed versions, None for a missing package; read from metadata without importing anything."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -27,7 +27,7 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The commit this package runs from, with `-dirty` for uncommitted changes; None outside a checkout."""
+    """The commit of this checkout, with `-dirty` if something is uncommitted; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -39,16 +39,17 @@ def commit() -> str | None:
 
 
 def command() -> str:
-    """How this program was called: `python -m MODULE ...`, or the name of a script and its arguments."""
+    """The command line of this program: `python -m MODULE ...`, or a script's name and its arguments."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     called = ["python", "-m", module.name.removesuffix(".__main__")] if module else [Path(sys.argv[0]).name]
     return shlex.join([*called, *sys.argv[1:]])
 
 
 def certificate(**more: Any) -> dict[str, Any]:
-    """What every recorded result carries; `more` adds device, seed and the like.
+    """The provenance that is recorded with every result; `more` adds device, seed and the like.
 
-    `omp_num_threads` is the variable, None where it is not set: how sums are split decides their last bits.
+    `omp_num_threads` is the environment variable, None if unset: it determines how sums are split, and with
+    that their last bits.
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

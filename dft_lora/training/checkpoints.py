@@ -1,14 +1,14 @@
-"""Checkpoints: all that the next step depends on, beside the recipe and the data.
+"""Checkpoints: everything the next step depends on, besides the recipe and the data.
 
     checkpoints/step-000030/
         adapter/                 peft format: adapter_model.safetensors, adapter_config.json
-        optimizer.safetensors    the optimizer's tensors, as they are (8-bit states stay 8-bit)
-        random.safetensors       random generators, one row a rank
-        state.json               the optimizer's structure and the plain values
+        optimizer.safetensors    the optimizer's tensors, unchanged (8-bit states stay 8-bit)
+        random.safetensors       random generators, one row per rank
+        state.json               the optimizer's structure and all plain values
         manifest.json            size and sha256 of each file
 
-Tensors in safetensors, everything else in JSON: nothing is ever unpickled. A folder is written whole
-or not at all (`runs/atomic.py`); the newest one that is as it was written is taken.
+Tensors are stored in safetensors, everything else in JSON: nothing is ever unpickled. A folder is written
+completely or not at all (`runs/atomic.py`). Resuming takes the newest undamaged one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from ..errors import RunError
-from ..runs.atomic import damage, discard, write_sealed
+from ..runs.atomic import damage, discard, write_folder
 from ..runs.folder import writing
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -39,7 +39,7 @@ PARTS = (
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands after `step` optimizer steps."""
+    """The state of a run after `step` optimizer steps."""
 
     step: int
     adapter: dict[str, torch.Tensor]
@@ -49,11 +49,11 @@ class State:
     random: torch.Tensor
     """[ranks, bytes], uint8: see `random_state`."""
     progress: dict[str, Any]
-    """Plain values: how the step is cut up, skipped steps, loss scale, seconds."""
+    """Plain values: how a step is split, skipped steps, loss scale, seconds."""
 
 
 class Checkpoints:
-    """The checkpoints of one run; `keep` of them stay."""
+    """The checkpoints of one run; the newest `keep` are kept."""
 
     def __init__(self, path: Path, keep: int):
         self.path, self.keep = path, keep
@@ -64,13 +64,13 @@ class Checkpoints:
         return sorted(found, key=_step)
 
     def save(self, state: State, adapter_config: Any) -> Path:
-        """Write a checkpoint; old ones go only after it was proven.
+        """Write a checkpoint; old ones are deleted only after it was verified.
 
-        Raises RunError when it cannot be written.
+        Raises RunError if it cannot be written.
         """
         path = self.path / f"step-{state.step:06d}"
         with writing(path):
-            write_sealed(path, _files(state, adapter_config))
+            write_folder(path, _files(state, adapter_config))
             for leftover in self.path.glob(".step-*"):
                 shutil.rmtree(leftover)
             kept = [p for p in self.all() if _step(p) <= state.step][-self.keep :]
@@ -79,31 +79,31 @@ class Checkpoints:
         return path
 
     def newest(self) -> tuple[State | None, list[str]]:
-        """The newest whole checkpoint (None where there is no checkpoint at all), and what was passed over.
+        """The newest undamaged checkpoint (None if there are no checkpoints), and those that were skipped.
 
-        Raises RunError when there are checkpoints and none is whole: a run never starts afresh by itself.
+        Raises RunError if there are checkpoints but all are damaged: a run never silently starts over.
         """
-        passed = []
+        skipped = []
         for path in reversed(self.all()):
             why = damage(path, PARTS)
             if why is None:
                 try:
-                    return _load(path), passed
+                    return _load(path), skipped
                 except (OSError, ValueError, KeyError, TypeError) as error:
                     why = f"unreadable ({error})"
-            passed.append(f"{path.name}: {why}")
-        if passed:
+            skipped.append(f"{path.name}: {why}")
+        if skipped:
             raise RunError(
-                f"{self.path}: no checkpoint can be used ({'; '.join(passed)}); "
-                "bring one back from a copy, or start a new run in another folder"
+                f"{self.path}: no checkpoint can be used ({'; '.join(skipped)}); "
+                "restore one from a backup, or start a new run in another folder"
             )
         return None, []
 
 
 def write_adapter(path: Path, weights: dict[str, torch.Tensor], config: Any) -> None:
-    """A final adapter, sealed. Raises RunError when it cannot be written."""
+    """Write the final adapter as a sealed folder. Raises RunError if it cannot be written."""
     with writing(path):
-        write_sealed(path, adapter_files(weights, config))
+        write_folder(path, adapter_files(weights, config))
 
 
 def adapter_files(weights: dict[str, torch.Tensor], config: Any) -> Iterator[tuple[str, bytes]]:
@@ -114,7 +114,7 @@ def adapter_files(weights: dict[str, torch.Tensor], config: Any) -> Iterator[tup
 
 
 def random_state(device: torch.device) -> torch.Tensor:
-    """torch's generator on the CPU, and the device's own behind it, as bytes."""
+    """torch's generator on the CPU, followed by the device's own, as bytes."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -131,7 +131,7 @@ def set_random_state(state: torch.Tensor, device: torch.device) -> None:
 
 
 def pack(value: Any, tensors: dict[str, torch.Tensor], name: str = "") -> Any:
-    """`value` as JSON, its tensors moved into `tensors` under their paths.
+    """`value` as JSON, with its tensors moved into `tensors` under their paths.
 
     Dicts become lists of pairs, since their keys may be numbers.
     """
@@ -147,7 +147,7 @@ def pack(value: Any, tensors: dict[str, torch.Tensor], name: str = "") -> Any:
             return {type(value).__name__: items}
         case None | bool() | int() | float() | str():
             return value
-    raise TypeError(f"{name}: a {type(value).__name__} cannot be kept in a checkpoint")
+    raise TypeError(f"{name}: a {type(value).__name__} cannot be stored in a checkpoint")
 
 
 def unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

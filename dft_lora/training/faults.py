@@ -1,8 +1,8 @@
-"""What goes wrong in a run, each with its small mechanism: signals, numbers, memory.
+"""What can go wrong during a run, each handled by a small mechanism: signals, bad numbers, memory.
 
-StopSignals       SIGTERM or Ctrl-C: finish the step, keep a checkpoint, leave
+StopSignals       SIGTERM or Ctrl-C: finish the step, save a checkpoint, exit
 Skips             loss or gradient not finite: skip the step, give up after five in a row
-Layout            out of memory: the same step in smaller pieces, three times at most
+Layout            out of memory: repeat the step in smaller pieces, at most three times
 SaveClock         when the next checkpoint is due
 """
 
@@ -30,10 +30,10 @@ log = logging.getLogger(__name__)
 
 
 class StopSignals:
-    """Within it, SIGTERM and SIGINT ask for a stop instead of stopping; a second SIGINT stops at once.
+    """While open, SIGTERM and SIGINT request a stop instead of stopping; a second SIGINT stops immediately.
 
-    `number` is the signal that asked. In a thread other than the main one
-    it does nothing: Python delivers signals to the main thread alone.
+    `number` is the signal that made the request. Outside the main thread this does nothing: Python delivers
+    signals to the main thread only.
     """
 
     ASKING = (signal.SIGTERM, signal.SIGINT)
@@ -60,23 +60,23 @@ class StopSignals:
         if self.number is None:
             self.number, self._since = number, time.monotonic()
             # print() may be interrupted halfway by this very handler; a system call may not.
-            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
+            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops immediately\n")
         elif number == signal.SIGINT and time.monotonic() - self._since > 1:
-            # Not within a second: launchers pass on a Ctrl-C that the terminal has sent already.
+            # Not within a second: launchers forward a Ctrl-C that the terminal has already sent.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 
 @dataclass
 class Skips:
-    """Steps that changed nothing because the loss or a gradient was not finite."""
+    """Steps that were skipped because the loss or a gradient was not finite."""
 
     total: int = 0
     in_a_row: int = 0
-    """Without those that the loss scaler expects."""
+    """Does not count steps that the loss scaler skips as part of its normal operation."""
 
     def note(self, changed: bool, sound: bool, step: int, dtype: str, examples: Sequence[str]) -> None:
-        """Count a step. Raises RunError with a diagnosis at the fifth in a row that was not sound."""
+        """Count a step. Raises RunError with a diagnosis at the fifth unsound step in a row."""
         self.total += not changed
         if sound:
             self.in_a_row = 0
@@ -87,25 +87,25 @@ class Skips:
         if self.in_a_row == LIMIT_IN_A_ROW:
             raise RunError(
                 f"loss or gradient was not finite in {LIMIT_IN_A_ROW} steps in a row, up to step {step}; "
-                f"base in {dtype}, adapter in float32; the last step's examples: {shown}. Look at these "
-                "rows, lower train.learning_rate, or set model.dtype: float32 (bfloat16 in place of float16)"
+                f"base in {dtype}, adapter in float32; the last step's examples: {shown}. Inspect these "
+                "rows, lower train.learning_rate, or set model.dtype: float32 (or bfloat16, not float16)"
             )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is cut into pieces. Every layout gives the same step, up to rounding."""
+    """How a step is split into pieces. Every layout computes the same step, up to rounding."""
 
     micro_batch_size: int
     chunk_bytes: int | None = None
-    """Workspace of the loss; None: the loss engine's own choice."""
+    """Workspace of the loss; None: the loss engine's default."""
 
     def smaller(self, rows: int, row_bytes: int, first: bool, least: int = 1) -> Layout | None:
-        """The next smaller layout, None when there is none.
+        """The next smaller layout, None if there is none.
 
-        At `first` half the loss chunk, which holds `rows` rows of `row_bytes` (below the engine's floor too);
-        then half the micro-batch, which doubles accumulation; with micro-batches of `least` examples, half
-        the chunk again, down to one row.
+        The `first` time, halves the loss chunk, which has `rows` rows of `row_bytes` (even below the engine's
+        floor). Then halves the micro-batch, which doubles accumulation. Once micro-batches have `least`
+        examples, halves the chunk again, down to one row.
         """
         chunk = self.chunk_bytes or rows * row_bytes
         if not first and self.micro_batch_size > least:
@@ -117,9 +117,9 @@ class Layout:
 def out_of_memory_text(
     layout: Layout, sizes: Sequence[tuple[int, int]], passed: int, checkpointing: bool
 ) -> str:
-    """What was tried and what would fit.
+    """What was tried, and what would fit.
 
-    `sizes` are [B, L] of the step's micro-batches, shortest first; the first `passed` of them went through.
+    `sizes` are [B, L] of the step's micro-batches, shortest first; the first `passed` of them succeeded.
     """
     longest = max(length for _, length in sizes)
     tried = f"{layout.micro_batch_size} example(s) of up to {longest} tokens at a time"
@@ -129,21 +129,21 @@ def out_of_memory_text(
     if layout.micro_batch_size > 1:
         fits.append(f"train.micro_batch_size: {max(1, layout.micro_batch_size // 2)}")
     if went := max((length for _, length in sizes[:passed]), default=0):
-        fits.append(f"data.max_length: {went} (rows of {went} tokens went through)")
+        fits.append(f"data.max_length: {went} (rows of {went} tokens did fit)")
     else:
         fits.append(f"data.max_length: {longest // 2}")
-    return f"out of memory with {tried}, after {RETREATS} retreats at most; what may fit: {', '.join(fits)}"
+    return f"out of memory with {tried}, after at most {RETREATS} retries; what may fit: {', '.join(fits)}"
 
 
 def ran_out_of_memory(work: Callable[[], None]) -> bool:
-    """Do `work`; whether memory ran out. Other errors pass through."""
+    """Run `work`; returns whether memory ran out. Other errors propagate."""
     try:
         work()
         return False
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-    # Only here, outside the except clause, are the frames gone that held the tensors of the failed attempt.
+    # Only outside the except clause are the frames released that held the tensors of the failed attempt.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -151,13 +151,13 @@ def ran_out_of_memory(work: Callable[[], None]) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's own error, Python's, and the texts under which torch's CPU allocator and cuBLAS report it."""
+    """CUDA's own error, Python's, or the messages of torch's CPU allocator and cuBLAS."""
     texts = ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(t in str(error) for t in texts)
 
 
 class SaveClock:
-    """When a checkpoint is due: every `steps`, or every five minutes where `steps` is None."""
+    """When a checkpoint is due: every `steps` steps, or every five minutes if `steps` is None."""
 
     def __init__(self, steps: int | None):
         self.steps, self.last = steps, time.monotonic()

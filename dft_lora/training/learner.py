@@ -1,9 +1,9 @@
-"""One optimizer step: its gradients, cut into micro-batches that fit in memory, then clipped and applied.
+"""One optimizer step: gradients from micro-batches that fit in memory, then clipped and applied.
 
     groups -> micro-batches -> h_BLD by a hook -> logp_M from the chunked loss -> objective, a sum
     -> divided once by the step's tokens over all micro-batches and ranks -> clip -> AdamW
 
-How the examples are split over micro-batches or ranks therefore does not change the step.
+The step therefore does not depend on how its examples are split over micro-batches or ranks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class Learner:
-    """An adapter over its base, the objective and the optimizer: `accumulate` gradients, then `update`."""
+    """A base with its adapter, the objective and the optimizer: `accumulate` gradients, then `update`."""
 
     def __init__(self, recipe: Recipe, objective: Objective, pad_id: int, ranks: Ranks):
         self.recipe, self.objective, self.pad_id, self.ranks = recipe, objective, pad_id, ranks
@@ -51,7 +51,7 @@ class Learner:
         model.train()
         self.adapter_model = model
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # Gradients are added up once per step, by `Ranks`: DDP only makes sure that all ranks start equal.
+        # `Ranks` sums gradients once per step; DDP only makes sure that all ranks start from equal weights.
         shared = recipe.train.shard
         self.model = model if shared else self.accelerator.prepare(model)
         self.no_sync = ranks.together if shared else partial(self.accelerator.no_sync, self.model)
@@ -66,12 +66,12 @@ class Learner:
 
     @property
     def finds_micro_batch(self) -> bool:
-        """Whether `micro_batch_size: auto` is measured: on a GPU that need not keep step with others."""
+        """Whether `micro_batch_size: auto` is measured: on a GPU, unless the base is sharded."""
         settings = self.recipe.train
         return settings.micro_batch_size == "auto" and self.ranks.device.type == "cuda" and not settings.shard
 
     def divisor(self, groups: Sequence[Group]) -> int:
-        """What the objective's sum over a whole step is divided by, at least 1."""
+        """What the objective's sum over the whole step is divided by, at least 1."""
         examples = examples_of(groups)
         counts = {
             "tokens": sum(example.supervised for example in examples),
@@ -81,7 +81,10 @@ class Learner:
         return max(1, counts[self.objective.divided_by])
 
     def accumulate(self, groups: Sequence[Group], divisor: float, step: int) -> tuple[Totals, list[str]]:
-        """Gradients of the whole step, summed over micro-batches and ranks; totals and suspect examples."""
+        """Accumulates the gradients of the whole step over micro-batches and ranks.
+
+        Returns the totals, and the examples of micro-batches whose loss is not finite.
+        """
         if self.objective.step_signals is not None:
             groups = self.with_signals(groups, step)
 
@@ -94,9 +97,9 @@ class Learner:
         return Totals(*values), sums.suspects()
 
     def with_signals(self, groups: Sequence[Group], step: int) -> list[Group]:
-        """The step's groups, their examples with the signals that the objective makes from all of them.
+        """The step's groups, with the signals that the objective computes from all of their examples.
 
-        Costs a forward pass over the step, without gradients and without dropout.
+        Costs one forward pass over the step, without gradients and without dropout.
         """
         examples = examples_of(groups)
         ids = [example.id for example in examples]
@@ -118,10 +121,10 @@ class Learner:
         begin: Callable[[], Any],
         step: int,
     ) -> tuple[Any, list[float]]:
-        """Do `work(batch, found)` on all micro-batches of this rank's groups, where `found` is `begin()`.
+        """Runs `work(batch, found)` on all micro-batches of this rank's groups, with `found = begin()`.
 
-        Returns `found`, and its `values` summed over ranks. Where one rank runs out of memory all of them
-        start again in smaller pieces.
+        Returns `found`, and its `values` summed over ranks. If one rank runs out of memory, all of them
+        start over with smaller pieces.
         """
         mine, random = groups[self.ranks.rank :: self.ranks.world], random_state(self.ranks.device)
         while True:
@@ -134,7 +137,7 @@ class Learner:
                     passed.append(batch)
 
             failed = ran_out_of_memory(run)
-            if failed and self.recipe.train.shard:  # the others wait for this one's part of a layer
+            if failed and self.recipe.train.shard:  # the others are waiting for this rank's part of a layer
                 raise RunError(self.out_of_memory(batches, len(passed)))
             *values, failures = self.ranks.sum(
                 torch.cat([found.values, found.values.new_tensor([failed])])
@@ -146,9 +149,9 @@ class Learner:
             self.retreat(batches, len(passed), step, least=max(map(len, mine), default=1))
 
     def retreat(self, batches: Sequence[Batch], passed: int, step: int, least: int) -> None:
-        """Cut the step into smaller pieces; groups of `least` examples stay together.
+        """Split the step into smaller pieces; groups of `least` examples stay together.
 
-        Raises RunError when that was done often enough, or cannot be.
+        Raises RunError after RETREATS retreats, or if no smaller layout exists.
         """
         weight_VD = self.head.weight_VD
         widest = max(batch.supervised for batch in batches)
@@ -168,10 +171,11 @@ class Learner:
         return out_of_memory_text(self.layout, sizes, passed, self.checkpointing)
 
     def update(self, loss: float) -> tuple[float, bool, bool]:
-        """Clip and step; gradient norm, whether the weights changed, whether all numbers were sound.
+        """Clip and step. Returns the gradient norm, whether weights changed, and whether the step was sound.
 
-        Nothing changes where loss or gradient is not finite. With loss scaling (float16) a gradient that
-        overflows is normal work: the scaler skips the step and halves its scale. At a scale of 1 it is not.
+        If the loss or a gradient is not finite, nothing changes. With loss scaling (float16) an overflowing
+        gradient is normal operation: the scaler skips the step and halves its scale. At a scale of 1 it is
+        not.
         """
         scaler, norm = self.ranks.scaler, math.nan
         scale = scaler.get_scale()
@@ -180,7 +184,7 @@ class Learner:
             norm = float(self.accelerator.clip_grad_norm_(self.trainable, self.recipe.train.max_grad_norm))
             if math.isfinite(norm) and ran_out_of_memory(partial(scaler.step, self.optimizer)):
                 raise RunError(
-                    "out of memory in the optimizer: train.optimizer: adamw8bit or a smaller adapter.r fits"
+                    "out of memory in the optimizer: set train.optimizer: adamw8bit, or a smaller adapter.r"
                 )
             scaler.update()
         self.optimizer.zero_grad()
@@ -188,10 +192,10 @@ class Learner:
         return norm, changed, changed or 1 < scale > scaler.get_scale()
 
     def score(self, batch: Batch, sums: Sums) -> torch.Tensor:
-        """The objective's sum over a micro-batch, connected to the graph; adds its figures to `sums`."""
+        """The objective's sum over a micro-batch, connected to the graph; adds its metrics to `sums`."""
         objective = self.objective
         reference = None
-        if objective.needs & REFERENCE_NEEDS:  # the base itself: adapter off, no second model
+        if objective.needs & REFERENCE_NEEDS:  # the base itself, with the adapter off: no second model
             with torch.no_grad(), self.adapter_model.disable_adapter():
                 reference = self.token_scores(self.adapter_model, batch, keep_jacobian=True)
         scores = self.token_scores(
@@ -208,7 +212,7 @@ class Learner:
         return loss
 
     def look(self, batch: Batch, nll: ExampleNll) -> None:
-        """Add the mean NLL of a micro-batch's examples to `nll`, without gradients and without dropout."""
+        """Adds the mean NLL of a micro-batch's examples to `nll`, without gradients and without dropout."""
         self.adapter_model.eval()
         try:
             with torch.no_grad(), self.no_sync():
@@ -217,7 +221,7 @@ class Learner:
             self.adapter_model.train()
 
     def token_scores(self, model: Any, batch: Batch, **more: Any) -> TokenScores:
-        """The chunked loss engine on a forward pass of a micro-batch."""
+        """Forward pass of a micro-batch, scored by the chunked loss engine."""
         device = self.ranks.device
         h_BLD = self.hidden_states(model, **batch.inputs(device))[:, :-1]
         return token_logps(
@@ -226,7 +230,7 @@ class Learner:
             **self.head.arguments(),
             sequence=batch.examples_BL[:, 1:].to(device).flatten(),
             chunk_bytes=self.layout.chunk_bytes,
-            check_values=False,  # `update` looks at the loss, once a step
+            check_values=False,  # `update` checks the loss, once per step
             **more,
         )
 

@@ -1,6 +1,6 @@
-"""The training run as a story: plan, resume or begin, step, log, keep, finish. On accelerate.
+"""The training run from start to end: plan, resume or begin, step, log, save, finish. Uses accelerate.
 
-What is left out here stands in a file of its own: a step in `learner.py`, what may be resumed in
+The details are elsewhere: a run's state in `trainer.py`, one step in `learner.py`, what may be resumed in
 `resume_guard.py`, checkpoints in `checkpoints.py`, signals, bad numbers and memory in `faults.py`.
 """
 
@@ -30,14 +30,14 @@ log = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunFolder:
-    """Train one adapter as the recipe says; returns its run folder.
+    """Train one adapter according to the recipe; returns its run folder.
 
-    `resume` goes on, to the bit, from the newest whole checkpoint (from the start where the run was stopped
-    before its first); `extend` does so with a larger train.max_steps or train.epochs.
+    `resume` continues bit-exactly from the newest undamaged checkpoint, or from the start if the run was
+    stopped before its first one. `extend` does so with a larger train.max_steps or train.epochs.
 
-    Raises a RequestError before any model is loaded when the recipe, its data or the output folder cannot be
-    used, or the run to resume is another one; Interrupted after SIGTERM or Ctrl-C, with a checkpoint kept;
-    RunError when the run cannot go on.
+    Raises a RequestError before any model is loaded if the recipe, its data or the output folder cannot be
+    used, or if the recipe differs from that of the run to resume. Raises Interrupted after SIGTERM or Ctrl-C,
+    once a checkpoint is saved, and RunError if the run cannot continue.
     """
     prepare(recipe)
     plan = make_plan(recipe)
@@ -47,7 +47,7 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
         ranks = Ranks(recipe)
         guarded = guarded_fields(plan, ranks.device, ranks.world)
         state = reopen(folder, checkpoints, guarded, extend) if resume or extend else None
-        ranks.wait()  # all have read before one writes
+        ranks.wait()  # all ranks have read before one of them writes
         if ranks.is_main and plan.findings:
             print(
                 f"{recipe.data.source}: {plan.counts['rows']} rows\n{findings_table(plan.findings)}",
@@ -86,7 +86,7 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
                 if asked and not finished:
                     where = f"{folder.path}: stopped after step {trainer.done} of {plan.steps}"
                     raise Interrupted(where, stop.number)
-        trainer.check_weights()  # of a run that was resumed at its end too
+        trainer.check_weights()  # also for a run that was resumed after its last step
         if ranks.is_main:
             write_adapter(folder.adapter, learner.adapter_weights(), learner.adapter_config)
             folder.write_run(figures={"seconds": trainer.seconds, "last": folder.metrics()[-1]})
@@ -96,23 +96,23 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
 
 
 def reopen(folder: RunFolder, checkpoints: Checkpoints, now: dict[str, Any], extend: bool) -> State | None:
-    """Where to go on; None for a run that was stopped before its first checkpoint, or before it began.
+    """The state to resume from; None for a run that was stopped before its first checkpoint, or never began.
 
-    Raises RequestError when the folder holds another run, RunError when no checkpoint is whole.
+    Raises RequestError if the folder contains a different run, RunError if all checkpoints are damaged.
     """
     if not folder.begun:
-        log.warning("%s: nothing to resume, starting", folder.path)
+        log.warning("%s: nothing to resume, starting a new run", folder.path)
         return None
     refuse_differences(folder.run().get("identity", {}), now, extend)
-    state, passed_over = checkpoints.newest()
-    for damaged in passed_over:
-        log.warning("checkpoint passed over: %s", damaged)
-    log.warning("%s: going on after step %d", folder.path, state.step if state else 0)
+    state, skipped = checkpoints.newest()
+    for damaged in skipped:
+        log.warning("checkpoint skipped: %s", damaged)
+    log.warning("%s: resuming after step %d", folder.path, state.step if state else 0)
     return state
 
 
 def provenance(folder: RunFolder, trainer: Trainer) -> dict[str, Any]:
-    """The run's birth certificate, and one more for each time it was resumed."""
+    """The provenance of the run, and of each time it was resumed."""
     before = folder.run() if folder.begun else {}
     if "provenance" not in before:
         return {"provenance": trainer.provenance()}
@@ -120,9 +120,9 @@ def provenance(folder: RunFolder, trainer: Trainer) -> dict[str, Any]:
 
 
 def save_checkpoint(folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer) -> None:
-    """A checkpoint; the metrics reach the disk first, so that it never knows of a step that they do not.
+    """Save a checkpoint. The metrics reach the disk first, so they cover every step of a checkpoint.
 
-    Raises RunError for weights that are not finite: the checkpoints before them stay.
+    Raises RunError if weights are not finite; earlier checkpoints stay.
     """
     trainer.check_weights()
     if trainer.ranks.is_main:
@@ -132,7 +132,7 @@ def save_checkpoint(folder: RunFolder, checkpoints: Checkpoints, trainer: Traine
 
 
 def show(bar: Any, figures: dict[str, Any]) -> None:
-    """Bring the progress bar up to date."""
+    """Update the progress bar."""
     shown = {"nll": figures["nll"], "p": figures["mean_probability"]}
     bar.set_postfix({k: "-" if v is None else f"{v:.3f}" for k, v in shown.items()}, refresh=False)
     bar.update()

@@ -1,4 +1,4 @@
-"""The figures of a step: sums over its supervised tokens, divided once at its end."""
+"""The metrics of a step: sums over its supervised tokens, divided once at its end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..loss import TokenScores
 
 
 class Totals(NamedTuple):
-    """Sums over the supervised tokens of a step: the plain figures, whatever the objective."""
+    """Sums over the supervised tokens of a step: plain metrics, independent of the objective."""
 
     loss: float
     nll: float
@@ -27,7 +27,7 @@ class Totals(NamedTuple):
     """Tokens and padding."""
     skipped_rows: float
     skip_bound: float
-    """Sum over micro-batches, so a bound of the error that `train.skip_rows` made in the summed gradient."""
+    """Sum over micro-batches: a bound of the error that `train.skip_rows` causes in the summed gradient."""
 
 
 class Sums:
@@ -47,14 +47,14 @@ class Sums:
         self.parts.append((loss.detach(), batch.ids))
 
     def suspects(self) -> list[str]:
-        """Examples of the micro-batches whose loss is not finite; [] while the sum is."""
+        """Examples of the micro-batches whose loss is not finite; [] if the sum is finite."""
         if math.isfinite(self.values[0]):
             return []
         return [name for loss, ids in self.parts if not math.isfinite(loss) for name in ids]
 
 
 class ExampleNll:
-    """Mean NLL of each of a step's examples, `values` [E]; zero except at this rank's places, `mine`."""
+    """Mean NLL of each example of a step, `values` [E]; zero except at this rank's indices, `mine`."""
 
     def __init__(self, ids: Sequence[str], mine: Iterable[int], device: torch.device):
         self.values = torch.zeros(len(ids), dtype=torch.float64, device=device)
@@ -71,5 +71,5 @@ class ExampleNll:
 
 
 def finite(value: float) -> float | None:
-    """A number for JSON, which knows neither NaN nor infinity."""
+    """A number for JSON, which has neither NaN nor infinity: None for those."""
     return value if math.isfinite(value) else None

@@ -10,7 +10,7 @@ from ..config import Recipe
 
 
 def schedule(step: int, steps: int, warmup: float, kind: str) -> float:
-    """Learning-rate factor of a step: linear warm-up over a share of the steps, then decay to 0."""
+    """Learning-rate factor of a step: linear warm-up over a share of the steps, then the schedule `kind`."""
     rising = math.ceil(steps * warmup)
     if step < rising:
         return (step + 1) / rising
@@ -19,7 +19,7 @@ def schedule(step: int, steps: int, warmup: float, kind: str) -> float:
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW over the adapter, in float32 or with bitsandbytes' 8-bit states."""
+    """AdamW over the adapter, with float32 states or bitsandbytes' 8-bit states."""
     settings = recipe.train
     arguments = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":

@@ -1,4 +1,4 @@
-"""All of a run that can be settled, or refused, before a model is loaded."""
+"""Everything about a run that can be decided, or refused, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Plan:
     counts: dict[str, int]
     findings: list[Finding]
     steps: int
-    """Optimizer steps: train.max_steps where given, else what train.epochs make."""
+    """Optimizer steps: train.max_steps if given, else the number that train.epochs amounts to."""
 
     @property
     def data_hash(self) -> str:
@@ -35,20 +35,20 @@ class Plan:
 
 
 def make_plan(recipe: Recipe) -> Plan:
-    """Read and render all data, and resolve every name of the recipe.
+    """Read and render all data, and resolve every name in the recipe.
 
-    Raises a RequestError naming what is wrong.
+    Raises a RequestError that names what is wrong.
     """
     chosen = objective(recipe.objective.name, **recipe.objective.numbers)
     if recipe.train.skip_rows and chosen.token_weight is None:
         raise RecipeError(
-            f"train.skip_rows needs an objective whose weight is a function of the token's probability "
-            f"alone, and {chosen.name!r} has none; set it to 0"
+            f"train.skip_rows needs an objective whose weight depends only on the token's probability, "
+            f"which {chosen.name!r} is not; set it to 0"
         )
     base = load_model_config(recipe.model)
     if "reference_kl" in chosen.needs and caps_logits(base):
         raise RecipeError(
-            f"objective.name: {chosen.name!r} needs the KL to the base, which is not exact for the "
+            f"objective.name: {chosen.name!r} needs the KL to the base, which cannot be exact for the "
             f"soft-capped logits of {recipe.model.name!r}; use dft or iw-sft, or another model.name"
         )
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
@@ -70,10 +70,10 @@ def make_plan(recipe: Recipe) -> Plan:
 
 
 def _refuse_long_rows(recipe: Recipe, examples: list[Example], most: int | None) -> None:
-    """Raises DataError where a row has more tokens than the model has positions."""
+    """Raises DataError if a row has more tokens than the model has positions."""
     longest = max(len(example.ids) for example in examples)
     if most is not None and longest > most:
         raise DataError(
             f"data.max_length {recipe.data.max_length}: a row has {longest} tokens, and "
-            f"{recipe.model.name!r} has {most} positions; data.max_length: {most} leaves longer rows out"
+            f"{recipe.model.name!r} has {most} positions; data.max_length: {most} leaves out longer rows"
         )

@@ -1,7 +1,7 @@
-"""Memory and time of a run, known before it: `dft-lora preflight RECIPE [--gpu-memory 16GB]`.
+"""Memory and time of a run, measured before it: `dft-lora preflight RECIPE [--gpu-memory 16GB]`.
 
-The real model is built and does real work: forward and backward passes of a few small micro-batches with and
-without checkpointing (`probe.py`), the run's longest micro-batch, one update of the optimizer.
+It builds the real model and runs it: forward and backward passes of a few small micro-batches with and
+without checkpointing (`probe.py`), the run's longest micro-batch, and one optimizer update.
 """
 
 from __future__ import annotations
@@ -37,18 +37,17 @@ from .ranks import Ranks
 from .steps import FixedGroups
 
 ENOUGH_ROWS = 4
-"""Rows of a micro-batch from which more of them hardly make a GPU faster; checkpointing costs a third."""
+"""From this many rows per micro-batch, more rows hardly help a GPU; checkpointing costs a third."""
 
 
 def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
-    """Measure a recipe on this machine; `budget`: bytes of the GPU to fit, this machine's own when None.
+    """Measure a recipe on this machine; `budget`: bytes of the target GPU, None for this machine's own.
 
-    Returns plain values, bytes and seconds. Raises a RequestError like `train`; no file is written.
+    Returns plain values in bytes and seconds. Raises a RequestError like `train`. Writes no file.
     """
-
     prepare(recipe)
     if budget is not None and recipe.model.dtype == "auto" and not torch.cuda.is_available():
-        recipe = recipe.override(["model.dtype=bfloat16"])  # what a GPU that is not here would take
+        recipe = recipe.override(["model.dtype=bfloat16"])  # what the target GPU would use
     plan = make_plan(recipe)
     learner = Learner(recipe, plan.objective, plan.renderer.pad_id, Ranks(recipe))
     device = learner.ranks.device
@@ -99,11 +98,11 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
 def propose(
     fits: dict[bool, MemoryFit], resident: int, limit: float, worst: ProbePass, rows: int, batch_size: int
 ) -> dict[str, Any] | None:
-    """The fastest setting that keeps the longest micro-batch within `limit` bytes; None when nothing does.
+    """The fastest setting that keeps the longest micro-batch within `limit` bytes; None if there is none.
 
-    `worst` is that micro-batch, of `rows` examples; a step has `batch_size` of them. First without
-    checkpointing, if that leaves room for four rows; else with it, as many rows as fit; a smaller loss chunk
-    only where one row would not fit otherwise. `fits` may hold one of the two alone.
+    `worst` is that micro-batch, of `rows` examples; a step has `batch_size` of them. First choice: no
+    checkpointing, if that leaves room for four rows. Otherwise checkpointing with as many rows as fit, and a
+    smaller loss chunk only if not even one row would fit. `fits` may contain only one of the two.
     """
     N, M = worst.N / rows, worst.M / rows
     most = min(MOST_ROWS, batch_size)
@@ -132,7 +131,7 @@ def propose(
 
 
 def _positions_per_step(learner: Learner, plan: Plan, steps: int = 4) -> float:
-    """Tokens and padding of a mean step, from the first few."""
+    """Tokens and padding of an average step, from the first few steps."""
     settings = plan.recipe.train
     source = FixedGroups(ungrouped(plan.examples), settings.batch_size, settings.seed)
     total = 0
@@ -144,7 +143,7 @@ def _positions_per_step(learner: Learner, plan: Plan, steps: int = 4) -> float:
 
 
 def read_size(text: str) -> int:
-    """`16GB`, `24 GiB` or `8000MB` in bytes; GB is read as GiB, as vendors of GPUs do.
+    """`16GB`, `24 GiB` or `8000MB` in bytes; GB means GiB, as GPU vendors use it.
 
     Raises RequestError for anything else.
     """
@@ -157,19 +156,19 @@ def read_size(text: str) -> int:
 
 
 def preflight_table(found: dict[str, Any]) -> str:
-    """The result for a person."""
+    """The result as text for a terminal."""
     lines = [f"{name.replace('_', ' '):24} {size / MIB:10,.0f} MB" for name, size in found["bytes"].items()]
     lines += [
         f"{'peak':24} {found['peak'] / MIB:10,.0f} MB   (fit: {found['predicted_peak'] / MIB:,.0f} MB)",
         f"{'headroom':24} {found['headroom'] / MIB:10,.0f} MB   of {found['available'] / MIB:,.0f} MB",
-        f"{'a step':24} {found['seconds_a_step']:10.1f} s",
-        f"{'the whole run':24} {found['seconds_in_all'] / 3600:10.2f} h   ({found['steps']} steps)",
+        f"{'per step':24} {found['seconds_a_step']:10.1f} s",
+        f"{'whole run':24} {found['seconds_in_all'] / 3600:10.2f} h   ({found['steps']} steps)",
         f"{found['counted']} on {found['device']}, {found['dtype']}, longest micro-batch "
         f"{' x '.join(map(str, found['longest_micro_batch']))}",
     ]
     proposal = found["proposal"]
     if proposal is None:
-        return "\n".join([*lines, "fits: nothing; a shorter data.max_length or a smaller model would"])
+        return "\n".join([*lines, "nothing fits; use a shorter data.max_length or a smaller model"])
     changes = [f"--set {k}={v}" for k, v in proposal.items() if k.startswith("train.") and v is not None]
     peak = f"{proposal['predicted_peak'] / MIB:,.0f} MB"
     return "\n".join([*lines, f"fits: {' '.join(changes).lower()}   ({peak})"])

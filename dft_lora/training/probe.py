@@ -1,16 +1,16 @@
-"""What one pass costs in memory and time, measured on the learner itself, and how it grows with its size.
+"""Memory and time of one pass, measured on the learner itself, and how they grow with its size.
 
-A pass is at its worst when the loss has its workspace on top of all that the forward pass saved, or in the
-backward pass:
+Memory peaks either when the loss has its workspace on top of everything that the forward pass saved, or in
+the backward pass:
 
     peak(N, M) = resident + max(saved(N) + workspace(M) + scores * M, backward(N))
 
-for N positions, M of them supervised; `saved` and `backward` are straight lines through two small passes, for
-no attention in use keeps an [L, L] matrix per head. On CUDA the allocator counts the bytes. On a CPU the live
-tensors are counted, which is what a GPU's allocator would see of the same dtypes: so a run can be fitted to a
-GPU that is not here.
+for N positions, M of them supervised. `saved` and `backward` are straight lines through two small passes:
+none of the attention kernels in use keeps an [L, L] matrix per head. On CUDA the allocator counts the bytes.
+On a CPU the live tensors are counted, which is what a GPU's allocator would see for the same dtypes, so a run
+can be fitted to a GPU that this machine does not have.
 
-Legend: N positions of a micro-batch, M supervised ones, V vocabulary.
+Shapes (docs/shapes.md): N positions of a micro-batch, M supervised ones, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from .learner import Learner
 from .metrics import ExampleNll, Sums
 
 CONTEXT = 600 * MIB
-"""What CUDA, cuBLAS and the driver hold beside tensors."""
+"""What CUDA, cuBLAS and the driver take besides tensors."""
 USABLE = 0.94
-"""Share of the rest that tensors may fill; the allocator loses some to fragments."""
+"""Share of the rest that tensors may fill; the allocator loses some to fragmentation."""
 MOST_ROWS = 32
 PROBE = 256
-"""Tokens of the longer probe; the shorter has half of them."""
+"""Tokens of the longer probe; the shorter one has half as many."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class LinearFit:
 
 @dataclass(frozen=True)
 class ProbePass:
-    """One forward and backward pass: bytes above what is resident."""
+    """One forward and backward pass: bytes on top of what is resident."""
 
     N: int
     M: int
@@ -76,16 +76,16 @@ class ProbePass:
 
 @dataclass(frozen=True)
 class MemoryFit:
-    """Bytes above what is resident, as a function of a micro-batch's size."""
+    """Bytes on top of what is resident, as a function of a micro-batch's size."""
 
     saved: LinearFit
     backward: LinearFit
     scores: float
-    """Bytes a supervised token that the loss keeps beside its workspace: J and vectors of length M."""
+    """Bytes per supervised token that the loss keeps besides its workspace: J and vectors of length M."""
     row_bytes: int
-    """One row of the loss workspace: V * bytes a logit."""
+    """One row of the loss workspace: V * bytes per logit."""
     rows: int
-    """Rows of the workspace, unless fewer are supervised."""
+    """Rows of the workspace, unless fewer tokens are supervised."""
 
     def workspace(self, M: float) -> float:
         return min(self.rows, M) * self.row_bytes
@@ -109,7 +109,7 @@ def auto_micro_batch(learner: Learner, examples: Sequence[Example]) -> int:
 
 
 def measure(learner: Learner, examples: Sequence[Example], checkpointing: bool) -> MemoryFit:
-    """Two passes of one short row each, after one that makes the gradients."""
+    """Fit of two passes of one short row each, after a pass that allocates the gradients."""
     random = random_state(learner.ranks.device)
     set_checkpointing(learner, checkpointing)
     longest = max(examples, key=lambda example: len(example.ids))
@@ -135,7 +135,7 @@ def measure(learner: Learner, examples: Sequence[Example], checkpointing: bool) 
 
 
 def probe(learner: Learner, batch: Batch, gauged: bool = True) -> ProbePass:
-    """One forward and backward pass of the learner's own code, with its peaks."""
+    """One forward and backward pass of the learner's own code, with its memory peaks."""
     device = learner.ranks.device
     saved = 0
     with _gauge(device) if gauged else nullcontext(_Nothing()) as memory:
@@ -183,7 +183,7 @@ def _gauge(device: torch.device) -> Iterator[Memory]:
 
 
 def resident_bytes(learner: Learner) -> dict[str, int]:
-    """What stays from step to step. Before the first update the optimizer's part is its size to come."""
+    """What stays in memory between steps. Before the first update the optimizer's part is an estimate."""
     trainable = set(learner.trainable)
     adapter = sum(parameter.nbytes for parameter in trainable)
     states = [v for s in learner.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
@@ -197,7 +197,7 @@ def resident_bytes(learner: Learner) -> dict[str, int]:
 
 
 def _weight_bytes(model: Any) -> int:
-    """Storages of parameters, buffers and 4-bit statistics, each once (tied weights are one)."""
+    """Storages of parameters, buffers and 4-bit statistics, each counted once (tied weights share one)."""
     storages = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         for part in (tensor, *_tensors_of(getattr(tensor, "quant_state", None))):
@@ -206,7 +206,7 @@ def _weight_bytes(model: Any) -> int:
 
 
 def _tensors_of(state: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a bitsandbytes quantisation state and of the state nested in it."""
+    """The tensors of a bitsandbytes quantization state and of the state nested in it."""
     for value in vars(state).values() if state is not None else ():
         if isinstance(value, torch.Tensor):
             yield value
@@ -215,7 +215,7 @@ def _tensors_of(state: Any) -> Iterator[torch.Tensor]:
 
 
 def longest_batch(learner: Learner, examples: Sequence[Example], rows: int) -> Batch:
-    """The micro-batch of most positions that the run can meet: its longest examples, together."""
+    """The largest micro-batch that the run can encounter: its longest examples together."""
     longest = sorted(examples, key=lambda example: len(example.ids), reverse=True)
     size = learner.recipe.train.batch_size
     batches = learner.arrange(ungrouped(longest[:size]), rows, learner.pad_id)
@@ -223,7 +223,7 @@ def longest_batch(learner: Learner, examples: Sequence[Example], rows: int) -> B
 
 
 def usable(memory: int, device: torch.device, budget: int | None) -> float:
-    """Bytes that tensors may take of a device's memory."""
+    """Bytes of a device's memory that tensors may take."""
     on_gpu = device.type == "cuda" or budget is not None
     return (memory - CONTEXT) * USABLE if on_gpu else memory * USABLE
 
@@ -233,7 +233,7 @@ def _cut(example: Example, length: int) -> Example:
 
 
 def set_checkpointing(learner: Learner, on: bool) -> None:
-    """Switch checkpointing, unless it is the backend's own."""
+    """Switch checkpointing on or off, unless the backend controls it."""
     if learner.set_checkpointing:
         learner.set_checkpointing(on)
 

@@ -1,4 +1,4 @@
-"""The processes of a run: who writes, and how all of them agree."""
+"""The processes of a run: which one writes, and how they all agree."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
 
 
 class Ranks:
-    """Accelerate's view of this process among the others; alone, sums are what they are.
+    """Accelerate's view of this process and the others. With one process, sums over ranks change nothing.
 
-    float16 bases get loss scaling, on every device. Raises RequestError when the examples of a step cannot be
-    shared out, a tracker is not installed, or accelerate would shard the model; RunError when another process
-    is gone.
+    float16 bases get loss scaling, on every device. Raises RequestError if the examples of a step cannot be
+    distributed, a tracker is not installed, or accelerate would shard the model; RunError if another process
+    has died.
     """
 
     def __init__(self, recipe: Recipe):
         from accelerate import Accelerator
 
         hardware = choose(recipe.model.dtype)
-        # Without `cpu`, accelerate takes two CPU processes of torchrun for two runs of one process.
+        # Without `cpu`, accelerate treats two CPU processes of torchrun as two separate runs.
         self.accelerator = Accelerator(
             cpu=hardware.device.type == "cpu",
             mixed_precision="no",  # no autocast: LoRA stays in float32
@@ -38,29 +38,29 @@ class Ranks:
         kind = str(getattr(self.accelerator.distributed_type, "value", ""))
         if kind in SHARDED:
             raise RequestError(
-                f"accelerate's distributed_type {kind} shards all of the model, and the loss reads the head "
-                "outside of its forward: use MULTI_GPU, with train.shard: true to share the base "
+                f"accelerate's distributed_type {kind} shards the whole model, but the loss reads the head "
+                "outside of its forward pass: use MULTI_GPU, with train.shard: true to share the base "
                 "(docs/scaling.md)"
             )
         self.device: torch.device = self.accelerator.device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=hardware.scales_loss)
-        """The loss scaler of float16; otherwise disabled, and then it changes nothing."""
+        """The loss scaler for float16; otherwise disabled, and then it changes nothing."""
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
-        self.wait()  # all are connected before one leaves because of what follows
+        self.wait()  # all are connected before one of them may exit with an error below
         if recipe.train.batch_size < self.world:
             raise RequestError(
-                f"train.batch_size {recipe.train.batch_size} is smaller than {self.world} processes"
+                f"train.batch_size {recipe.train.batch_size} is too small for {self.world} processes"
             )
         if recipe.train.shard:
             self._check_sharing(recipe)
 
     def _check_sharing(self, recipe: Recipe) -> None:
-        """All processes gather a layer together, so each must make as many passes as the others."""
+        """All processes gather a layer together, so each must make equally many passes."""
         if self.world == 1:
             raise RequestError(
-                "train.shard: there is one process, so nobody to share the base with; start several with "
+                "train.shard: there is only one process to hold the base; start several with "
                 "accelerate launch (docs/scaling.md), or set train.shard: false"
             )
         if recipe.train.batch_size % self.world:
@@ -74,7 +74,7 @@ class Ranks:
             self.accelerator.wait_for_everyone()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` added up over all ranks."""
+        """`values` summed over all ranks."""
         with self.together():
             return self.accelerator.reduce(values, reduction="sum")
 
@@ -84,15 +84,16 @@ class Ranks:
             return self.accelerator.gather(values[None].to(self.device)).cpu()
 
     def any(self, *flags: bool) -> list[bool]:
-        """Each flag, true for all ranks where it is true for one: they decide alike."""
+        """Each flag, true on all ranks if it is true on any, so that they decide alike."""
         if self.world == 1:
             return list(flags)
         return [bool(flag) for flag in self.sum(torch.tensor(flags, dtype=torch.float32, device=self.device))]
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Add up gradients, in one message: LoRA's are small.
+        """Sum gradients over ranks in one message: LoRA's are small.
 
-        Nobody sends before every rank's part went through: one that runs out of memory leaves none waiting.
+        It is called after every rank has finished its part, so a rank that runs out of memory leaves no other
+        waiting.
         """
         if self.world == 1:
             return
@@ -104,12 +105,12 @@ class Ranks:
             parameter.grad = piece.view_as(parameter)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of `loss`, times the scaler's scale, to those that are there."""
+        """Accumulate the gradients of `loss`, multiplied by the loss scale."""
         self.accelerator.backward(self.scaler.scale(loss))
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Gloo and NCCL report a lost process as a RuntimeError; alone there is none to lose."""
+        """Turns the RuntimeError with which Gloo and NCCL report a lost process into a RunError."""
         try:
             yield
         except RuntimeError as error:
@@ -117,5 +118,5 @@ class Ranks:
                 raise
             reason = (str(error).splitlines() or [""])[0][:120]
             raise RunError(
-                f"another process of this run is gone ({reason}); --resume goes on from the newest checkpoint"
+                f"another process of this run is gone ({reason}); continue from a checkpoint with --resume"
             ) from None

@@ -1,4 +1,4 @@
-"""What must be equal for a run to go on where it stopped: recipe, data, template, base, dtype, ranks."""
+"""What must be unchanged for a run to be resumed: recipe, data, template, base, dtype, ranks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from ..model.load import count_parameters, load_model_config
 from .plan import Plan
 
 FREE = ("name", "output", "evaluate.", "train.save_steps", "train.keep_checkpoints", "train.trackers")
-"""Recipe fields that do not touch the training steps."""
+"""Recipe fields that do not affect the training steps."""
 LENGTH = ("train.max_steps", "train.epochs")
-"""Fields that make the number of steps, which is compared in their place."""
+"""Fields that determine the number of steps, which is compared instead of them."""
 
 
 def guarded_fields(plan: Plan, device: torch.device, processes: int) -> dict[str, Any]:
-    """Names and plain values, flat. The dtype stands as resolved: `auto` differs between GPUs."""
+    """The values that a resumed run must share with the stopped one, flat, by name.
+
+    The dtype is the resolved one: `auto` differs between GPUs.
+    """
     config = plan.recipe.model
     hardware = choose(config.dtype, count_parameters(load_model_config(config)), device)
     fields = {
@@ -39,7 +42,7 @@ def guarded_fields(plan: Plan, device: torch.device, processes: int) -> dict[str
 
 
 def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], extend: bool) -> None:
-    """Raises RequestError listing what changed. More steps are no difference with `extend`."""
+    """Raises RequestError listing what changed. With `extend`, more steps are allowed."""
     changed = {name for name in {*before, *now} if before.get(name) != now.get(name)}
     if extend and now["steps"] > before.get("steps", 0):
         changed.discard("steps")
@@ -49,8 +52,8 @@ def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], extend
     if changed == {"steps"} and now["steps"] > before["steps"]:
         remedy = "a longer run needs --extend"
     else:
-        remedy = "put them back, or start a new run in another folder"
-    raise RequestError(f"--resume: this is not the run that stopped: {'; '.join(lines)}; {remedy}")
+        remedy = "change them back, or start a new run in another folder"
+    raise RequestError(f"--resume: this is not the same run: {'; '.join(lines)}; {remedy}")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What an optimizer step is made of: groups of examples, the same whenever the same step is asked for.
+"""What an optimizer step consists of: groups of examples, the same each time the same step is requested.
 
-A run that resumes asks for the groups of a step again, so a source is a pure function of the step and of what
-a checkpoint holds.
+A resumed run requests the groups of a step again, so a source must be a pure function of the step and of the
+contents of a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..data.batches import Group, step_indices
 
 
 class StepSource(Protocol):
-    """Gives the groups of each step: fixed examples, preference pairs, rollouts of the current policy."""
+    """Provides the groups of each step: fixed examples, preference pairs, rollouts of the current policy."""
 
     def groups(self, step: int) -> list[Group]:
         """The groups of optimizer step `step` (from 0), over all ranks."""
@@ -22,7 +22,7 @@ class StepSource(Protocol):
 
 @dataclass(frozen=True)
 class FixedGroups:
-    """Groups that are known before the run, `per_step` of them, in an order that the seed fixes."""
+    """Groups that are known before the run, `per_step` of them at a time, in an order given by the seed."""
 
     known: Sequence[Group]
     per_step: int

@@ -1,6 +1,6 @@
-"""A run's figures in tensorboard, wandb or trackio, through accelerate.
+"""A run's metrics in tensorboard, wandb or trackio, through accelerate.
 
-tensorboard and trackio need no account; `metrics.jsonl` and `curves.png` are written in any case.
+tensorboard and trackio need no account. `metrics.jsonl` and `curves.png` are always written.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..errors import MissingPart
 
 
 def check_trackers(names: Sequence[str]) -> list[str] | None:
-    """The names as accelerate wants them. Raises MissingPart for one that is not installed."""
+    """The names as accelerate expects them. Raises MissingPart for one that is not installed."""
     for name in names:
         if find_spec(name) is None:
             raise MissingPart(f"train.trackers: {name} is not installed; pip install {name}")
@@ -21,7 +21,7 @@ def check_trackers(names: Sequence[str]) -> list[str] | None:
 
 
 def begin(accelerator: Any, recipe: Mapping[str, Any]) -> None:
-    """Open every tracker with the recipe's fields, flat; tensorboard takes plain values only."""
+    """Start every tracker with the recipe's fields, flat: tensorboard takes only plain values."""
     fields = {
         f"{part}.{name}": value if isinstance(value, int | float | str | bool) else str(value)
         for part, values in recipe.items()
@@ -32,12 +32,12 @@ def begin(accelerator: Any, recipe: Mapping[str, Any]) -> None:
 
 
 def track(accelerator: Any, figures: Mapping[str, Any]) -> None:
-    """One step's numbers."""
+    """Log the metrics of one step."""
     values = {name: float(value) for name, value in figures.items() if value is not None and name != "step"}
     accelerator.log(values, step=figures["step"])
 
 
 def finish(accelerator: Any) -> None:
-    """Close them; accelerate's own end_training would also end the process group."""
+    """Close the trackers; accelerate's own end_training would also end the process group."""
     for tracker in accelerator.trackers:
         tracker.finish()

@@ -1,4 +1,4 @@
-"""Where a run stands: its plan, the learner, and what a checkpoint must hold to resume bit-exactly."""
+"""The state of a run: its plan, its learner, and what a checkpoint must contain to resume bit-exactly."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Trainer:
         }
 
     def save(self, checkpoints: Checkpoints) -> None:
-        """Keep where the run stands. All ranks call it; the first one writes."""
+        """Save a checkpoint. All ranks call this; the first one writes."""
         random = self.ranks.stack(random_state(self.ranks.device))
         if self.ranks.is_main:
             progress = {
@@ -97,7 +97,7 @@ class Trainer:
         self.ranks.wait()
 
     def check_weights(self) -> None:
-        """Raises RunError where the adapter holds a weight that is not finite."""
+        """Raises RunError if any of the adapter's weights is not finite."""
         finite_weights = [parameter.detach().isfinite().all() for parameter in self.learner.trainable]
         if not torch.stack(finite_weights).all():
             raise RunError(
@@ -106,7 +106,7 @@ class Trainer:
             )
 
     def restore(self, state: State) -> None:
-        """Stand where `state` was taken. Raises RunError when it is of another adapter."""
+        """Restore `state`. Raises RunError if it belongs to a different adapter."""
         from peft import set_peft_model_state_dict
 
         learner = self.learner
@@ -114,9 +114,7 @@ class Trainer:
             {name: w.shape for name, w in ws.items()} for ws in (state.adapter, learner.adapter_weights())
         ]
         if shapes[0] != shapes[1]:
-            raise RunError(
-                f"the checkpoint of step {state.step} holds other adapter weights than this run has"
-            )
+            raise RunError(f"the checkpoint of step {state.step} belongs to an adapter of a different shape")
         set_peft_model_state_dict(learner.adapter_model, state.adapter)
         learner.optimizer.load_state_dict(state.optimizer)
         set_random_state(state.random[self.ranks.rank], self.ranks.device)
@@ -145,7 +143,7 @@ class Trainer:
         }
 
     def progress(self) -> dict[str, Any]:
-        """What `run.json` records at every checkpoint: the settings that worked, and what did not."""
+        """What `run.json` records at every checkpoint: the settings in use, and what had to be skipped."""
         return {
             "micro_batch_size": self.learner.layout.micro_batch_size,
             "loss_chunk_bytes": self.learner.layout.chunk_bytes,
