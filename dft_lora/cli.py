@@ -236,8 +236,8 @@ def experiment(name: str, out: Path | None, seeds: str, only: tuple[str, ...]) -
 
     Example: dft-lora experiment findings
     """
-    numbers = seeds.split(",")
-    if not all(number.strip().isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
+    numbers = [number.strip() for number in seeds.split(",")]
+    if not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
         raise RequestError(f"--seeds {seeds!r}: give distinct whole numbers, such as 0,1,2")
     from .experiments import run_experiment
 

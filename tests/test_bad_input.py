@@ -81,6 +81,7 @@ TRAIN = [
     ("train mine.yaml --set model.name=taken", 2, "model.name: 'taken' has no config.json"),
     ("train mine.yaml --set model.name=./nope", 2, "model.name: no folder './nope'"),
     (f"train mine.yaml --set model.name=./{LONG}", 2, "model.name: no folder './xxx"),
+    ("train mine.yaml --set model.name=~nobody-here/base", 2, "model.name: no folder '~nobody-here/base'"),
     ("train mine.yaml --set evaluate.tasks=[gsm9k]", 2, "unknown task 'gsm9k' (did you mean 'gsm8k'?)"),
     ("train mine.yaml --set output=taken", 2, "output: taken exists; name another folder"),
     ("train mine.yaml --set output=precious.txt/run", 2, "output: cannot write precious.txt/run"),
@@ -103,13 +104,25 @@ SWEEP = [
     ("train --sweep taken", 2, "--sweep taken: Is a directory"),
     ("train --sweep list.yaml", 2, "--sweep list.yaml: the file"),
     ("train --sweep unclosed.yaml", 2, "--sweep unclosed.yaml: not readable as YAML"),
-    ("train --sweep sweep.yaml --resume", 2, "--resume: a sweep continues where it stopped by itself"),
+    ("train --sweep sweep.yaml --resume", 2, "--resume: a sweep always continues where it stopped"),
     ("train --sweep sweep.yaml --set train.seed=1", 2, "--sweep: put changes into its file, under 'set'"),
     ("train --sweep sweep-of-data.yaml", 2, "grid.data.source: the runs of a sweep see the same data"),
     ("train --sweep sweep-of-nothing.yaml", 2, "grid.train.epochs: no values"),
     ("train --sweep sweep-of-twins.yaml", 2, "grid: two runs would be named 'epochs=1'"),
     ("train --sweep sweep-of-typos.yaml", 2, "did you mean 'epochs'?"),
     ("train --sweep sweep-for-no-task.yaml", 2, "unknown task 'nope'"),
+]
+
+EXPERIMENT = [
+    ("experiment", 2, "Missing argument"),
+    ("experiment nope", 2, "'nope' is not 'findings'"),
+    ("experiment findings --seeds '0, 0'", 2, "--seeds '0, 0': give distinct whole numbers"),
+    ("experiment findings --seeds -1", 2, "--seeds '-1': give distinct whole numbers"),
+    ("experiment findings --seeds ''", 2, "--seeds '': give distinct whole numbers"),
+    ("experiment findings --seeds 4294967296", 2, "input should be less than 4294967296"),
+    ("experiment findings --only nothing", 2, "--only 'nothing': no such finding"),
+    ("experiment findings --out fresh --only above-sft", 2, "fresh/findings.json: No such file"),
+    ("experiment findings --out precious.txt", 2, "output: cannot write precious.txt/"),
 ]
 
 EVALUATE = [
@@ -188,7 +201,7 @@ AFTER = [
     ("app run --port 0", 2, "'--port': 0 is not in the range"),
     ("app run --port many", 2, "'--port': 'many' is not a valid integer"),
     ("app run --auth", 2, "--auth: set DFT_LORA_USER and DFT_LORA_PASSWORD"),
-    ("app --results-only", 2, "RUN_DIR: name the runs to show"),
+    ("app nope --results-only", 2, "nope: not a run folder"),
 ]
 
 REST = [
@@ -209,7 +222,7 @@ REST = [
     ("bench lose", 2, "no command 'lose' (did you mean 'loss'?)"),
 ]
 
-TABLE = [*DEMO, *TRAIN, *SWEEP, *EVALUATE, *COMPARE, *BEFORE, *AFTER, *REST]
+TABLE = [*DEMO, *TRAIN, *SWEEP, *EXPERIMENT, *EVALUATE, *COMPARE, *BEFORE, *AFTER, *REST]
 
 
 @pytest.fixture(scope="module")

@@ -81,10 +81,11 @@ def gguf_file(config: ModelConfig) -> Path | None:
     """
     if config.name in KNOWN:
         return known_file(config.name)
-    path = Path(config.name).expanduser()
+    path = Path(os.path.expanduser(config.name))
     if config.gguf is None:
-        return path if path.suffix == ".gguf" or path.is_file() else None
-    if path.is_dir():
+        # os.path, not Path: it answers no for a name that no file can have
+        return path if path.suffix == ".gguf" or os.path.isfile(path) else None
+    if os.path.isdir(path):
         return path / config.gguf
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
