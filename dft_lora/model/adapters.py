@@ -83,7 +83,7 @@ def mixed(layers: Sequence[nn.Module], adapter_names: Sequence[str | None]) -> I
             hook.remove()
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def _is_plain(layer: Any) -> bool:
     """A LoRA over a linear layer without variants such as DoRA."""
     if not getattr(layer, "lora_A", None) or layer.lora_variant:
         return False
