@@ -79,7 +79,7 @@ def paired_interval(a_P: ArrayLike, b_P: ArrayLike, level: float = 0.95) -> Inte
 def unbounded_interval(value_P: ArrayLike, level: float = 0.95) -> Interval:
     """Interval of the mean of values that may be any number, such as NLLs: percentile bootstrap, seed 0.
 
-    Token metrics use it. It gives the intervals in reports that were recorded before, which BCa would not.
+    Token metrics use it. It gives the intervals of earlier reports, up to rounding, which BCa would not.
     Equal values have an interval of width 0.
     """
     value_P = np.asarray(value_P, dtype=float)
