@@ -142,18 +142,18 @@ def test_overwriting_waits_until_an_engine_is_there(runs):
 
 
 def test_ctrl_c_keeps_what_was_answered_and_says_how_to_go_on(fresh):
-    """Stopped before the first 256 answers, which are judged and written together."""
-    asked = ("evaluate", str(fresh[1]), "--task", "arithmetic", "--samples", "4", "--limit", "40")
+    """Stopped as soon as an answer is complete; 540 are enough that it cannot finish before."""
+    asked = ("evaluate", str(fresh[1]), "--task", "arithmetic", "--samples", "8", "--limit", "60")
     child = start(*asked)
-    wait_for(lambda: re.search(r"[1-9]\d*/200 ", child.log.read_text() if child.log.exists() else ""))
+    wait_for(lambda: re.search(r"[1-9]\d*/540 ", child.log.read_text() if child.log.exists() else ""))
     os.kill(child.pid, signal.SIGINT)
     code, told = finish(child)
     kept = len(answers(fresh[1]))
-    assert code == 130 and "Traceback" not in told and 0 < kept < 200
-    line = f"error: evaluation stopped: {kept} of 200 answers are kept; run the same command again to "
+    assert code == 130 and "Traceback" not in told and 0 < kept < 540
+    line = f"error: evaluation stopped: {kept} of 540 answers are kept; run the same command again to "
     assert told.splitlines()[-1] == line + "continue"
-    evaluate([fresh[1]], ["arithmetic"], limit=40, changes=["samples=4"])
-    assert len(answers(fresh[1])) == 200
+    evaluate([fresh[1]], ["arithmetic"], limit=60, changes=["samples=8"])
+    assert len(answers(fresh[1])) == 540
 
 
 # --- answers belong to the exact weights ---------------------------------------------------------
