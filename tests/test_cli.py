@@ -67,7 +67,9 @@ def test_the_example_of_each_set_is_one_that_its_command_takes():
     for command in main.commands.values():
         for option in command.params:
             if "--set" in option.opts:
-                what, example = re.search(r"Change an? (\w+) field, such as (\S+);", option.help).groups()
+                what, example = re.search(
+                    r"Override an? (\w+) field, for example (\S+);", option.help
+                ).groups()
                 prefix = "evaluate." if what == "evaluate" else ""
                 parse_recipe({}).override([prefix + example])
                 assert (command.name == "evaluate") == (what == "evaluate")

@@ -282,10 +282,12 @@ def step_signals(wanted, case) -> dict[str, torch.Tensor]:
     if wanted.step_signals is None:
         return {}
     scores, _ = case.score(naive_token_logps)
-    nll_E = torch.stack([-scores.logp[scores.sequence == s].mean() for s in case.sequence.unique()]).detach()
+    supervised_E = scores.sequence.unique()  # a sequence without supervised tokens has no NLL
+    nll_E = torch.stack([-scores.logp[scores.sequence == s].mean() for s in supervised_E]).detach()
     made = wanted.step_signals(nll_E)
     assert made.keys() == wanted.signals
-    return {name: values_E[case.sequence] for name, values_E in made.items()}
+    place_N = torch.searchsorted(supervised_E, case.sequence).clamp(max=len(supervised_E) - 1)
+    return {name: values_E[place_N] for name, values_E in made.items()}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
