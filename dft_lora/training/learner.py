@@ -111,7 +111,9 @@ class Learner:
         made = make(torch.tensor(nll))
         signals = {name: values_E.tolist() for name, values_E in made.items()}
         marked = iter(
-            replace(example, signals={name: values[i] for name, values in signals.items()})
+            replace(
+                example, signals={**example.signals, **{name: values[i] for name, values in signals.items()}}
+            )
             for i, example in enumerate(examples)
         )
         return [tuple(next(marked) for _ in group) for group in groups]

@@ -27,8 +27,7 @@ from ..model.generate import Request, stream
 from ..model.head import check_head, hidden_states
 from ..model.load import load_adapters, load_base
 from ..runs.folder import RunFolder
-from ..tasks.base import Problem, Verdict
-from ..tasks.judge import judge_many
+from ..tasks.base import Judge, Problem, Verdict
 
 MAX_COLUMNS = 4
 MAX_CHARACTERS = 8_000
@@ -159,7 +158,7 @@ class Session:
         self.head = check_head(base)
         self.model = load_adapters(base, adapters)
         self.adapters: dict[str, str | None] = {n: n if n in adapters else None for n in names}
-        self.identities = {n: identity(f) for n, f in zip(names, folders, strict=True)}
+        self.identities = {n: run_digest(f) for n, f in zip(names, folders, strict=True)}
         if None not in self.adapters.values() and len(names) < MAX_COLUMNS:
             self.adapters = {"base": None, **self.adapters}
             self.identities = {"base": recipes[0].model.name, **self.identities}
@@ -308,7 +307,7 @@ class Session:
 
 def verdicts_on(pairs: Sequence[tuple[str, Problem]]) -> list[Verdict]:
     """The verdict on each (text, problem) pair. This is the page's only call of the judge."""
-    return judge_many((text, problem.answer or "") for text, problem in pairs)
+    return Judge().judge_many(pairs)
 
 
 def _judge(answers: Sequence[Answer], problem: Problem) -> None:
@@ -318,7 +317,7 @@ def _judge(answers: Sequence[Answer], problem: Problem) -> None:
         answer.verdict = verdict
 
 
-def identity(folder: RunFolder) -> str:
+def run_digest(folder: RunFolder) -> str:
     """What identifies a run in a vote: the digest of its adapter, or the name of its base without one."""
     if not folder.has_adapter:
         return folder.recipe().model.name
