@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ..config import Recipe, load_recipe
-from ..errors import RequestError, did_you_mean
+from ..errors import DataError, RequestError, did_you_mean
 from ..evaluation import statistics as st
 from ..evaluation.base_run import base_run
 from ..evaluation.diagnosis import diagnose
@@ -387,6 +387,15 @@ def settings(runs: Runs) -> dict[str, Any]:
     }
 
 
+def _recorded(file: Path) -> dict[str, Any]:
+    """A findings.json, its lines by name. Raises RequestError when it cannot be completed."""
+    try:
+        found = read_json(file)
+        return found | {"lines": {line["name"]: line for line in found["lines"]}}
+    except (DataError, KeyError, TypeError) as error:
+        raise RequestError(f"--only: {file} is not a recorded result ({error}); leave --only out") from None
+
+
 def run(out: Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[str]:
     """Write OUT/findings.json and yield the verdicts, one line each.
 
@@ -397,9 +406,9 @@ def run(out: Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[s
         if name not in FINDINGS:
             raise RequestError(f"--only {name!r}: no such finding{did_you_mean(name, FINDINGS)}")
     file, runs = out / "findings.json", Runs(out, seeds)
-    before = read_json(file) if only else {}
+    before = _recorded(file) if only else {}
     made = certificate(base=base_fingerprint(recipe(out, "arithmetic", "dft", RATES[0], seeds[0]).model))
-    lines = {line["name"]: line for line in before.get("lines", [])}
+    lines = before.get("lines", {})
     for name, find in FINDINGS.items():
         if not only or name in only:
             lines[name] = {"name": name, **find(runs), "date": made["date"], "commit": made["commit"]}
