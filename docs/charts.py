@@ -49,7 +49,13 @@ def accuracy() -> None:
                 results = [r["runs"][run]["tasks"][task] for r in recorded]
                 sampled = [100 * result["avg"] for result in results]
                 x = s * 4 + i
-                axis.bar(x, np.mean(sampled), color=COLOURS[run], width=0.8, label=run if not s else None)
+                axis.bar(
+                    x,
+                    np.mean(sampled),
+                    color=COLOURS[run],
+                    width=0.8,
+                    label=run if axis is axes[0] and not s else None,
+                )
                 axis.plot([x, x], [min(sampled), max(sampled)], color="black", lw=1.2)
                 greedy = np.mean([100 * result["greedy"] for result in results])
                 axis.plot(x, greedy, "D", color="white", markeredgecolor="black", markersize=6)
