@@ -131,7 +131,7 @@ def tokens_view(
     )
     return (
         f"{view}<h3>Gradient per token, under {label(first)}</h3>"
-        '<p class="small">The darker a token, the larger its gradient (L1 norm over the logits). DFT '
+        '<p class="small">The stronger the colour, the larger the gradient (L1 norm over the logits). DFT '
         "multiplies SFT’s gradient by the token’s probability, so unlikely tokens no longer dominate.</p>"
         f'<div class="strips">{gradients}</div>'
         f"{_differing(label, dict(rows), pair)}"
