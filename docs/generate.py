@@ -193,7 +193,7 @@ def findings() -> str:
     rates = ", ".join(f"{name} {rate:g}" for name, rate in settings["rates"].items())
     tried = ", ".join(f"{rate:g}" for rate in settings["rates_tried"])
     temperatures = ", ".join(f"{t:.2f}" for t in named["sharpening"]["temperatures"])
-    birth, own = result["provenance"], named["own-samples"]["samples"]
+    provenance, own = result["provenance"], named["own-samples"]["samples"]
     advice = "; ".join(
         f"{name}, mean probability {found['mean_probability']:.2f}, favours {found['favours']}"
         for name, found in said.items()
@@ -212,8 +212,8 @@ def findings() -> str:
             f"{settings['problems']} problems a set, {settings['samples']} samples each. Learning rates "
             f"tried: {tried}; best on the validation set: {rates}. Own samples: {own['correct']} of "
             f"{own['answers']} were correct; {own['kept']} different ones are trained on. "
-            f"Made on {birth['date']}, commit {birth['commit']}, torch "
-            f"{birth['versions']['torch']}, base {birth['base'][:12]}.",
+            f"Made on {provenance['date']}, commit {provenance['commit']}, torch "
+            f"{provenance['versions']['torch']}, base {provenance['base'][:12]}.",
         ]
     )
 

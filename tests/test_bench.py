@@ -60,7 +60,7 @@ def test_every_peer_computes_the_same_gradient(variant):
     assert (hidden.grad[x.targets_N == -100] == 0).all()
 
 
-def test_a_result_has_its_birth_certificate_and_its_table(tmp_path):
+def test_a_result_has_its_provenance_and_its_table(tmp_path):
     out = tmp_path / "loss.json"
     options = [
         "--tokens",

@@ -52,10 +52,15 @@ def test_medians_are_over_steps_and_rounds():
 
 
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("train-*.json")), ids=lambda file: file.name)
-def test_committed_results_carry_their_birth_certificate(file):
+def test_committed_results_carry_their_provenance(file):
     result = json.loads(file.read_text())
-    birth = result["provenance"]
-    assert birth["command"] and birth["commit"] and birth["versions"]["torch"] and birth["date"]
+    provenance = result["provenance"]
+    assert (
+        provenance["command"]
+        and provenance["commit"]
+        and provenance["versions"]["torch"]
+        and provenance["date"]
+    )
     text = train_table(result)
     assert text in tables(kind="train")
     for name, row in result["variants"].items():

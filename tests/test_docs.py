@@ -30,10 +30,10 @@ def test_the_headline_table_rests_on_three_clean_recordings_of_each_training_set
     recorded = {}
     for path in sorted((ROOT / "docs" / "results").glob("demo-*.json")):
         report = json.loads(path.read_text())
-        birth, split = report["provenance"], report["runs"]["dft"]["data"]["split"]
+        provenance, split = report["provenance"], report["runs"]["dft"]["data"]["split"]
         assert report["runs"]["sft"]["data"]["split"] == split
-        assert birth["commit"] and not birth["commit"].endswith("-dirty"), path
-        words = shlex.split(birth["command"])
+        assert provenance["commit"] and not provenance["commit"].endswith("-dirty"), path
+        words = shlex.split(provenance["command"])
         recorded[split, words[words.index("--seed") + 1]] = report
         assert ("--clean" in words) == (split == "train-clean"), path
     assert set(recorded) == {(split, seed) for split in ("train", "train-clean") for seed in "012"}

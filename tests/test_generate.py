@@ -456,7 +456,7 @@ def test_finished_rows_leave_the_batch(model):
 
 
 def test_columns_of_a_row_that_left_are_cut(model):
-    """The long prompt stops first; the short one goes on with a cache of its own width."""
+    """The long prompt stops first; the short one continues with a cache of its own width."""
     long, short = (
         Request(prompt(40), None, 0, max_new_tokens=2),
         Request(prompt(4), None, 0, max_new_tokens=8),

@@ -501,7 +501,7 @@ def test_terms_are_shown_and_accepted_once_before_anything_is_fetched(index, cac
 
 
 def test_terms_at_a_terminal(index, monkeypatch):
-    """Shown from the package, asked, declined: nothing is fetched; accepted: it goes on."""
+    """Shown from the package, asked, declined: nothing is fetched; accepted: it continues."""
     import pty
 
     for answer, expected in ((b"n\n", b"were not accepted"), (b"y\n", b"accepted it")):

@@ -1,4 +1,4 @@
-"""A run that is stopped, in whatever way, ends as the run that was not: adapter and metrics, to the bit."""
+"""A run that was stopped, however it was stopped, ends bit-identical to one that was not: adapter and metrics."""
 
 import functools
 import json

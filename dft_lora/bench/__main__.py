@@ -53,7 +53,7 @@ def keep(result: dict, out: Path | None, name: str) -> None:
 @click.group(cls=Commands, invoke_without_command=True)
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Measure, print a table, write JSON with its birth certificate."""
+    """Measure, print a table, write JSON with its provenance."""
     if context.invoked_subcommand is None:
         context.invoke(loss)
 
@@ -127,7 +127,7 @@ def train_step(
 @click.option("--threads", default=1, type=POSITIVE)
 @out_option
 def packing(capacity, batch, rows, examples, threads, out) -> None:
-    """Padding waste and tokens a second of packed rows and padded ones."""
+    """Padding waste and tokens per second of packed rows and padded ones."""
     from .packing import measure
 
     result = measure(capacity, batch, rows, examples, threads)

@@ -134,7 +134,7 @@ def same_alone(model: Any, requests: Sequence[Request], batch_rows: int, **ends:
 def measure(
     adapters: dict[str, Path], problems: int, samples: int, batch_rows: Sequence[int], alone: int
 ) -> dict[str, Any]:
-    """The whole comparison on the embedded base and task; the result with its birth certificate."""
+    """The whole comparison on the embedded base and task; the result with its provenance."""
     from ..tasks import get_task
 
     base, hardware = load_base(ModelConfig())

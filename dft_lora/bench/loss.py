@@ -35,7 +35,7 @@ PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "triton")
 def measure(
     *, source: str, N: int, D: int, V: int, dtype: str, device: str, rounds: int, threads: int, only: str = ""
 ) -> dict[str, Any]:
-    """Every variant whose name contains `only`, and the floor: a JSON value with its birth certificate."""
+    """Every variant whose name contains `only`, and the floor: a JSON value with its provenance."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     x = SOURCES[source](N, D, V, dtype=getattr(torch, dtype))

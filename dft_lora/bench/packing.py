@@ -1,4 +1,4 @@
-"""Padding waste and tokens a second of rows padded in order, rows of similar length, and packed rows.
+"""Padding waste and tokens per second of rows padded in order, rows of similar length, and packed rows.
 
 Backbone and loss, forward and backward, of the training bench's random Qwen2 over GSM8K; the waste is counted
 over whole epochs' worth of steps, which needs no model.

@@ -11,13 +11,13 @@ RESULTS = Path(__file__).parent / "results"
 
 def loss_table(result: dict[str, Any]) -> str:
     """One result of `bench loss` as Markdown: what was measured, then a line a variant."""
-    shape, birth, p, skip = result["shape"], result["provenance"], result["probability"], result["skip"]
+    shape, provenance, p, skip = result["shape"], result["provenance"], result["probability"], result["skip"]
     threads = f"{result['threads']} thread" + "s" * (result["threads"] > 1)
     lines = [
         f"{result['dtype']}, D = {shape['D']}, V = {shape['V']:,}, {shape['N']} tokens, "
         f"{shape['M']} supervised; {result['input']} (mean p {p['mean']:.2f}); {result['device']}, "
-        f"{threads}, {result['clock']}; torch {birth['versions']['torch']}, {birth['date'][:10]}, "
-        f"commit {birth['commit']}.",
+        f"{threads}, {result['clock']}; torch {provenance['versions']['torch']}, {provenance['date'][:10]}, "
+        f"commit {provenance['commit']}.",
         "",
         "| forward + backward | time / bare GEMMs | seconds | peak MiB | gradient error |",
         "|---|---:|---:|---:|---:|",
@@ -39,15 +39,15 @@ def loss_table(result: dict[str, Any]) -> str:
 
 def train_table(result: dict[str, Any]) -> str:
     """One result of `bench train` as Markdown; ratios against the first variant that ran."""
-    shape, birth = result["shape"], result["provenance"]
+    shape, provenance = result["shape"], result["provenance"]
     lines = [
         f"A training step: Qwen2 of random weights, D = {shape['D']}, {shape['layers']} layers, "
         f"V = {shape['V']:,}, nf4, LoRA r 8, {result['dtype']}; {result['data']}, batch {shape['batch']} "
         f"(up to {shape['max_length']} tokens, {result['tokens_a_step']:.0f} a step); {result['device']}, "
-        f"{result['threads']} threads; torch {birth['versions']['torch']}, "
-        f"TRL {birth['peers']['trl'] or 'not installed'}, {birth['date'][:10]}, commit {birth['commit']}.",
+        f"{result['threads']} threads; torch {provenance['versions']['torch']}, "
+        f"TRL {provenance['peers']['trl'] or 'not installed'}, {provenance['date'][:10]}, commit {provenance['commit']}.",
         "",
-        "| | seconds a step | ratio | MB above the loaded model | ratio | of it tensors | MB in all |",
+        "| | seconds per step | ratio | MB above the loaded model | ratio | of which tensors | MB in all |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     digits = {"seconds": 2, "above_loaded_mb": 0}
@@ -65,14 +65,14 @@ def train_table(result: dict[str, Any]) -> str:
 
 def packing_table(result: dict[str, Any]) -> str:
     """One result of `bench packing` as Markdown."""
-    birth = result["provenance"]
+    provenance = result["provenance"]
     lines = [
         f"{result['data']}, {result['examples']:,} examples, steps of {result['batch_size']}, micro-batches "
         f"of {result['micro_batch_size']} rows, packed rows of {result['capacity']:,} tokens; "
-        f"{result['device']}, {result['threads']} thread(s), {result['clock']}; {birth['date'][:10]}, "
-        f"commit {birth['commit']}.",
+        f"{result['device']}, {result['threads']} thread(s), {result['clock']}; {provenance['date'][:10]}, "
+        f"commit {provenance['commit']}.",
         "",
-        "| | padding | tokens a second |",
+        "| | padding | tokens per second |",
         "|---|---:|---:|",
     ]
     for name, row in result["arrangements"].items():
@@ -82,12 +82,12 @@ def packing_table(result: dict[str, Any]) -> str:
 
 def generation_table(result: dict[str, Any]) -> str:
     """One result of `bench generation` as Markdown: a line a case, a pair of columns a side."""
-    birth = result["provenance"]
+    provenance = result["provenance"]
     sides = list(result["cases"][0]["sides"])
     lines = [
         f"{result['model']}, {result['dtype']}, {result['tokens']} tokens decoded per row, medians of "
         f"{result['rounds']} rounds; {result['device']}, {result['threads']} thread(s); torch "
-        f"{birth['versions']['torch']}, {birth['date'][:10]}, commit {birth['commit']}. Decoded tokens per "
+        f"{provenance['versions']['torch']}, {provenance['date'][:10]}, commit {provenance['commit']}. Decoded tokens per "
         "second, in brackets prompt tokens per second of the prefill. The floor is the step's bare matrix "
         "products; memory is what our unpacked side takes beside the weights, and the bound stated before.",
         "",

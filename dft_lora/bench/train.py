@@ -238,7 +238,7 @@ class Measurement:
 
 
 def measure(chosen: tuple[Variant, ...], m: Measurement) -> dict[str, Any]:
-    """Every chosen variant as a JSON value with its birth certificate; missing ones by name."""
+    """Every chosen variant as a JSON value with its provenance; missing ones by name."""
     rows: dict[str, dict[str, Any]] = {v.name: {"missing": v.missing, "runs": []} for v in chosen}
     with tempfile.TemporaryDirectory() as folder:
         recipe = write_inputs(Path(folder), m)

@@ -102,7 +102,7 @@ def results_view(folders: Sequence[RunFolder]) -> str:
             _probabilities(label, recorded),
             _solved(label, recorded),
             curves,
-            _birth(report.get("provenance")),
+            _provenance(report.get("provenance")),
         )
     )
 
@@ -186,7 +186,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _birth(provenance: Mapping[str, Any] | None) -> str:
+def _provenance(provenance: Mapping[str, Any] | None) -> str:
     if not provenance:
         return ""
     facts = [provenance.get("command"), provenance.get("date"), f"commit {provenance.get('commit')}"]
