@@ -1,4 +1,4 @@
-"""A run that was stopped, however it was stopped, ends bit-identical to one that was not: adapter and metrics."""
+"""A run that was stopped, by whatever, ends with the adapter and metrics of one that was not, bit for bit."""
 
 import functools
 import json

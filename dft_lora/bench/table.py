@@ -11,13 +11,13 @@ RESULTS = Path(__file__).parent / "results"
 
 def loss_table(result: dict[str, Any]) -> str:
     """One result of `bench loss` as Markdown: what was measured, then a line a variant."""
-    shape, provenance, p, skip = result["shape"], result["provenance"], result["probability"], result["skip"]
+    shape, made, p, skip = result["shape"], result["provenance"], result["probability"], result["skip"]
     threads = f"{result['threads']} thread" + "s" * (result["threads"] > 1)
     lines = [
         f"{result['dtype']}, D = {shape['D']}, V = {shape['V']:,}, {shape['N']} tokens, "
         f"{shape['M']} supervised; {result['input']} (mean p {p['mean']:.2f}); {result['device']}, "
-        f"{threads}, {result['clock']}; torch {provenance['versions']['torch']}, {provenance['date'][:10]}, "
-        f"commit {provenance['commit']}.",
+        f"{threads}, {result['clock']}; torch {made['versions']['torch']}, {made['date'][:10]}, "
+        f"commit {made['commit']}.",
         "",
         "| forward + backward | time / bare GEMMs | seconds | peak MiB | gradient error |",
         "|---|---:|---:|---:|---:|",
@@ -39,13 +39,13 @@ def loss_table(result: dict[str, Any]) -> str:
 
 def train_table(result: dict[str, Any]) -> str:
     """One result of `bench train` as Markdown; ratios against the first variant that ran."""
-    shape, provenance = result["shape"], result["provenance"]
+    shape, made = result["shape"], result["provenance"]
     lines = [
         f"A training step: Qwen2 of random weights, D = {shape['D']}, {shape['layers']} layers, "
         f"V = {shape['V']:,}, nf4, LoRA r 8, {result['dtype']}; {result['data']}, batch {shape['batch']} "
         f"(up to {shape['max_length']} tokens, {result['tokens_a_step']:.0f} a step); {result['device']}, "
-        f"{result['threads']} threads; torch {provenance['versions']['torch']}, "
-        f"TRL {provenance['peers']['trl'] or 'not installed'}, {provenance['date'][:10]}, commit {provenance['commit']}.",
+        f"{result['threads']} threads; torch {made['versions']['torch']}, "
+        f"TRL {made['peers']['trl'] or 'not installed'}, {made['date'][:10]}, commit {made['commit']}.",
         "",
         "| | seconds per step | ratio | MB above the loaded model | ratio | of which tensors | MB in all |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -65,12 +65,12 @@ def train_table(result: dict[str, Any]) -> str:
 
 def packing_table(result: dict[str, Any]) -> str:
     """One result of `bench packing` as Markdown."""
-    provenance = result["provenance"]
+    made = result["provenance"]
     lines = [
         f"{result['data']}, {result['examples']:,} examples, steps of {result['batch_size']}, micro-batches "
         f"of {result['micro_batch_size']} rows, packed rows of {result['capacity']:,} tokens; "
-        f"{result['device']}, {result['threads']} thread(s), {result['clock']}; {provenance['date'][:10]}, "
-        f"commit {provenance['commit']}.",
+        f"{result['device']}, {result['threads']} thread(s), {result['clock']}; {made['date'][:10]}, "
+        f"commit {made['commit']}.",
         "",
         "| | padding | tokens per second |",
         "|---|---:|---:|",
@@ -82,12 +82,12 @@ def packing_table(result: dict[str, Any]) -> str:
 
 def generation_table(result: dict[str, Any]) -> str:
     """One result of `bench generation` as Markdown: a line a case, a pair of columns a side."""
-    provenance = result["provenance"]
+    made = result["provenance"]
     sides = list(result["cases"][0]["sides"])
     lines = [
         f"{result['model']}, {result['dtype']}, {result['tokens']} tokens decoded per row, medians of "
         f"{result['rounds']} rounds; {result['device']}, {result['threads']} thread(s); torch "
-        f"{provenance['versions']['torch']}, {provenance['date'][:10]}, commit {provenance['commit']}. Decoded tokens per "
+        f"{made['versions']['torch']}, {made['date'][:10]}, commit {made['commit']}. Decoded tokens per "
         "second, in brackets prompt tokens per second of the prefill. The floor is the step's bare matrix "
         "products; memory is what our unpacked side takes beside the weights, and the bound stated before.",
         "",

@@ -118,7 +118,7 @@ def batches(rows: list, size: int, rng: Random) -> Iterator[tuple[torch.Tensor, 
 
 
 def train(tokenizer, examples: int, seed: int) -> tuple[LlamaForCausalLM, list[float]]:
-    """One pass over `examples` fresh problems; returns the model and the loss of each step (nats per token)."""
+    """One pass over `examples` fresh problems; returns the model and each step's loss (nats per token)."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # how sums are split among threads decides the last bits
     config = LlamaConfig(
