@@ -182,7 +182,7 @@ def test_a_run_that_was_trained_further_is_answered_anew(runs, extended):
     assert build([folder])["runs"]["sft"]["adapter"] == folder.adapter_digest
     for title in ("arithmetic", "other-text"):
         mine, old = (TokenTable.load(tokens_file(RunFolder(path), title)) for path in (extended, runs[1]))
-        assert not np.array_equal(mine.logp_T, old.logp_T), f"{title}: probabilities of the older adapter"
+        assert not np.array_equal(mine.logp_M, old.logp_M), f"{title}: probabilities of the older adapter"
 
 
 def test_answers_that_do_not_name_their_weights_are_refused(runs, tmp_path):
@@ -304,13 +304,13 @@ def test_token_scores_are_those_of_the_whole_logits(loaded, adapter):
                 logits_LV = model(torch.tensor([example.ids])).logits[0]
         logp_LV = logits_LV.float().log_softmax(-1)[example.prompt_length - 1 : -1]
         target_L = torch.tensor(example.ids[example.prompt_length :])
-        mine = table.example_T == e
-        assert table.ids_T[mine].tolist() == target_L.tolist()
-        assert table.logp_T[mine] == pytest.approx(
+        mine = table.example_M == e
+        assert table.ids_M[mine].tolist() == target_L.tolist()
+        assert table.logp_M[mine] == pytest.approx(
             logp_LV.gather(1, target_L[:, None])[:, 0].numpy(), abs=2e-4
         )
-        assert table.entropy_T[mine] == pytest.approx(-(logp_LV.exp() * logp_LV).sum(-1).numpy(), abs=2e-4)
-        assert table.nll_E[e] == pytest.approx(-table.logp_T[mine].mean(), rel=1e-5)
+        assert table.entropy_M[mine] == pytest.approx(-(logp_LV.exp() * logp_LV).sum(-1).numpy(), abs=2e-4)
+        assert table.nll_E[e] == pytest.approx(-table.logp_M[mine].mean(), rel=1e-5)
 
 
 def test_the_pull_is_the_gradient_at_the_hidden_state(loaded):
@@ -319,10 +319,10 @@ def test_the_pull_is_the_gradient_at_the_hidden_state(loaded):
     from dft_lora.evaluation.tokens import states
 
     table = score(model, examples[:1], pad_id=renderer.pad_id)
-    _, h_TD, y_T = next(states(model, examples[:1], pad_id=renderer.pad_id))
-    h_TD = h_TD.clone().float().requires_grad_()
-    (h_TD @ head.weight_VD.float().T).log_softmax(-1).gather(1, y_T[:, None]).sum().backward()
-    assert table.pull_T == pytest.approx(h_TD.grad.norm(dim=-1).numpy(), rel=2e-3, abs=1e-5)
+    _, h_MD, y_M = next(states(model, examples[:1], pad_id=renderer.pad_id))
+    h_MD = h_MD.clone().float().requires_grad_()
+    (h_MD @ head.weight_VD.float().T).log_softmax(-1).gather(1, y_M[:, None]).sum().backward()
+    assert table.pull_M == pytest.approx(h_MD.grad.norm(dim=-1).numpy(), rel=2e-3, abs=1e-5)
 
 
 def test_tables_are_kept_without_pickle(runs, tmp_path):
@@ -338,10 +338,10 @@ def test_temperature_for_gives_back_the_entropy(loaded):
     from dft_lora.evaluation.tokens import states
 
     head = check_head(model)
-    h_TD = torch.cat([h for _, h, _ in states(model, examples, pad_id=renderer.pad_id)])
+    h_MD = torch.cat([h for _, h, _ in states(model, examples, pad_id=renderer.pad_id)])
     for temperature in (0.5, 1.0, 1.7):
-        wanted = entropy(head, h_TD, temperature)
-        assert temperature_for(head, h_TD, wanted) == pytest.approx(temperature, rel=1e-3)
+        wanted = entropy(head, h_MD, temperature)
+        assert temperature_for(head, h_MD, wanted) == pytest.approx(temperature, rel=1e-3)
 
 
 def test_an_entropy_matched_run_has_the_other_runs_entropy(runs, tmp_path):

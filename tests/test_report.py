@@ -42,12 +42,12 @@ def report(folders):
 def test_figures_are_those_of_the_answers(folders, report):
     for folder in folders:
         lines = [json.loads(line) for line in folder.evaluation("arithmetic").read_text().splitlines()]
-        right_PN = np.array([line["verdict"] == "correct" for line in lines]).reshape(40, 5)
+        right_PS = np.array([line["verdict"] == "correct" for line in lines]).reshape(40, 5)
         figures = report["runs"][folder.name]["tasks"]["arithmetic"]
-        assert figures["avg"] == pytest.approx(right_PN[:, 1:].mean())
-        assert figures["greedy"] == pytest.approx(right_PN[:, 0].mean())
+        assert figures["avg"] == pytest.approx(right_PS[:, 1:].mean())
+        assert figures["greedy"] == pytest.approx(right_PS[:, 0].mean())
         assert figures["ci95"][0] < figures["avg"] < figures["ci95"][1]
-        assert figures["pass_at"]["4"] == pytest.approx(right_PN[:, 1:].any(1).mean())
+        assert figures["pass_at"]["4"] == pytest.approx(right_PS[:, 1:].any(1).mean())
         assert (figures["samples"], figures["problems"]) == (4, 40)
 
 

@@ -198,13 +198,13 @@ def test_a_difference_below_the_smallest_detectable_is_noise():
         (lambda: avg_at_n([[np.nan, 1]]), "0 and 1"),
         (lambda: pass_at_k([[0, 1]], 3), "k = 3"),
         (lambda: pass_at_k([[0, 1]], 0), "k = 0"),
-        (lambda: maj_at_k([["1"]], [[1, 0]]), "answers_PN"),
+        (lambda: maj_at_k([["1"]], [[1, 0]]), "answers_PS"),
         (lambda: interval([]), "at least one"),
         (lambda: interval([2.0]), "outside"),
         (lambda: interval([0.5, np.nan]), "outside"),
         (lambda: interval([0.5, 0.6], level=95), "level"),
         (lambda: compare([0.5], [0.5, 0.1]), "same ones"),
-        (lambda: holm([1.2]), "p_M"),
+        (lambda: holm([1.2]), "p_Q"),
     ],
 )
 def test_wrong_arguments_are_named(call, message):

@@ -6,7 +6,7 @@ Likelihood (arXiv 2510.00526, table 5) measured the turning point: DFT wins at a
 about 0.8, neither wins at 0.5, and plain NLL wins near 0.1. The thresholds below lie halfway between these
 points.
 
-Legend: T supervised tokens.
+Legend: M supervised tokens.
 """
 
 from __future__ import annotations
@@ -71,28 +71,28 @@ def diagnose(recipe: Recipe, examples: int = EXAMPLES) -> dict[str, Any]:
 
 def metrics(table: TokenTable) -> dict[str, Any]:
     """The metrics of scored tokens and the verdict that follows from them."""
-    p_T = table.p_T
-    mean = float(p_T.mean())
-    dft_pull_T = p_T * table.pull_T
+    p_M = table.p_M
+    mean = float(p_M.mean())
+    dft_pull_M = p_M * table.pull_M
     favoured, verdict = advice(mean)
     return {
         "mean_probability": mean,
-        "median_probability": float(np.median(p_T)),
-        "nll": float(-table.logp_T.mean()),
-        "histogram": np.histogram(p_T, BINS, (0, 1))[0].tolist(),
-        "share_below_0.1": float((p_T < LOW).mean()),
-        "share_above_0.9": float((p_T > HIGH).mean()),
-        "tokens": len(p_T),
-        "effective_tokens": {"sft": effective(table.pull_T), "dft": effective(dft_pull_T)},
-        "gradient_kept": float(dft_pull_T.sum() / table.pull_T.sum()),
+        "median_probability": float(np.median(p_M)),
+        "nll": float(-table.logp_M.mean()),
+        "histogram": np.histogram(p_M, BINS, (0, 1))[0].tolist(),
+        "share_below_0.1": float((p_M < LOW).mean()),
+        "share_above_0.9": float((p_M > HIGH).mean()),
+        "tokens": len(p_M),
+        "effective_tokens": {"sft": effective(table.pull_M), "dft": effective(dft_pull_M)},
+        "gradient_kept": float(dft_pull_M.sum() / table.pull_M.sum()),
         "favours": favoured,
         "verdict": verdict,
     }
 
 
-def effective(weight_T: np.ndarray) -> float:
+def effective(weight_M: np.ndarray) -> float:
     """The effective sample size of these weights: (sum w)^2 / sum w^2 (Kish 1965)."""
-    return float(weight_T.sum() ** 2 / np.square(weight_T).sum())
+    return float(weight_M.sum() ** 2 / np.square(weight_M).sum())
 
 
 def advice(mean_probability: float) -> tuple[str, str]:

@@ -97,7 +97,7 @@ def _compare(
             raise RequestError(
                 f"{a} and {b} were evaluated on {task!r} under different protocols: {differing}"
             )
-        drawn = st.compare(st.avg_at_n(left[task].correct_PN), st.avg_at_n(right[task].correct_PN))
+        drawn = st.compare(st.avg_at_n(left[task].correct_PS), st.avg_at_n(right[task].correct_PS))
         greedy = st.compare(left[task].greedy_P, right[task].greedy_P)
         entries.append(
             {
@@ -157,7 +157,7 @@ def steps(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
     for path in sorted((folder.path / "steps").glob("step-*")):
         run = RunFolder.open(path)
         for task in complete_tasks(run):
-            scores_P = st.avg_at_n(TaskResults.read(run, task).correct_PN)
+            scores_P = st.avg_at_n(TaskResults.read(run, task).correct_PS)
             entry = {"step": run.run()["step"], "avg": float(scores_P.mean())}
             curve[task].append(entry | {"ci95": list(st.interval(scores_P))})
     return curve

@@ -38,12 +38,12 @@ def entropy_matched(run: RunFolder, other: RunFolder, out: Path, task: str) -> R
     examples = [renderer.render(problem) for problem in problems]
     model = load_adapters(load_base(recipe.model)[0], {"run": run.adapter, "other": other.adapter})
     head = check_head(model)
-    h_TD, other_TD = (
+    h_MD, other_MD = (
         torch.cat([h for _, h, _ in states(model, examples, pad_id=renderer.pad_id, adapter=name)])
         for name in ("run", "other")
     )
-    wanted = entropy(head, other_TD)
-    temperature = temperature_for(head, h_TD, wanted)
+    wanted = entropy(head, other_MD)
+    temperature = temperature_for(head, h_MD, wanted)
     shutil.copytree(run.adapter, folder.adapter, dirs_exist_ok=True)
     changed = recipe.override([f"evaluate.temperature={temperature:.4f}", f"output={out}"])
     match = {"entropy_of": str(other.path), "entropy": wanted, "temperature": temperature, **made_from}

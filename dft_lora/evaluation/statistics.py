@@ -3,7 +3,7 @@
 Problems are independent, the samples of one problem are not, so every interval and test below takes one score
 per problem. All functions are pure functions of numpy arrays; random ones have a fixed seed.
 
-Shapes: P problems, N samples of each, M comparisons. `correct_PN` holds 0/1, scores lie in [0, 1].
+Shapes: P problems, S samples of each, Q comparisons. `correct_PS` holds 0/1, scores lie in [0, 1].
 Wrong arguments raise ValueError.
 """
 
@@ -24,41 +24,41 @@ Interval = tuple[float, float]
 RESAMPLES = 9999
 
 
-def avg_at_n(correct_PN: ArrayLike) -> Scores:
+def avg_at_n(correct_PS: ArrayLike) -> Scores:
     """Share of correct samples per problem [P]. The mean over problems is avg@N, the paper's accuracy."""
-    return _correct(correct_PN).mean(1)
+    return _correct(correct_PS).mean(1)
 
 
-def pass_at_k(correct_PN: ArrayLike, k: int) -> Scores:
+def pass_at_k(correct_PS: ArrayLike, k: int) -> Scores:
     """Unbiased estimate, per problem, of the chance that at least one of k samples is correct [P].
 
     With c of N correct: 1 - C(N-c, k) / C(N, k) (Chen et al. 2021, arXiv 2107.03374, equation 1).
     """
-    correct_PN = _correct(correct_PN)
-    n = correct_PN.shape[1]
+    correct_PS = _correct(correct_PS)
+    n = correct_PS.shape[1]
     if not 1 <= k <= n:
         raise ValueError(f"k = {k}: give a number from 1 to the number of samples, {n}")
-    wrong_P = n - correct_PN.sum(1)
+    wrong_P = n - correct_PS.sum(1)
     enough = wrong_P >= k
     none_P = np.zeros(len(wrong_P))
     none_P[enough] = np.exp(_log_choose(wrong_P[enough], k) - _log_choose(n, k))
     return 1 - none_P
 
 
-def maj_at_k(answers_PN: Sequence[Sequence[Hashable]], correct_PN: ArrayLike, k: int | None = None) -> Scores:
+def maj_at_k(answers_PS: Sequence[Sequence[Hashable]], correct_PS: ArrayLike, k: int | None = None) -> Scores:
     """Whether the most frequent of a problem's first k answers is correct [P] (arXiv 2203.11171).
 
-    `answers_PN` are extracted answers, in a form in which equivalent ones are equal; None (no answer found)
+    `answers_PS` are extracted answers, in a form in which equivalent ones are equal; None (no answer found)
     does not vote. Tied answers share the score, as if one were picked at random; without votes it is 0.
     """
-    correct_PN = _correct(correct_PN)
-    n = correct_PN.shape[1]
+    correct_PS = _correct(correct_PS)
+    n = correct_PS.shape[1]
     k = n if k is None else k
     if not 1 <= k <= n:
         raise ValueError(f"k = {k}: give a number from 1 to the number of samples, {n}")
-    if [len(row) for row in answers_PN] != [n] * len(correct_PN):
-        raise ValueError(f"answers_PN does not have the shape of correct_PN, {correct_PN.shape}")
-    return np.array([_majority(a[:k], c[:k]) for a, c in zip(answers_PN, correct_PN, strict=True)])
+    if [len(row) for row in answers_PS] != [n] * len(correct_PS):
+        raise ValueError(f"answers_PS does not have the shape of correct_PS, {correct_PS.shape}")
+    return np.array([_majority(a[:k], c[:k]) for a, c in zip(answers_PS, correct_PS, strict=True)])
 
 
 def interval(score_P: ArrayLike, level: float = 0.95) -> Interval:
@@ -110,16 +110,16 @@ def sign_flip_test(a_P: ArrayLike, b_P: ArrayLike) -> float:
     return float(result.pvalue)
 
 
-def holm(p_M: ArrayLike) -> Scores:
+def holm(p_Q: ArrayLike) -> Scores:
     """p-values adjusted for M comparisons (Holm 1979), which controls the family-wise error rate."""
-    p_M = np.asarray(p_M, dtype=float)
-    if p_M.ndim != 1 or not ((p_M >= 0) & (p_M <= 1)).all():
-        raise ValueError("p_M: give a list of numbers in [0, 1]")
-    order = np.argsort(p_M, kind="stable")
-    stepped = p_M[order] * np.arange(len(p_M), 0, -1)
-    adjusted_M = np.empty_like(p_M)
-    adjusted_M[order] = np.minimum(np.maximum.accumulate(stepped), 1)
-    return adjusted_M
+    p_Q = np.asarray(p_Q, dtype=float)
+    if p_Q.ndim != 1 or not ((p_Q >= 0) & (p_Q <= 1)).all():
+        raise ValueError("p_Q: give a list of numbers in [0, 1]")
+    order = np.argsort(p_Q, kind="stable")
+    stepped = p_Q[order] * np.arange(len(p_Q), 0, -1)
+    adjusted_Q = np.empty_like(p_Q)
+    adjusted_Q[order] = np.minimum(np.maximum.accumulate(stepped), 1)
+    return adjusted_Q
 
 
 def smallest_detectable(a_P: ArrayLike, b_P: ArrayLike, power: float = 0.8, level: float = 0.95) -> float:
@@ -204,15 +204,15 @@ def _log_choose(n: ArrayLike, k: int) -> Scores:
     return gammaln(np.add(n, 1)) - gammaln(k + 1) - gammaln(np.subtract(n, k) + 1)
 
 
-def _correct(correct_PN: ArrayLike) -> Scores:
-    correct_PN = np.asarray(correct_PN, dtype=float)
-    if correct_PN.ndim != 2 or correct_PN.size == 0:
+def _correct(correct_PS: ArrayLike) -> Scores:
+    correct_PS = np.asarray(correct_PS, dtype=float)
+    if correct_PS.ndim != 2 or correct_PS.size == 0:
         raise ValueError(
-            f"correct_PN has shape {correct_PN.shape}: give [problems, samples], at least one of each"
+            f"correct_PS has shape {correct_PS.shape}: give [problems, samples], at least one of each"
         )
-    if not np.isin(correct_PN, (0, 1)).all():
-        raise ValueError("correct_PN holds values other than 0 and 1")
-    return correct_PN
+    if not np.isin(correct_PS, (0, 1)).all():
+        raise ValueError("correct_PS holds values other than 0 and 1")
+    return correct_PS
 
 
 def _scores(score_P: ArrayLike) -> Scores:

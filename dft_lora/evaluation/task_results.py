@@ -1,6 +1,6 @@
 """One run's results on one task: from the files of an evaluation to arrays and an entry of the report.
 
-Legend: P problems, N samples of each.
+Legend: P problems, S samples of each.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TaskResults:
-    """One run's judged answers to one task. `correct_PN` and `greedy_P` hold 0 and 1."""
+    """One run's judged answers to one task. `correct_PS` and `greedy_P` hold 0 and 1."""
 
     protocol: dict[str, Any]
     problems: list[str]
     questions: dict[str, str | None]
     tags: dict[str, dict[str, Any]]
-    correct_PN: np.ndarray
+    correct_PS: np.ndarray
     greedy_P: np.ndarray
     truncated: float
     unparsable: float
     timed_out: float
     mean_tokens: float
-    answers_PN: list[list[str | None]]
+    answers_PS: list[list[str | None]]
     """Extracted answers. A correct one is given as the reference answer, if any, so that all are equal."""
     greedy_text_P: list[str]
 
@@ -51,24 +51,24 @@ class TaskResults:
     def _of(cls, metadata: dict[str, Any], attempts: list[Attempt]) -> TaskResults:
         problems, samples = metadata["problems"], range(metadata["protocol"]["samples"])
         answer = {(attempt.problem, attempt.sample): attempt for attempt in attempts}
-        drawn_PN = [[answer[problem, sample] for sample in samples] for problem in problems]
+        drawn_PS = [[answer[problem, sample] for sample in samples] for problem in problems]
         greedy_P = [answer[problem, GREEDY] for problem in problems]
-        drawn = [attempt for row in drawn_PN for attempt in row]
+        drawn = [attempt for row in drawn_PS for attempt in row]
         statuses = [attempt.verdict.status for attempt in drawn]
         return cls(
             protocol=metadata["protocol"],
             problems=list(problems),
             questions={problem: values.get("question") for problem, values in problems.items()},
             tags={problem: values["tags"] for problem, values in problems.items()},
-            correct_PN=np.array([[attempt.verdict.correct for attempt in row] for row in drawn_PN], int),
+            correct_PS=np.array([[attempt.verdict.correct for attempt in row] for row in drawn_PS], int),
             greedy_P=np.array([attempt.verdict.correct for attempt in greedy_P], int),
             truncated=_share(attempt.truncated for attempt in drawn),
             unparsable=_share(status == "unparsable" for status in statuses),
             timed_out=_share(status == "timed_out" for status in statuses),
             mean_tokens=float(np.mean([attempt.tokens for attempt in drawn])),
-            answers_PN=[
+            answers_PS=[
                 [(a.verdict.correct and problems[a.problem]["answer"]) or a.verdict.extracted for a in row]
-                for row in drawn_PN
+                for row in drawn_PS
             ],
             greedy_text_P=[attempt.text for attempt in greedy_P],
         )
@@ -76,19 +76,19 @@ class TaskResults:
     def summary(self) -> dict[str, Any]:
         """One task's entry of report.json."""
         return {
-            "avg": float(self.correct_PN.mean()),
-            "ci95": list(st.interval(st.avg_at_n(self.correct_PN))),
+            "avg": float(self.correct_PS.mean()),
+            "ci95": list(st.interval(st.avg_at_n(self.correct_PS))),
             "greedy": float(self.greedy_P.mean()),
             "greedy_ci95": list(st.interval(self.greedy_P)),
             "pass_at": {
-                str(k): float(st.pass_at_k(self.correct_PN, k).mean())
-                for k in _powers(self.correct_PN.shape[1])
+                str(k): float(st.pass_at_k(self.correct_PS, k).mean())
+                for k in _powers(self.correct_PS.shape[1])
             },
             "maj_at": {
-                str(k): float(st.maj_at_k(self.answers_PN, self.correct_PN, k).mean())
-                for k in _powers(self.correct_PN.shape[1])
+                str(k): float(st.maj_at_k(self.answers_PS, self.correct_PS, k).mean())
+                for k in _powers(self.correct_PS.shape[1])
             },
-            "samples": self.correct_PN.shape[1],
+            "samples": self.correct_PS.shape[1],
             "problems": len(self.problems),
             "template": self.protocol["template"],
             "truncated": self.truncated,
@@ -107,8 +107,8 @@ class TaskResults:
         return {
             tag: {
                 value: {
-                    "avg": float(self.correct_PN[rows].mean()),
-                    "ci95": list(st.interval(st.avg_at_n(self.correct_PN[rows]))),
+                    "avg": float(self.correct_PS[rows].mean()),
+                    "ci95": list(st.interval(st.avg_at_n(self.correct_PS[rows]))),
                     "greedy": float(self.greedy_P[rows].mean()),
                     "problems": len(rows),
                 }

@@ -1,6 +1,6 @@
 """Metrics from the token tables of several runs: plain NLL, histograms, and which tokens changed most.
 
-Legend: T tokens of the reference solutions, E solutions.
+Legend: M tokens of the reference solutions, E solutions.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ def _metrics(tables: Mapping[str, TokenTable]) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for name, table in tables.items():
         edges = np.linspace(0, 1, BINS + 1)
-        bin_T = np.minimum((table.p_T * BINS).astype(int), BINS - 1)
-        count = np.bincount(bin_T, minlength=BINS)
-        pull = np.bincount(bin_T, table.pull_T, minlength=BINS) / np.maximum(count, 1)
-        dft = np.bincount(bin_T, table.pull_T * table.p_T, minlength=BINS) / np.maximum(count, 1)
+        bin_M = np.minimum((table.p_M * BINS).astype(int), BINS - 1)
+        count = np.bincount(bin_M, minlength=BINS)
+        pull = np.bincount(bin_M, table.pull_M, minlength=BINS) / np.maximum(count, 1)
+        dft = np.bincount(bin_M, table.pull_M * table.p_M, minlength=BINS) / np.maximum(count, 1)
         metrics[name] = {
-            "tokens": len(table.ids_T),
+            "tokens": len(table.ids_M),
             "nll": float(table.nll_E.mean()),
             "nll_ci95": list(st.unbounded_interval(table.nll_E)),
-            "mean_probability": float(table.p_T.mean()),
-            "entropy": float(table.entropy_T.mean()),
-            "share_below_0.1": float((table.p_T < 0.1).mean()),
-            "share_above_0.9": float((table.p_T > 0.9).mean()),
+            "mean_probability": float(table.p_M.mean()),
+            "entropy": float(table.entropy_M.mean()),
+            "share_below_0.1": float((table.p_M < 0.1).mean()),
+            "share_above_0.9": float((table.p_M > 0.9).mean()),
             "edges": edges.tolist(),
             "histogram": count.tolist(),
             "sft_gradient": pull.tolist(),
             "dft_gradient": dft.tolist(),
         }
-        if table is not first and np.array_equal(table.ids_T, first.ids_T):
+        if table is not first and np.array_equal(table.ids_M, first.ids_M):
             metrics[name]["nll_change_ci95"] = list(st.unbounded_interval(table.nll_E - first.nll_E))
             metrics[name]["gained"], metrics[name]["suppressed"] = _movers(first, table)
     return metrics
@@ -65,8 +65,8 @@ def _metrics(tables: Mapping[str, TokenTable]) -> dict[str, Any]:
 
 def _movers(before: TokenTable, after: TokenTable) -> tuple[list[list[float]], list[list[float]]]:
     """[id, occurrences, mean change in probability] of the tokens that gained most and lost most."""
-    ids, of_T, seen = np.unique(before.ids_T, return_inverse=True, return_counts=True)
-    change = np.bincount(of_T, after.p_T - before.p_T) / seen
+    ids, of_M, seen = np.unique(before.ids_M, return_inverse=True, return_counts=True)
+    change = np.bincount(of_M, after.p_M - before.p_M) / seen
     order = [int(i) for i in np.argsort(change) if seen[i] >= SEEN]
     entry = [[int(ids[i]), int(seen[i]), float(change[i])] for i in order]
     return [e for e in entry[::-1][:SHOWN] if e[2] > 0], [e for e in entry[:SHOWN] if e[2] < 0]

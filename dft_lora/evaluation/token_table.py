@@ -5,7 +5,7 @@
 
 Reports and the page read these files, so this file does not import torch.
 
-Legend: T scored tokens, E examples.
+Legend: M scored tokens, E examples.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from ..runs.folder import RunFolder
 class TokenTable:
     """One entry per supervised token, in the order of the examples.
 
-    `pull_T` is the norm of d log p / d h, which is the gradient at the hidden state under SFT. Under DFT the
+    `pull_M` is the norm of d log p / d h, which is the gradient at the hidden state under SFT. Under DFT the
     gradient is p times that.
     """
 
-    ids_T: np.ndarray
-    example_T: np.ndarray
-    logp_T: np.ndarray
-    entropy_T: np.ndarray
-    pull_T: np.ndarray
+    ids_M: np.ndarray
+    example_M: np.ndarray
+    logp_M: np.ndarray
+    entropy_M: np.ndarray
+    pull_M: np.ndarray
 
     @property
-    def p_T(self) -> np.ndarray:
-        return np.exp(self.logp_T)
+    def p_M(self) -> np.ndarray:
+        return np.exp(self.logp_M)
 
     @property
     def nll_E(self) -> np.ndarray:
         """Mean NLL of each example, in nats per token."""
-        return np.bincount(self.example_T, -self.logp_T) / np.bincount(self.example_T)
+        return np.bincount(self.example_M, -self.logp_M) / np.bincount(self.example_M)
 
     def save(self, file: Path, weights: Mapping[str, str] | None = None) -> None:
         """Write the table. `weights` identifies the adapter and the base that it was computed with."""

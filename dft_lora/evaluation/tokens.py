@@ -3,7 +3,7 @@
 Objectives may be compared by these metrics, never by their own losses. Each batch takes one forward pass
 through the chunked loss, so the logits of all positions never exist at the same time.
 
-Legend: B rows, L positions, T scored tokens, E examples, D hidden width, V vocabulary.
+Legend: B rows, L positions, M scored tokens, E examples, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ def score(
     """
     head = head or check_head(model)
     columns: list[tuple[np.ndarray, ...]] = []
-    for example_T, h_TD, y_T in states(model, examples, pad_id=pad_id, adapter=adapter):
+    for example_M, h_MD, y_M in states(model, examples, pad_id=pad_id, adapter=adapter):
         scores = token_logps(
-            h_TD.to(head.weight_VD.dtype), targets=y_T, **head.arguments(), keep_jacobian=True
+            h_MD.to(head.weight_VD.dtype), targets=y_M, **head.arguments(), keep_jacobian=True
         )
-        pull_T = scores.need("jacobian").float().norm(dim=-1)
-        parts = (example_T, y_T, scores.logp, scores.entropy, pull_T)
+        pull_M = scores.need("jacobian").float().norm(dim=-1)
+        parts = (example_M, y_M, scores.logp, scores.entropy, pull_M)
         columns.append(tuple(part.detach().cpu().numpy() for part in parts))
-    of_T, ids_T, logp_T, entropy_T, pulls_T = (np.concatenate(c) for c in zip(*columns, strict=True))
-    order_T = np.argsort(of_T, kind="stable")
+    of_M, ids_M, logp_M, entropy_M, pulls_M = (np.concatenate(c) for c in zip(*columns, strict=True))
+    order_M = np.argsort(of_M, kind="stable")
     return TokenTable(
-        ids_T[order_T].astype(np.int32),
-        of_T[order_T].astype(np.int32),
-        logp_T[order_T].astype(np.float32),
-        entropy_T[order_T].astype(np.float32),
-        pulls_T[order_T].astype(np.float32),
+        ids_M[order_M].astype(np.int32),
+        of_M[order_M].astype(np.int32),
+        logp_M[order_M].astype(np.float32),
+        entropy_M[order_M].astype(np.float32),
+        pulls_M[order_M].astype(np.float32),
     )
 
 
 def states(
     model: Any, examples: Sequence[Example], *, pad_id: int, adapter: str | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Batches of (example [T], hidden state [T, D], target [T]) of the supervised tokens."""
+    """Batches of (example [M], hidden state [M, D], target [M]) of the supervised tokens."""
     order_E = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     device = next(model.parameters()).device
     for start in range(0, len(order_E), ROWS):
@@ -70,9 +70,9 @@ def states(
         with torch.no_grad(), mixed(adapter_layers(model, names), names):
             h_BLD = hidden_states(model, **batch.inputs(device))[:, :-1]
         labels_BL = batch.labels_BL[:, 1:].to(device)
-        row_T, position_T = (labels_BL >= 0).nonzero(as_tuple=True)
-        example_T = torch.tensor(rows, device=device)[row_T]
-        yield example_T, h_BLD[row_T, position_T], labels_BL[row_T, position_T]
+        row_M, position_M = (labels_BL >= 0).nonzero(as_tuple=True)
+        example_M = torch.tensor(rows, device=device)[row_M]
+        yield example_M, h_BLD[row_M, position_M], labels_BL[row_M, position_M]
 
 
 def text_examples(renderer: Renderer, texts: Sequence[str]) -> list[Example]:
@@ -81,24 +81,24 @@ def text_examples(renderer: Renderer, texts: Sequence[str]) -> list[Example]:
     return [Example(f"text-{i}", tuple(ids), 0) for i, ids in enumerate(found)]
 
 
-def entropy(head: Head, h_TD: torch.Tensor, temperature: float = 1.0) -> float:
-    """Mean entropy, in nats, of the head's distribution at `h_TD` with this sampling temperature."""
+def entropy(head: Head, h_MD: torch.Tensor, temperature: float = 1.0) -> float:
+    """Mean entropy, in nats, of the head's distribution at `h_MD` with this sampling temperature."""
     total = 0.0
-    for h_CD in h_TD.split(ENTROPY_ROWS):
+    for h_CD in h_MD.split(ENTROPY_ROWS):
         logp_CV = (head.logits(h_CD) / temperature).log_softmax(-1)
         total -= float((logp_CV.exp() * logp_CV).sum())
-    return total / len(h_TD)
+    return total / len(h_MD)
 
 
-def temperature_for(head: Head, h_TD: torch.Tensor, wanted: float) -> float:
-    """The temperature in [0.05, 5] at which the mean entropy at `h_TD` is `wanted` nats.
+def temperature_for(head: Head, h_MD: torch.Tensor, wanted: float) -> float:
+    """The temperature in [0.05, 5] at which the mean entropy at `h_MD` is `wanted` nats.
 
     Found by bisection, since the entropy of a softmax rises with its temperature.
     """
     low, high = 0.05, 5.0
     for _ in range(20):
         middle = (low * high) ** 0.5
-        if entropy(head, h_TD, middle) < wanted:
+        if entropy(head, h_MD, middle) < wanted:
             low = middle
         else:
             high = middle

@@ -18,7 +18,7 @@ OUT/findings.json with its provenance; docs/findings.md is generated from the co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ GROUPS: dict[str, dict[str, Any]] = {
 VALIDATION, LIMIT = "arithmetic-validation", 200
 TASKS = ("arithmetic", "arithmetic-long")
 OWN_PROBLEMS, OWN_SAMPLES = 480, 4
+OWN = "dft on own samples"
 
 
 def recipe(out: Path, group: str, objective: str, rate: float, seed: int, **more: Any) -> Recipe:
@@ -95,7 +96,7 @@ class Runs:
         task = "codebook" if group == "codebook" else VALIDATION
         first = {rate: self._train(group, objective, rate, self.seeds[0]) for rate in RATES}
         evaluate([folder.path for folder in first.values()], [task])
-        accuracy = {r: float(TaskResults.read(folder, task).correct_PN.mean()) for r, folder in first.items()}
+        accuracy = {r: float(TaskResults.read(folder, task).correct_PS.mean()) for r, folder in first.items()}
         self._rates[objective, group] = max(accuracy, key=lambda rate: (accuracy[rate], -rate))
         return self._rates[objective, group]
 
@@ -154,7 +155,7 @@ def evaluated(folders: list[RunFolder], tasks: Sequence[str] = TASKS) -> list[Ru
 
 def scores(folder: RunFolder, tasks: Sequence[str] = TASKS) -> np.ndarray:
     """Sampled accuracy per problem, the tasks one after another [P]."""
-    return np.concatenate([st.avg_at_n(TaskResults.read(folder, task).correct_PN) for task in tasks])
+    return np.concatenate([st.avg_at_n(TaskResults.read(folder, task).correct_PS) for task in tasks])
 
 
 def probability(folder: RunFolder) -> np.ndarray:
@@ -169,7 +170,7 @@ def greedy(folder: RunFolder) -> np.ndarray:
 
 def any_of_four(folder: RunFolder) -> np.ndarray:
     """pass@4 per problem [P]."""
-    return np.concatenate([st.pass_at_k(TaskResults.read(folder, task).correct_PN, 4) for task in TASKS])
+    return np.concatenate([st.pass_at_k(TaskResults.read(folder, task).correct_PS, 4) for task in TASKS])
 
 
 def contrast(
@@ -179,19 +180,19 @@ def contrast(
     read: Callable[[RunFolder], np.ndarray] = scores,
 ) -> dict[str, Any]:
     """b - a: its mean over seeds, the interval over problems, each seed, and whether b is above a."""
-    a_SP, b_SP = (np.array([read(folder) for folder in folders]) for folders in (a, b))
-    return _judged(what, a_SP, b_SP)
+    a_GP, b_GP = (np.array([read(folder) for folder in folders]) for folders in (a, b))
+    return _judged(what, a_GP, b_GP)
 
 
-def _judged(what: str, a_SP: np.ndarray, b_SP: np.ndarray) -> dict[str, Any]:
-    compared = st.compare(a_SP.mean(0), b_SP.mean(0))
-    seeds = (b_SP - a_SP).mean(1).tolist()
+def _judged(what: str, a_GP: np.ndarray, b_GP: np.ndarray) -> dict[str, Any]:
+    compared = st.compare(a_GP.mean(0), b_GP.mean(0))
+    seeds = (b_GP - a_GP).mean(1).tolist()
     low, high = compared.ci95
     above = low > 0 and min(seeds) > 0
     return {
         "what": what,
-        "a": float(a_SP.mean()),
-        "b": float(b_SP.mean()),
+        "a": float(a_GP.mean()),
+        "b": float(b_GP.mean()),
         "difference": compared.difference,
         "ci95": [low, high],
         "p_value": compared.p_value,
@@ -301,16 +302,16 @@ def shares_near_the_ends(
     The shares of each solution are its scores. SFT's change is recorded too, but does not affect the verdict.
     """
 
-    def near_zero(p_T: np.ndarray) -> np.ndarray:
-        return p_T < 0.1
+    def near_zero(p_M: np.ndarray) -> np.ndarray:
+        return p_M < 0.1
 
-    def near_one(p_T: np.ndarray) -> np.ndarray:
-        return p_T > 0.9
+    def near_one(p_M: np.ndarray) -> np.ndarray:
+        return p_M > 0.9
 
     def share(near: Callable[[np.ndarray], np.ndarray]) -> Callable[[RunFolder], np.ndarray]:
         def read(folder: RunFolder) -> np.ndarray:
             table = TokenTable.load(tokens_file(folder, TASKS[0]))
-            return np.bincount(table.example_T, near(table.p_T)) / np.bincount(table.example_T)
+            return np.bincount(table.example_M, near(table.p_M)) / np.bincount(table.example_M)
 
         return read
 
@@ -352,23 +353,22 @@ FINDINGS: dict[str, Callable[[Runs], dict[str, Any]]] = {
 """In the paper's order. The last one asks whether a gain at temperature 1 is only sharpening."""
 
 
-def accuracy(runs: Runs) -> dict[str, dict[str, float]]:
-    """Accuracy of every kind of run: mean over seeds, per task, sampled and greedy."""
-    kinds = {
-        "base": runs.base,
-        **{objective: runs.best(objective) for objective in (*MAIN, *RIVALS)},
-        "dft on own samples": runs.at("dft", runs.rate("dft"), "own"),
-        "sft at the entropy of dft": runs.sft_at_dft_entropy,
-    }
+def kinds(runs: Runs) -> dict[str, Callable[[], list[RunFolder]]]:
+    """The kinds of run whose accuracy is reported."""
     return {
-        name: {
-            f"{task}{mode}": float(
-                np.mean([getattr(TaskResults.read(f, task), field).mean() for f in folders])
-            )
-            for task in TASKS
-            for mode, field in (("", "correct_PN"), (" greedy", "greedy_P"))
-        }
-        for name, folders in kinds.items()
+        "base": lambda: runs.base,
+        **{objective: partial(runs.best, objective) for objective in (*MAIN, *RIVALS)},
+        OWN: lambda: runs.at("dft", runs.rate("dft"), "own"),
+        "sft at the entropy of dft": lambda: runs.sft_at_dft_entropy,
+    }
+
+
+def accuracy(folders: Sequence[RunFolder]) -> dict[str, float]:
+    """Mean over seeds, task by task, sampled and greedy."""
+    return {
+        f"{task}{mode}": float(np.mean([getattr(TaskResults.read(f, task), field).mean() for f in folders]))
+        for task in TASKS
+        for mode, field in (("", "correct_PS"), (" greedy", "greedy_P"))
     }
 
 
@@ -399,8 +399,8 @@ def _recorded(file: Path) -> dict[str, Any]:
 def run(out: Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[str]:
     """Write OUT/findings.json and yield the verdicts, one line each.
 
-    `only` renews the named findings and keeps the others in an existing findings.json. Each finding records
-    its own commit and date. Raises RequestError for an unknown name.
+    `only` renews the named findings and keeps the others in an existing findings.json, which was made with
+    the same settings. Each finding records its own commit and date. Raises RequestError for an unknown name.
     """
     for name in only:
         if name not in FINDINGS:
@@ -412,8 +412,11 @@ def run(out: Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[s
     for name, find in FINDINGS.items():
         if not only or name in only:
             lines[name] = {"name": name, **find(runs), "date": made["date"], "commit": made["commit"]}
+    of_kind = kinds(runs)
+    renewed = [OWN] if "own-samples" in only else [] if only else list(of_kind)
+    accuracies = before.get("accuracy", {}) | {kind: accuracy(of_kind[kind]()) for kind in renewed}
     if not only:
-        before = {"accuracy": accuracy(runs), "settings": settings(runs), "provenance": made}
-    write_json(file, before | {"lines": [lines[name] for name in FINDINGS]})
+        before = {"settings": settings(runs), "provenance": made}
+    write_json(file, before | {"accuracy": accuracies, "lines": [lines[name] for name in FINDINGS]})
     for number, line in enumerate(lines.values(), start=1):
         yield f"{number:2}  {line['verdict']:10}  {line['claim']}"

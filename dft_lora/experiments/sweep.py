@@ -155,7 +155,7 @@ def summary(
     from ..runs.provenance import certificate
 
     protocols = {name: result.protocol for name, result in results.items()}
-    scores = {name: st.avg_at_n(result.correct_PN) for name, result in results.items()}
+    scores = {name: st.avg_at_n(result.correct_PS) for name, result in results.items()}
     runs = {
         name: {
             "objective": recipe.objective.name,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from scipy.stats import binomtest
 
 from ..tasks.answers import tidy
 from ..tasks.extraction import extract
@@ -15,14 +16,12 @@ if TYPE_CHECKING:
     from .session import Answer
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(hits: int, n: int) -> tuple[float, float]:
     """The 95 % score interval of a share (Wilson 1927). It lies within [0, 1] and never has width 0."""
     if n == 0:
         return 0.0, 1.0
-    p, q = hits / n, z * z / n
-    middle = (p + q / 2) / (1 + q)
-    half = z / (1 + q) * math.sqrt(p * (1 - p) / n + q / (4 * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    low, high = binomtest(hits, n).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)

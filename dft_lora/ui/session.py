@@ -4,7 +4,7 @@ The base is loaded once, with the adapters of all runs on it; the answers of all
 lock is held for one forward pass and never across a `yield`, so a generator that a closed page leaves behind
 holds nothing. No hook outlives a forward pass, so two generators may alternate.
 
-Legend: R rows, L positions, T scored tokens, D hidden width, V vocabulary, K alternatives.
+Legend: R rows, L positions, M scored tokens, D hidden width, V vocabulary, K alternatives.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_CHARACTERS = 8_000
 MAX_LINES = 400
 MAX_SAMPLES = 64
 ALTERNATIVES = 5
-SCORED_AT_ONCE = 64  # positions whose logits [T, V] exist at the same time: 39 MB at V = 152k
+SCORED_AT_ONCE = 64  # positions whose logits [M, V] exist at the same time: 39 MB at V = 152k
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ class Session:
             )
         return prompt
 
-    def _score(self, ids: list[int], h_TD: torch.Tensor) -> list[Token]:
+    def _score(self, ids: list[int], h_MD: torch.Tensor) -> list[Token]:
         names: dict[int, str] = {}
 
         def name(token: int) -> str:
@@ -276,12 +276,12 @@ class Session:
         pieces = self._pieces(ids)
         for start in range(0, len(ids), SCORED_AT_ONCE):
             part = slice(start, start + SCORED_AT_ONCE)
-            logp_TV = self.head.logits(h_TD[part]).log_softmax(-1)
-            target_T1 = torch.tensor(ids[part], device=logp_TV.device)[:, None]
-            p_T = logp_TV.gather(1, target_T1)[:, 0].exp().tolist()
-            top_TK = logp_TV.topk(min(ALTERNATIVES, logp_TV.shape[1]))
+            logp_MV = self.head.logits(h_MD[part]).log_softmax(-1)
+            target_M1 = torch.tensor(ids[part], device=logp_MV.device)[:, None]
+            p_M = logp_MV.gather(1, target_M1)[:, 0].exp().tolist()
+            top_MK = logp_MV.topk(min(ALTERNATIVES, logp_MV.shape[1]))
             for text, p, values, indices in zip(
-                pieces[part], p_T, top_TK.values.exp().tolist(), top_TK.indices.tolist(), strict=True
+                pieces[part], p_M, top_MK.values.exp().tolist(), top_MK.indices.tolist(), strict=True
             ):
                 top = tuple((name(i), value) for i, value in zip(indices, values, strict=True))
                 scored.append(Token(text, p, top))
