@@ -198,6 +198,11 @@ def findings() -> str:
         f"{name}, mean probability {found['mean_probability']:.2f}, favours {found['favours']}"
         for name, found in said.items()
     )
+    later = [
+        f" Line {number} was measured again on {line['date']}, commit {line['commit']}."
+        for number, line in enumerate(result["lines"], start=1)
+        if line["commit"] != provenance["commit"]
+    ]
     return "\n".join(
         [
             *lines,
@@ -213,7 +218,7 @@ def findings() -> str:
             f"tried: {tried}; best on the validation set: {rates}. Own samples: {own['correct']} of "
             f"{own['answers']} were correct; {own['kept']} different ones are trained on. "
             f"Made on {provenance['date']}, commit {provenance['commit']}, torch "
-            f"{provenance['versions']['torch']}, base {provenance['base'][:12]}.",
+            f"{provenance['versions']['torch']}, base {provenance['base'][:12]}." + "".join(later),
         ]
     )
 
