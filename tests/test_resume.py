@@ -17,6 +17,7 @@ from dft_lora.config import load_recipe
 from dft_lora.errors import RequestError
 from dft_lora.runs.folder import RunFolder
 from dft_lora.training.loop import train
+from dft_lora.training.resume_guard import refuse_differences
 
 STEPS = 9
 ADAPTER = "adapter_model.safetensors"
@@ -282,3 +283,10 @@ def test_sigkill_at_50_random_points_of_a_30_step_run(data, tmp_path):
         killed += kill_and_resume(recipe, whole, after, delay)
         print(f"{i + 1} of 50 ended bit-equal; {killed} were killed before their end", flush=True)
     assert killed >= 40
+
+
+def test_a_field_that_an_earlier_version_did_not_have_counts_as_its_default():
+    now = {"steps": 3, "model.gguf": None, "train.optimizer": "adamw"}
+    refuse_differences({"steps": 3}, now, extend=False)
+    with pytest.raises(RequestError, match=r"train\.optimizer was 'adamw', is 'adamw8bit'"):
+        refuse_differences({"steps": 3}, now | {"train.optimizer": "adamw8bit"}, extend=False)

@@ -7,13 +7,22 @@ from typing import Any
 
 import torch
 
+from ..config import Recipe
 from ..errors import RequestError
 from ..model.fingerprint import base_fingerprint
 from ..model.hardware import choose, dtype_name
 from ..model.load import count_parameters, load_model_config
 from .plan import Plan
 
-FREE = ("name", "output", "evaluate.", "train.save_steps", "train.keep_checkpoints", "train.trackers")
+FREE = (
+    "name",
+    "output",
+    "evaluate.",
+    "model.unpack",
+    "train.save_steps",
+    "train.keep_checkpoints",
+    "train.trackers",
+)
 """Recipe fields that do not affect the training steps."""
 LENGTH = ("train.max_steps", "train.epochs")
 """Fields that determine the number of steps, which is compared instead of them."""
@@ -42,7 +51,12 @@ def guarded_fields(plan: Plan, device: torch.device, processes: int) -> dict[str
 
 
 def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], extend: bool) -> None:
-    """Raises RequestError listing what changed. With `extend`, more steps are allowed."""
+    """Raises RequestError listing what changed. With `extend`, more steps are allowed.
+
+    A recipe field that an earlier version did not have counts as its default: so the run was made.
+    """
+    defaults = {name: value for name, value in _flat(Recipe().as_dict()).items() if name in now}
+    before = defaults | dict(before)
     changed = {name for name in {*before, *now} if before.get(name) != now.get(name)}
     if extend and now["steps"] > before.get("steps", 0):
         changed.discard("steps")
