@@ -386,7 +386,7 @@ def test_a_bad_file_is_one_line_and_nothing_is_kept(case, tiny_gguf, tiny_model,
 def test_an_unwritable_cache_is_one_line_with_the_remedy(tiny_gguf, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("DFT_LORA_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(RequestError, match=r"cannot be written \(Not a directory\); DFT_LORA_CACHE names"):
+    with pytest.raises(RequestError, match=r"cannot be written \(Not a directory\); set DFT_LORA_CACHE to another folder"):
         resolve(ModelConfig(name=str(tiny_gguf)))
 
 
@@ -411,7 +411,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_folder(tiny_gguf, cache):
 
 def test_too_little_room_is_told_before_anything_is_written(tiny_gguf, cache, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1_000_000))
-    with pytest.raises(RunError, match="1 MB free and needs 2;"):
+    with pytest.raises(RunError, match="1 MB free and 2 are needed;"):
         resolve(ModelConfig(name=str(tiny_gguf)))
 
 
