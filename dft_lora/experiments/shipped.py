@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
+from ..errors import DftLoraError
 from ..runs.atomic import write_folder
 from ..runs.folder import RunFolder, read_json, write_json
 
@@ -65,4 +67,8 @@ def _copy(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    make()
+    try:
+        make()
+    except DftLoraError as error:
+        print(f"error: {error}; the shipped runs are unchanged", file=sys.stderr)
+        sys.exit(error.exit_code)
