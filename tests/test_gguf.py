@@ -386,7 +386,9 @@ def test_a_bad_file_is_one_line_and_nothing_is_kept(case, tiny_gguf, tiny_model,
 def test_an_unwritable_cache_is_one_line_with_the_remedy(tiny_gguf, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("DFT_LORA_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(RequestError, match=r"cannot be written \(Not a directory\); set DFT_LORA_CACHE to another folder"):
+    with pytest.raises(
+        RequestError, match=r"cannot be written \(Not a directory\); set DFT_LORA_CACHE to another folder"
+    ):
         resolve(ModelConfig(name=str(tiny_gguf)))
 
 
