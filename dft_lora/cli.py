@@ -262,10 +262,10 @@ def diagnose(recipe: str, changes: tuple[str, ...], examples: int, as_json: bool
     """
     chosen = load_recipe(recipe, changes)
     from .evaluation.diagnosis import diagnose as run
-    from .evaluation.diagnosis import text
+    from .evaluation.diagnosis import diagnosis_text
 
     found = run(chosen, examples)
-    click.echo(json.dumps(found, indent=1) if as_json else text(found))
+    click.echo(json.dumps(found, indent=1) if as_json else diagnosis_text(found))
 
 
 @main.command()

@@ -10,7 +10,7 @@ from dft_lora.cli import main
 from dft_lora.config import load_recipe
 from dft_lora.data.templates import Renderer
 from dft_lora.errors import DataError
-from dft_lora.evaluation.diagnosis import advice, diagnose, effective, metrics, text
+from dft_lora.evaluation.diagnosis import advice, diagnose, diagnosis_text, effective, metrics
 from dft_lora.evaluation.token_table import TokenTable
 
 
@@ -32,7 +32,7 @@ def test_opposite_data_gets_opposite_advice():
         nlls = [row["nll"] for row in found["least_likely_examples"]]
         assert nlls == sorted(nlls, reverse=True) and nlls[-1] >= 0
         assert found["data"]["rows"] >= found["drawn"]["rows"] >= found["examples"]
-        assert text(found).splitlines()[0] == found["verdict"]
+        assert diagnosis_text(found).splitlines()[0] == found["verdict"]
 
 
 def test_the_same_seed_looks_at_the_same_examples():
@@ -57,7 +57,7 @@ def test_rows_are_drawn_before_they_are_tokenized(tmp_path, monkeypatch):
     assert found["examples"] == found["drawn"]["examples"] == 16
     assert found["drawn"]["over_long"] == len(rendered) - 16 > 0
     assert (found["data"]["rows"], found["data"]["duplicates"]) == (400, 1)
-    said = text(found)
+    said = diagnosis_text(found)
     assert "all rows: rows 400" in said and f"drawn rows: rows {len(rendered)}" in said
     assert "same text as an earlier row: kept: 1 of all rows" in said
     assert f"left out: {found['drawn']['over_long']} of drawn rows" in said

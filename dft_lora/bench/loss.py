@@ -25,7 +25,7 @@ from ..loss import naive_token_logps, token_logps
 from ..model.memory import MIB, memory_of
 from ..runs.provenance import certificate, versions
 from .inputs import SOURCES, Inputs
-from .peers import DFT, FLOOR, VARIANTS, Variant
+from .peers import DFT, FLOOR, VARIANTS, LossVariant
 
 RESULTS = Path(__file__).parent / "results"
 SLOW = 10
@@ -95,7 +95,7 @@ def true_gradient(x: Inputs, rows: int = 32) -> Tensor:
     return torch.cat(gradients)
 
 
-def _run(variant: Variant, x: Inputs) -> tuple[float, Tensor | None]:
+def _run(variant: LossVariant, x: Inputs) -> tuple[float, Tensor | None]:
     """(seconds, gradient) of one forward and backward pass."""
     cuda = x.hidden_ND.is_cuda
     clock = time.perf_counter if cuda else time.process_time
@@ -138,7 +138,7 @@ def _spread(x: Inputs) -> dict[str, float]:
 
 
 def _in_fresh_process(
-    variant: Variant, folder: Path, device: str, threads: int, truth_ND: Tensor
+    variant: LossVariant, folder: Path, device: str, threads: int, truth_ND: Tensor
 ) -> dict[str, float]:
     """Peak MiB above the resident inputs in one pass, its seconds and its gradient's error."""
     child = [sys.executable, "-m", "dft_lora.bench.loss", variant.name, str(folder), device, str(threads)]
@@ -163,13 +163,13 @@ def _alone(name: str, folder: str, device: str, threads: str) -> dict[str, float
     return {"peak_mb": (peak - before) / MIB, "first": first}
 
 
-def _warm_up(variant: Variant, x: Inputs) -> None:
+def _warm_up(variant: LossVariant, x: Inputs) -> None:
     """A pass over four tokens and 512 words, so that imports and library set-up are not counted later."""
     some = torch.cat([x.supervised[:2], (x.targets_N == -100).nonzero()[:2, 0]])
     _run(variant, Inputs(x.hidden_ND[some], x.weight_VD[:512].clone(), x.targets_N[some].clamp(max=511), ""))
 
 
-def _say(when: str, variant: Variant, seconds: float) -> None:
+def _say(when: str, variant: LossVariant, seconds: float) -> None:
     print(f"{when:8} {variant.name:45} {seconds:8.3f} s", file=sys.stderr, flush=True)
 
 

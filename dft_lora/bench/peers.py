@@ -22,7 +22,7 @@ DFT = objective("dft")
 
 
 @dataclass(frozen=True)
-class Variant:
+class LossVariant:
     """`run(hidden, inputs)` leaves the gradient of the summed DFT loss in `hidden.grad`."""
 
     name: str
@@ -142,20 +142,20 @@ def apple(h_ND: Tensor, x: Inputs) -> None:
     dft(-linear_cross_entropy(h_MD, x.weight_VD, y_M, reduction="none")).backward()
 
 
-FLOOR = Variant("two bare GEMMs, 512 rows", bare_gemms, exact=False)
-OURS = Variant("ours", ours)
+FLOOR = LossVariant("two bare GEMMs, 512 rows", bare_gemms, exact=False)
+OURS = LossVariant("ours", ours)
 VARIANTS = [
     FLOOR,
     OURS,
-    Variant("ours, values unchecked", ours_unchecked),
-    Variant("ours, skip 1e-3", ours_skipping),
-    Variant("naive, all rows, float32 copy (transformers)", naive_all),
-    Variant("naive, supervised rows", naive_supervised),
-    Variant("checkpointed chunks of 256 rows", checkpointed),
-    Variant("torch linear_cross_entropy, sum (plain CE)", torch_sum, exact=False),
-    Variant("torch linear_cross_entropy, none, then DFT", torch_none),
-    Variant("TRL fused head, DFT, as it runs", trl_as_it_runs, "trl"),
-    Variant("TRL fused head, DFT, supervised rows", trl_compacted, "trl"),
-    Variant("Liger fused linear CE, token scaling", liger, "liger_kernel", needs_cuda=True),
-    Variant("Apple CCE, then DFT", apple, "cut_cross_entropy", needs_cuda=True),
+    LossVariant("ours, values unchecked", ours_unchecked),
+    LossVariant("ours, skip 1e-3", ours_skipping),
+    LossVariant("naive, all rows, float32 copy (transformers)", naive_all),
+    LossVariant("naive, supervised rows", naive_supervised),
+    LossVariant("checkpointed chunks of 256 rows", checkpointed),
+    LossVariant("torch linear_cross_entropy, sum (plain CE)", torch_sum, exact=False),
+    LossVariant("torch linear_cross_entropy, none, then DFT", torch_none),
+    LossVariant("TRL fused head, DFT, as it runs", trl_as_it_runs, "trl"),
+    LossVariant("TRL fused head, DFT, supervised rows", trl_compacted, "trl"),
+    LossVariant("Liger fused linear CE, token scaling", liger, "liger_kernel", needs_cuda=True),
+    LossVariant("Apple CCE, then DFT", apple, "cut_cross_entropy", needs_cuda=True),
 ]

@@ -193,7 +193,7 @@ def examples_of(plan: Plan, steps: int) -> Iterator[Example]:
 
 
 @dataclass(frozen=True)
-class Variant:
+class StepVariant:
     """A way to train; `changes` are recipe fields."""
 
     name: str
@@ -207,21 +207,25 @@ class Variant:
         return f"{self.package} is not installed" if absent else ""
 
 
-OURS = Variant("ours", run_ours)
-TRL = Variant("TRL SFTTrainer, dft, its defaults (checkpointing)", run_trl, package="trl")
-COMPARISON = (OURS, TRL, Variant("TRL SFTTrainer, dft, without checkpointing", run_trl_plain, package="trl"))
+OURS = StepVariant("ours", run_ours)
+TRL = StepVariant("TRL SFTTrainer, dft, its defaults (checkpointing)", run_trl, package="trl")
+COMPARISON = (
+    OURS,
+    TRL,
+    StepVariant("TRL SFTTrainer, dft, without checkpointing", run_trl_plain, package="trl"),
+)
 
 FULL_16BIT, FULL = ("model.quantization=none", "data.packing=false"), ("data.packing=false",)
 CHECKPOINTED = ("train.gradient_checkpointing=true",)
 ONE_BY_ONE = (*CHECKPOINTED, "train.micro_batch_size=1")
 LADDER = (
-    Variant("LoRA over a 16-bit base, full logits", run_full_logits, FULL_16BIT),
-    Variant("+ 4-bit base (nf4)", run_full_logits, FULL),
-    Variant("+ loss in chunks (this engine)", run_ours, FULL),
-    Variant("+ rows packed where it costs less", run_ours),
-    Variant("+ gradient checkpointing", run_ours, CHECKPOINTED),
-    Variant("+ micro-batches of one example", run_ours, ONE_BY_ONE),
-    Variant("+ 8-bit AdamW", run_ours, (*ONE_BY_ONE, "train.optimizer=adamw8bit")),
+    StepVariant("LoRA over a 16-bit base, full logits", run_full_logits, FULL_16BIT),
+    StepVariant("+ 4-bit base (nf4)", run_full_logits, FULL),
+    StepVariant("+ loss in chunks (this engine)", run_ours, FULL),
+    StepVariant("+ rows packed where it costs less", run_ours),
+    StepVariant("+ gradient checkpointing", run_ours, CHECKPOINTED),
+    StepVariant("+ micro-batches of one example", run_ours, ONE_BY_ONE),
+    StepVariant("+ 8-bit AdamW", run_ours, (*ONE_BY_ONE, "train.optimizer=adamw8bit")),
 )
 VARIANTS = {variant.name: variant for variant in (*COMPARISON, *LADDER)}
 
@@ -237,7 +241,7 @@ class Measurement:
     threads: int = 2
 
 
-def measure(chosen: tuple[Variant, ...], m: Measurement) -> dict[str, Any]:
+def measure(chosen: tuple[StepVariant, ...], m: Measurement) -> dict[str, Any]:
     """Every chosen variant as a JSON value with its provenance; missing ones by name."""
     rows: dict[str, dict[str, Any]] = {v.name: {"missing": v.missing, "runs": []} for v in chosen}
     with tempfile.TemporaryDirectory() as folder:
@@ -327,7 +331,7 @@ def gsm8k() -> tuple[dict[str, Any], str]:
     return source | {"prompt": "question", "completion": "answer"}, name
 
 
-def _in_fresh_process(variant: Variant, folder: Path, m: Measurement) -> dict[str, Any]:
+def _in_fresh_process(variant: StepVariant, folder: Path, m: Measurement) -> dict[str, Any]:
     command = [sys.executable, "-m", __spec__.name, variant.name, str(folder), str(m.steps), str(m.threads)]
     child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(child.stdout.splitlines()[-1])

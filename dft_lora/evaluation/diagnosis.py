@@ -105,7 +105,7 @@ def advice(mean_probability: float) -> tuple[str, str]:
     return "either", f"{lead}: neither objective is expected to win; train both and compare."
 
 
-def text(diagnosis: Mapping[str, Any]) -> str:
+def diagnosis_text(diagnosis: Mapping[str, Any]) -> str:
     """The diagnosis for a terminal: the verdict first, then the metrics behind it."""
     tokens = diagnosis["tokens"]
     widest = max(diagnosis["histogram"]) or 1

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import DataError
 from ..runs.folder import RunFolder, read_json, read_lines
 from .text import plain
-from .views import Legend, interval_bar, table
+from .views import Legend, html_table, interval_bar
 
 CURVES = (
     ("nll", "NLL, nats per token"),
@@ -159,7 +159,7 @@ def _accuracy(label: Legend, recorded: Recorded) -> str:
             )
         size = f"{entries[0][1]['problems']} problems, {entries[0][1]['samples']} samples each"
         title = f'<h3>{plain(task)} <span class="small">{size}</span></h3>'
-        blocks.append(title + table(head, rows, numbers=range(2, 7)))
+        blocks.append(title + html_table(head, rows, numbers=range(2, 7)))
     return "".join(blocks)
 
 
@@ -179,7 +179,7 @@ def _paired(label: Legend, paired: Sequence[Mapping[str, Any]], known: set[str])
         return ""
     head = ["runs", "task", "difference", "95 % interval", "p"]
     title = '<h3>Differences on the same problems <span class="small">in percentage points</span></h3>'
-    return title + table(head, rows, numbers=range(2, 5))
+    return title + html_table(head, rows, numbers=range(2, 5))
 
 
 def _percent(share: float) -> str:

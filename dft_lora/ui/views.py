@@ -84,7 +84,7 @@ def chip(answer: Answer) -> str:
     return f'<span class="chip {kind}">{mark} {words}{said}</span>{ended}'
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
     """A table of HTML cells with a head; the columns in `numbers` are right-aligned figures."""
 
     def line(tag: str, cells: Sequence[str]) -> str:
@@ -218,7 +218,7 @@ def _differing(label: Legend, rows: Mapping[str, Sequence[Token]], pair: tuple[s
     ]
     return (
         f"<h3>Where {label(a)} and {label(b)} disagree most</h3>"
-        f"{table([*head, f'DFT weight under {label(start)}'], cells, numbers=[3])}"
+        f"{html_table([*head, f'DFT weight under {label(start)}'], cells, numbers=[3])}"
     )
 
 
@@ -314,4 +314,4 @@ def standings_view(runs: Sequence[str], standings: Sequence[Standing]) -> str:
         pair = f"{label(s.a)} against {label(s.b)}"
         rows.append([pair, str(s.for_a), str(s.for_b), str(s.ties), share])
     head = ["runs", "first wins", "second wins", "ties", "first run’s share of decided votes (95 % interval)"]
-    return table(head, rows, numbers=[1, 2, 3])
+    return html_table(head, rows, numbers=[1, 2, 3])
