@@ -127,7 +127,9 @@ def test_the_published_figures_hold_for_these_very_problems():
 def test_generation_takes_few_draws_a_problem_and_so_needs_no_cache(monkeypatch):
     """A chain is drawn anew where its checksum is another set's (three of four) or the question was there."""
     draws, draw = [], Chain.draw
-    monkeypatch.setattr(Chain, "draw", lambda rng, length: draws.append(length) or draw(rng, length))
+    monkeypatch.setattr(
+        Chain, "draw", lambda rng, length, starts: draws.append(length) or draw(rng, length, starts)
+    )
     assert TASKS[0].problems("train") == TRAIN
     assert len(draws) < 6 * len(TRAIN)
 

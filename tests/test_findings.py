@@ -7,18 +7,24 @@ import numpy as np
 import pytest
 from evidence_runs import answered
 
-from dft_lora.experiments.findings import _all, contrast
+from dft_lora.experiments.claims import _all, sampled
+from dft_lora.experiments.claims import contrast as judge_contrast
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "findings.json"
 
+TASKS = ("arithmetic", "arithmetic-long")
 RNG = np.random.default_rng(0)
+
+
+def contrast(what, a, b):
+    return judge_contrast(what, a, b, sampled(*TASKS))
 
 
 def runs(out, name, chance, seeds=3):
     """Runs with judged answers to both test sets."""
     made = []
     for seed in range(seeds):
-        for task in ("arithmetic", "arithmetic-long"):
+        for task in TASKS:
             correct = RNG.binomial(1, chance, (60, 5)).tolist()
             folder = answered(out / name / f"seed-{seed}", correct, task=task)
         made.append(folder)

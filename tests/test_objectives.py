@@ -9,6 +9,7 @@ from loss_cases import HEADS, Case, chunk_bytes, distance
 
 from dft_lora.errors import RecipeError
 from dft_lora.loss import gradient_weights, naive_token_logps, objective, objective_names, token_logps
+from dft_lora.loss.objectives import starves
 
 OBJECTIVES = {name: objective(name) for name in objective_names()}
 
@@ -62,6 +63,14 @@ class Plain:
         return torch.stack([statistic(values_M[self.sequence == s]) for s in self.sequence])
 
 
+def dft(x, sg, floor=0.0, end=0.0):
+    last = torch.tensor(
+        [i + 1 == len(x.sequence) or s != x.sequence[i + 1] for i, s in enumerate(x.sequence)]
+    )
+    weight = torch.where(last, x.p.clamp(min=max(floor, end)), x.p.clamp(min=floor))
+    return -sg(weight) * x.p.log()
+
+
 def cadft(x, sg):
     nll = torch.stack([-x.p[x.sequence == s].log().mean() for s in x.sequence.unique()])
     z = (x.of_sequence(torch.mean, -x.p.log()) - nll.mean()) / nll.std(correction=0)
@@ -82,14 +91,14 @@ def deft(x, sg):
 
 FORMULAS = {
     "sft": lambda x, sg: -x.p.log(),
-    "dft": lambda x, sg: -sg(x.p) * x.p.log(),
+    "dft": dft,
     "dft-sentence": lambda x, sg: -sg(x.of_sequence(torch.prod, x.p)) * x.p.log(),
     "dft-geometric": lambda x, sg: -sg(x.of_sequence(lambda p: p.prod() ** (1 / len(p)), x.p)) * x.p.log(),
     "iw-sft": lambda x, sg, low=0.0, high=16.0: (
         -sg(x.of_sequence(lambda r: r.prod() ** (1 / len(r)), x.p / x.base).clamp(low, high)) * x.p.log()
     ),
     "iw-sft-token": lambda x, sg, low=0.2, high=1.8: -sg((x.p / x.base).clamp(low, high)) * x.p.log(),
-    "power": lambda x, sg, a=1.0: (1 - x.p**a) / a,
+    "power": lambda x, sg, a=1.0, anneal=0.0: (1 - x.p**a) / a,
     "threshold": lambda x, sg, tau=0.1: torch.where(x.p >= tau, -x.p.log(), 0.0),
     "asft": lambda x, sg, lam=0.05: (
         -sg(x.p) * x.p.log() + lam * (x.base_MV * (x.base_MV / x.p_MV).log()).sum(-1)
@@ -106,9 +115,10 @@ FORMULAS = {
 """The loss of each token [M]; `sg` stops the gradient."""
 
 NUMBERS = {
+    "dft": {"floor": 0.3, "end": 0.8},
     "iw-sft": {"low": 1.1, "high": 3.0},
     "iw-sft-token": {"low": 0.6, "high": 1.5},
-    "power": {"a": 0.4},
+    "power": {"a": 0.4, "anneal": 0.3},
     "threshold": {"tau": 0.4},
     "asft": {"lam": 0.7},
     "infosft": {"ceiling": 0.6},
@@ -158,6 +168,37 @@ def test_every_objective_has_its_formula_and_every_number_another_value():
     assert list(FORMULAS) == objective_names()
     for name in FORMULAS:
         assert NUMBERS.get(name, {}).keys() == set(vars(objective(name))), name
+
+
+def test_an_annealed_power_goes_from_sft_to_dft():
+    """At the start it has SFT's gradient, after `anneal` of the run DFT's, and half way that of p^(a/2)."""
+    wanted = objective("power", anneal=0.5)
+
+    def slope(chosen):
+        return gradient(*UNEVEN.score(token_logps), chosen)
+
+    assert distance(slope(wanted.at(0.0)), slope(objective("sft"))) < 1e-5
+    assert distance(slope(wanted.at(0.25)), slope(objective("power", a=0.5))) < 1e-12
+    assert distance(slope(wanted.at(0.5)), slope(objective("dft"))) < 1e-12
+    assert objective("dft").at(0.0) == objective("dft")
+
+
+@pytest.mark.parametrize(
+    ("request_", "starved"),
+    [
+        (("dft", {}), True),
+        (("dft", {"floor": 0.1}), False),
+        (("dft", {"end": 1}), False),
+        (("sft", {}), False),
+        (("threshold", {}), True),
+    ],
+    ids=str,
+)
+def test_an_improbable_token_is_starved_without_a_floor(request_, starved):
+    name, numbers = request_
+    assert starves(objective(name, **numbers), 1e-3) == starved
+    assert starves(objective(name, **numbers), 0.0) == starved
+    assert not starves(objective(name, **numbers), 0.9)
 
 
 def test_cadft_takes_the_difficulty_of_an_example_from_its_signal():

@@ -22,7 +22,7 @@ The value of a weighted loss does not measure progress: it can fall while cross-
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import isfinite, log
 from typing import Any, ClassVar, Literal
 
@@ -32,6 +32,8 @@ from torch import Tensor
 from ..errors import RecipeError, did_you_mean
 from .token_logps import TokenScores
 
+STARVED = 0.05  # a token of less weight than this is learned at less than a twentieth of SFT's rate
+NEARLY_SFT = 1e-6  # the smallest exponent: p^a is 1 to float32's precision
 SAME_NLL = 1e-4  # nats per token: far below the differences between examples, far above float32's rounding
 
 
@@ -50,6 +52,10 @@ class Objective:
 
     def __call__(self, scores: TokenScores) -> Tensor:
         raise NotImplementedError
+
+    def at(self, progress: float) -> Objective:
+        """The objective of the step after this share of the run, in [0, 1); by default always itself."""
+        return self
 
 
 class Weighted(Objective):
@@ -86,16 +92,39 @@ class Sft(Weighted):
         return torch.ones_like(scores.logp)
 
 
-class Dft(TokenWeighted):
+@dataclass(frozen=True)
+class Dft(Weighted):
     """- sg(p) log p. Dynamic Fine-Tuning, arXiv 2508.05629, eq. 9: SFT with its weight 1/p cancelled.
 
-    Weakness: where the prior is weak it does not teach new facts (Natural Questions 30.1; SFT 36.6).
+    Not in the paper: `floor`, the least weight of any token, max(p, floor), and `end`, the least weight of a
+    sequence's last token; 1 is plain NLL on it.
+
+    Weakness: where the prior is weak it does not teach new facts (Natural Questions 30.1; SFT 36.6). Without
+    a floor it does not learn tokens that the base finds absurd, such as the end token of an unknown format.
     """
 
     name = "dft"
+    floor: float = 0.0
+    end: float = 0.0
 
-    def token_weight(self, logp: Tensor) -> Tensor:
-        return logp.detach().exp()
+    def __post_init__(self) -> None:
+        _check(self, "floor", lambda floor: 0 <= floor < 1, "must lie in [0, 1) (1 is the objective 'sft')")
+        _check(self, "end", lambda end: 0 <= end <= 1, "must lie in [0, 1] (1 is plain NLL on the end token)")
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"sequence"}) if self.end else frozenset()
+
+    @property
+    def token_weight(self) -> Callable[[Tensor], Tensor] | None:  # type: ignore[override]
+        return None if self.end else self._floored
+
+    def _floored(self, logp: Tensor) -> Tensor:
+        return logp.detach().exp().clamp_min(self.floor)
+
+    def weight(self, scores: TokenScores) -> Tensor:
+        weight_M = self._floored(scores.logp)
+        return torch.where(scores.is_end, weight_M.clamp_min(self.end), weight_M) if self.end else weight_M
 
 
 class DftSentence(Weighted):
@@ -161,14 +190,24 @@ class IwSftToken(Weighted):
 class Power(Objective):
     """(1 - p^a) / a. Beyond Log Likelihood, arXiv 2510.00526; gradient weight p^a: a -> 0 is SFT, a = 1 DFT.
 
+    `anneal` (not in the paper): the share of the run over which the exponent rises from 0 to a.
+
     Weakness: a weak prior, more so for larger a (Figfont 35.2 -> 0.0 at a = 1).
     """
 
     name = "power"
     a: float = 1.0
+    anneal: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self, "a", lambda a: a > 0, "must be positive (a -> 0 is the objective 'sft')")
+        _check(self, "anneal", lambda share: 0 <= share <= 1, "must lie in [0, 1], a share of the run")
+
+    def at(self, progress: float) -> Power:
+        """See Objective."""
+        if progress >= self.anneal:
+            return self
+        return replace(self, a=max(self.a * progress / self.anneal, NEARLY_SFT), anneal=0.0)
 
     def token_weight(self, logp: Tensor) -> Tensor:
         return (self.a * logp.detach()).exp()
@@ -411,6 +450,16 @@ def gradient_weights(wanted: Objective, scores: TokenScores) -> Tensor:
         kl = None if scores.reference_kl is None else scores.reference_kl.detach()
         loss = wanted(scores.replace(logp=logp_M, reference_kl=kl))
     return -torch.autograd.grad(loss, logp_M)[0]
+
+
+def starves(wanted: Objective, probability: float) -> bool:
+    """Whether a token of this probability has almost no weight, so that it is hardly learned.
+
+    False where the weight does not depend on the token's own probability alone.
+    """
+    if wanted.token_weight is None:
+        return False
+    return float(wanted.token_weight(torch.tensor(probability).clamp_min(1e-30).log())) < STARVED
 
 
 class _Sequences:

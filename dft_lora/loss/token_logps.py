@@ -86,6 +86,15 @@ class TokenScores:
         """p of the target token, detached."""
         return self.logp.detach().exp()
 
+    @property
+    def is_end(self) -> Tensor:
+        """Whether a token is the last of its sequence, [M] bool; a sequence's tokens follow each other.
+
+        Raises ValueError where the scores do not know the sequences.
+        """
+        sequence_M = self.need("sequence")
+        return torch.cat([sequence_M[1:] != sequence_M[:-1], sequence_M[-1:] == sequence_M[-1:]])
+
     def need(self, field: str) -> Tensor:
         """An optional field. Raises ValueError naming it if it is absent."""
         value = getattr(self, field)

@@ -16,6 +16,7 @@ chain is ever trained on under other names:
     base's own training      1 to 3, few 4 5 any     8 %: the base is meant to be noisy
     fine-tuning ("train")    1 to 3          3840    8 %, as in the base's own training
     the same, "train-clean"  1 to 3          3840    none
+    the same, "train-boxed"  1 to 3          3840    8 %, with an ending that the base has never seen
     arithmetic, test         1 to 3          300     -
     arithmetic-long, test    4 and 5         300     -
     arithmetic-validation    1 to 3          120     -   (for choosing settings, so that no test set is used)
@@ -90,8 +91,8 @@ class Chain:
     steps: tuple[tuple[str, int], ...]
 
     @classmethod
-    def draw(cls, rng: Random, length: int) -> Chain:
-        value = start = rng.randint(3, 40)
+    def draw(cls, rng: Random, length: int, starts: tuple[int, int]) -> Chain:
+        value = start = rng.randint(*starts)
         steps = []
         for _ in range(length):
             op, operands = rng.choice([(op, ns) for op, ns in _operands(value).items() if ns])
@@ -143,7 +144,11 @@ def _operands(value: int) -> dict[str, list[int]]:
     }
 
 
-def _equations(rng: Random, lines: list[Line], things: str) -> str:
+Style = Callable[[Random, list[Line], str], str]
+"""(randomness, worked lines, the things counted) -> the text of a solution."""
+
+
+def equations(rng: Random, lines: list[Line], things: str) -> str:
     return "\n".join(map(str, lines))
 
 
@@ -166,14 +171,15 @@ def _words(rng: Random, lines: list[Line], things: str) -> str:
     return " ".join(f"{line.fill(IN_WORDS[line.op])} {line.result}." for line in lines)
 
 
-STYLES = (_equations, _running, _prose, _numbered, _words)
+STYLES: tuple[Style, ...] = (equations, _running, _prose, _numbered, _words)
 
 
 @dataclass(frozen=True)
 class Part:
     """A set of problems: lengths in rotation (so that any prefix is balanced), quarters of the chains, size.
 
-    It contains no chain of the sets in `apart`.
+    It contains no chain of the sets in `apart`. `wrong`: the share of wrong steps. `starts`: the smallest and
+    the largest first number. `styles`, `ending`: how solutions are written.
     """
 
     label: str
@@ -182,6 +188,9 @@ class Part:
     size: int
     wrong: float = 0.0
     apart: tuple[Part, ...] = ()
+    starts: tuple[int, int] = (3, 40)
+    styles: tuple[Style, ...] = STYLES
+    ending: str = "\n#### {answer}"
 
     def problems(self) -> Iterator[Problem]:
         """`size` different questions; every call gives the same ones in the same order."""
@@ -204,9 +213,9 @@ class Part:
             yield chain, problem
 
     def _draw(self, rng: Random, length: int, index: int, taken: set[Chain]) -> tuple[Chain, Problem]:
-        chain = Chain.draw(rng, length)
+        chain = Chain.draw(rng, length, self.starts)
         while chain.quarter not in self.quarters or chain in taken:
-            chain = Chain.draw(rng, length)
+            chain = Chain.draw(rng, length, self.starts)
         name, things = rng.choice(NAMES), rng.choice(THINGS)
         told = [rng.choice(OPENINGS).format(name=name, n=chain.start, things=things)]
         for op, n in chain.steps:
@@ -214,11 +223,11 @@ class Part:
             told.append(event.format(name=name, n=n, things=things, folds=FOLDS.get(n)))
         told.append(rng.choice(ENDINGS).format(name=name, things=things))
         lines = chain.work(rng, self.wrong)
-        solution = rng.choice(STYLES)(rng, lines, things)
+        solution = rng.choice(self.styles)(rng, lines, things)
         return chain, Problem.ask(
             f"{self.label}/{index}",
             " ".join(told),
-            solution=f"{solution}\n#### {lines[-1].result}",
+            solution=solution + self.ending.format(answer=lines[-1].result),
             answer=str(chain.work()[-1].result),
             tags={"steps": length},
         )
@@ -249,7 +258,11 @@ def base_training(size: int, seed: int = 0) -> Part:
 FINE_TUNING = Part("arithmetic/train", lengths=(1, 2, 3), quarters=(1,), size=3840, wrong=0.08)
 TEST = Part("arithmetic/test", (1, 2, 3), quarters=(0,), size=300)
 VALIDATION = Part("arithmetic-validation/test", (1, 2, 3), quarters=(0,), size=120, apart=(TEST,))
-TRAIN = {"train": FINE_TUNING, "train-clean": replace(FINE_TUNING, wrong=0.0)}
+TRAIN = {
+    "train": FINE_TUNING,
+    "train-clean": replace(FINE_TUNING, wrong=0.0),
+    "train-boxed": replace(FINE_TUNING, ending="\nAnswer: \\boxed{{{answer}}} End of solution."),
+}
 
 TASKS = (
     Arithmetic(

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from dft_lora.errors import DataError
@@ -29,7 +31,8 @@ Row = Mapping[str, Any]
 class Benchmark(Task):
     """A published benchmark: where its rows come from, and how a row becomes a Problem.
 
-    `sources`: for each split, its name on the Hub and the local file.
+    `hub`: a dataset of the Hub, or the address of a JSON file. `sources`: for each split, its name on the Hub
+    and the local file. `keep`: which problems belong to the task; they are then shuffled.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Benchmark(Task):
     problem: Callable[[str, Row], Problem]
     subset: str | None = None
     max_new_tokens: int = 4096  # the paper's
+    keep: Callable[[Problem], bool] | None = None
 
     def problems(self, split: str = "test") -> list[Problem]:
         if split not in self.sources:
@@ -52,24 +56,29 @@ class Benchmark(Task):
                 raise DataError(
                     f"{self.name}: row {number} of split {split!r} is not usable: {reason}"
                 ) from None
+        if self.keep is not None:
+            problems = [problem for problem in problems if self.keep(problem)]
+            Random(self.name).shuffle(problems)
         return problems
 
     def _rows(self, split: str) -> Iterable[Row]:
         hub_split, file = self.sources[split]
         folder = os.environ.get("DFT_LORA_DATA")
         if folder and (path := Path(folder, file)).is_file():
-            return _json_lines(path)
+            return _json_array(path) if path.suffix == ".json" else _json_lines(path)
         offline = unreachable()
         from datasets import load_dataset
 
         try:
+            if self.hub.startswith("https://"):
+                return load_dataset("json", data_files=self.hub, split=hub_split)
             return load_dataset(self.hub, self.subset, split=hub_split)
         except Exception as error:  # the Hub client raises many kinds of errors; the remedy is the same
             where = f"no file {Path(folder, file)}" if folder else "DFT_LORA_DATA is not set"
             raise DataError(
-                f"{self.name}: {where}, and its source, the Hub dataset {self.hub!r}, could not be loaded "
-                f"({offline or type(error).__name__}); connect to the Hub, or set DFT_LORA_DATA to a folder "
-                f"with {file}"
+                f"{self.name}: {where}, and its source {self.hub!r} could not be loaded "
+                f"({offline or type(error).__name__}); connect to it, or set DFT_LORA_DATA to a folder with "
+                f"{file}"
             ) from None
 
 
@@ -81,6 +90,13 @@ def _json_lines(path: Path) -> list[Row]:
         except ValueError as error:
             raise DataError(f"{path}: line {number} is not JSON ({error})") from None
     return rows
+
+
+def _json_array(path: Path) -> list[Row]:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
 
 
 def _boxed(solution: str, answer: str) -> str:
@@ -127,7 +143,31 @@ def _gsm8k(id: str, row: Row) -> Problem:
     return Problem.ask(id, row["question"], solution=solution, answer=answer)
 
 
+def _school(id: str, row: Row) -> Problem:
+    """LLM-Adapters' collection. Its solutions were written by a model, so only the answers are used."""
+    question, answer = " ".join(row["instruction"].split()), row["answer"].removesuffix(".0")
+    return Problem.ask(id, question, answer=answer)
+
+
+def _small_numbers(problem: Problem) -> bool:
+    """Whether all numbers of a question are whole and at most 12, and its answer is whole."""
+    numbers = re.findall(r"\d[\d,.]*", problem.question)
+    written = [number.rstrip(",.") for number in numbers]
+    whole = all(number.isdigit() and int(number) <= 12 for number in written)
+    return bool(written) and whole and (problem.answer or "").isdigit()
+
+
 TASKS = (
+    Benchmark(
+        "school-problems",
+        "word problems written by people (AddSub, MultiArith, SVAMP and others), numbers up to 12",
+        "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/"
+        "816657208af4db747803f87ba40a4c71383fed7a/ft-training_set/math_data.json",
+        {"test": ("train", "train/llm_adapters_math_data.json")},
+        _school,
+        max_new_tokens=64,
+        keep=_small_numbers,
+    ),
     Benchmark(
         "math500",
         "500 problems of MATH's test set",

@@ -21,6 +21,9 @@ class Totals(NamedTuple):
     probability: float
     entropy: float
     top1: float
+    end_probability: float
+    ends: float
+    """Examples: each has one end token, its last."""
     scored: float
     tokens: float
     positions: float
@@ -38,8 +41,17 @@ class Sums:
         self.parts: list[tuple[torch.Tensor, tuple[str, ...]]] = []
 
     def add(self, loss: torch.Tensor, scores: TokenScores, batch: Batch) -> None:
-        logp_M = scores.logp.detach().double()
-        parts = (loss.detach(), -logp_M.sum(), logp_M.exp().sum(), scores.entropy.sum(), scores.is_top1.sum())
+        logp_M, is_end_M = scores.logp.detach().double(), scores.is_end
+        p_M = logp_M.exp()
+        parts = (
+            loss.detach(),
+            -logp_M.sum(),
+            p_M.sum(),
+            scores.entropy.sum(),
+            scores.is_top1.sum(),
+            (p_M * is_end_M).sum(),
+            is_end_M.sum(),
+        )
         counts = [logp_M.numel(), batch.tokens, batch.positions, scores.skipped_rows, scores.skip_bound]
         self.values += torch.cat(
             [torch.stack([part.double() for part in parts]), self.values.new_tensor(counts)]

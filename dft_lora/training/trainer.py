@@ -40,6 +40,7 @@ class Trainer:
         started = time.perf_counter()
         settings, plan = self.recipe.train, self.plan
         groups = self.source.groups(step)
+        self.learner.objective = plan.objective.at(step / plan.steps)
         chosen, divisor = examples_of(groups), self.learner.divisor(groups)
         supervised = sum(example.supervised for example in chosen)
         learning_rate = settings.learning_rate * schedule(
@@ -63,6 +64,7 @@ class Trainer:
             "mean_probability": finite(sums.probability / scored),
             "entropy": finite(sums.entropy / scored),
             "top1": finite(sums.top1 / scored),
+            "p_end": finite(sums.end_probability / max(1, sums.ends)),
             "learning_rate": learning_rate,
             "grad_norm": finite(grad_norm),
             "skipped": not changed,

@@ -1,0 +1,176 @@
+"""The claims on real bases, and which remedy makes DFT end its answers: `dft-lora experiment real`.
+
+Plain DFT weights a token by its probability, so it does not learn a token that the base finds absurd: the end
+token of a base model, or the words of a foreign format. Each remedy of REMEDIES is compared with SFT and with
+plain DFT on both real bases, and on the embedded base with a foreign and with a known format.
+
+A part (`--only NAME`) is one base. OUT/real.json is written after each claim, so a stopped experiment shows
+what it has; run it again to continue. Two parts may run at the same time, with OMP_NUM_THREADS=1 each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError, RequestError, did_you_mean
+from ..evaluation.protocol import FORGETTING
+from ..evaluation.task_results import TaskResults
+from ..evaluation.token_table import TokenTable, tokens_file
+from ..model.fingerprint import base_fingerprint
+from ..runs.folder import RunFolder, read_json, write_json
+from ..runs.provenance import certificate
+from ..tasks import get_task
+from .claims import FINDINGS, accuracy, contrast, greedy, kinds, sampled
+from .findings import STUDY as EMBEDDED
+from .study import Fields, Runs, Study
+
+REMEDIES: dict[str, Fields] = {
+    "plain dft": {"objective.name": "dft"},
+    "dft": {"objective.name": "dft", "objective.floor": 0.1},
+    "dft, nll on the end token": {"objective.name": "dft", "objective.end": 1.0},
+    "dft, annealed from sft": {"objective.name": "power", "objective.a": 1.0, "objective.anneal": 0.3},
+}
+"""Kind of run -> its objective. `dft` is the one that the claims are about: DFT with a floor."""
+
+TASKS = ("word-problems", "word-problems-hard", "school-problems")
+
+
+def real_study(base: str) -> Study:
+    """The study of a real base; the set of human-written problems is left out where it cannot be had."""
+    return Study(
+        recipe=f"{base}_sft",
+        settings={"train.save_steps": 10, "train.keep_checkpoints": 4, "evaluate.samples": 4},
+        rates=(5e-5, 2e-4, 5e-4, 1e-3),
+        tasks=tuple(task for task in TASKS if available(task)),
+        validation="word-problems-validation",
+        problems=100,
+        groups={
+            "main": {},
+            "facts": {"data.source": "codebook", "train.max_steps": 120, "train.save_steps": 60},
+        },
+        own_problems=480,
+        own_tokens=48,
+        objectives=REMEDIES,
+        swept=("sft", "dft", "iw-sft"),
+        facts_rate=1e-3,
+        seeds_per_rate=1,
+    )
+
+
+def embedded_study(split: str) -> Study:
+    """The study of the embedded base, on solutions that end as it knows, or as it has never seen."""
+    return replace(
+        EMBEDDED,
+        settings={**EMBEDDED.settings, "data.split": split, "evaluate.max_new_tokens": 160},
+        objectives=REMEDIES,
+        swept=("sft", "dft"),
+    )
+
+
+STUDIES: dict[str, Callable[[], Study]] = {
+    "tiny, known format": lambda: embedded_study("train"),
+    "tiny, foreign format": lambda: embedded_study("train-boxed"),
+    "gemma-3-270m": lambda: real_study("gemma-3-270m"),
+    "smollm2-135m": lambda: real_study("smollm2-135m"),
+}
+
+
+def available(task: str) -> bool:
+    """Whether the task's problems can be read here."""
+    try:
+        return bool(get_task(task).problems())
+    except DataError:
+        return False
+
+
+def remedies(runs: Runs) -> dict[str, Any]:
+    """Each remedy against SFT and against plain DFT: accuracy, answers that ended, p(end), forgetting."""
+    found: dict[str, Any] = {}
+    tasks = runs.study.tasks
+    sft, plain = runs.best("sft"), runs.best("plain dft")
+    for kind in ("sft", *REMEDIES):
+        folders = runs.best(kind)
+        found[kind] = {
+            **table(folders, runs),
+            "learning_rate": runs.rate(kind),
+            "p_end": float(np.mean([folder.metrics()[-1]["p_end"] for folder in folders])),
+            "against_sft": contrast(f"{kind} - SFT", sft, folders, sampled(*tasks)),
+            "against_sft_greedy": contrast(f"{kind} - SFT, greedy", sft, folders, greedy(*tasks)),
+            "against_plain": contrast(f"{kind} - plain DFT", plain, folders, sampled(*tasks)),
+        }
+    return found
+
+
+def ended(folders: Sequence[RunFolder], task: str) -> float:
+    """The share of sampled answers that the model ended itself."""
+    return float(np.mean([1 - TaskResults.read(folder, task).truncated for folder in folders]))
+
+
+def other_text_nll(folders: Sequence[RunFolder]) -> float:
+    """Mean NLL of English prose, in nats per token: a rise above the base's means forgetting."""
+    return float(np.mean([TokenTable.load(tokens_file(f, FORGETTING)).nll_E.mean() for f in folders]))
+
+
+def parts_of(name: str, runs: Runs) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What is found out about a base, in the order of its cost."""
+    yield "rates", lambda: {kind: _by_rate(runs.tried(kind)) for kind in runs.study.swept}
+    yield "remedies", lambda: remedies(runs)
+    if name.startswith("tiny"):  # its claims are those of `experiment findings`
+        return
+    for claim, find in FINDINGS.items():
+        yield f"claims/{claim}", lambda find=find: find(runs)  # type: ignore[misc]
+    for kind, folders in kinds(runs).items():
+        yield f"table/{kind}", lambda folders=folders: table(folders(), runs)  # type: ignore[misc]
+
+
+def table(folders: Sequence[RunFolder], runs: Runs) -> dict[str, Any]:
+    """A kind's line of the table."""
+    return {
+        "accuracy": accuracy(folders, runs.study.tasks),
+        "ended": {task: ended(folders, task) for task in runs.study.tasks},
+        "other_text_nll": other_text_nll(folders),
+    }
+
+
+def _by_rate(tried: dict[float, float]) -> dict[str, float]:
+    return {f"{rate:g}": accuracy for rate, accuracy in tried.items()}
+
+
+def run(out: Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[str]:
+    """Write OUT/real.json and yield the verdicts, one line each. Parts that are done are kept.
+
+    Raises RequestError for an unknown part.
+    """
+    for name in only:
+        if name not in STUDIES:
+            raise RequestError(f"--only {name!r}: no such part{did_you_mean(name, STUDIES)}")
+    for name in only or STUDIES:
+        study = STUDIES[name]()
+        runs, folder = Runs(study, out / name.replace(", ", "-").replace(" ", "-"), seeds), out / "parts"
+        base = base_fingerprint(runs.recipe("main", "sft", study.rates[0], seeds[0]).model)
+        for part, find in parts_of(name, runs):
+            file = folder / f"{name} {part}.json".replace("/", " ")
+            if not file.is_file():
+                write_json(
+                    file, {"base": name, "part": part, "found": find(), **certificate(fingerprint=base)}
+                )
+                write_report(out)
+            yield f"{name:22} {part:24} {_verdict(read_json(file)['found'])}"
+
+
+def write_report(out: Path) -> None:
+    """Put all finished parts together: OUT/real.json, base -> part -> what was found."""
+    bases: dict[str, Any] = {}
+    for file in sorted((out / "parts").glob("*.json")):
+        entry = read_json(file)
+        bases.setdefault(entry.pop("base"), {})[entry.pop("part")] = entry
+    write_json(out / "real.json", {"bases": bases})
+
+
+def _verdict(found: Any) -> str:
+    return found.get("verdict", "done") if isinstance(found, dict) else "done"
