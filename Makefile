@@ -1,13 +1,19 @@
-# make demo: the whole way on the embedded base.   make test: the suite.   Both set up what they need.
+# make demo: everything on the embedded base.   make real: the same on a real one.   make test: the suite.
+# Each sets up what it needs.
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test slow lint setup clean
+BASE := smollm2-135m
+
+.PHONY: demo real test slow lint setup clean
 
 demo: setup
 	$(BIN)/dft-lora demo --out runs/demo
+
+real: setup
+	$(BIN)/dft-lora demo --base $(BASE) --out runs/real
 
 test: setup
 	$(BIN)/python -m pytest

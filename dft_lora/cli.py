@@ -87,7 +87,14 @@ runs_argument = click.argument("run_dirs", nargs=-1, required=True, metavar="RUN
 @click.option(
     "--out",
     type=UserPath(),
-    help="Output folder.  [default: runs/demo, or runs/demo-clean with --clean]",
+    help="Output folder.  [default: runs/demo, runs/demo-clean with --clean, runs/real with a real base]",
+)
+@click.option(
+    "--base",
+    default="tiny",
+    show_default=True,
+    type=click.Choice(["tiny", "smollm2-135m", "gemma-3-270m"]),
+    help="The embedded base, or a real one, which is fetched once.",
 )
 @click.option(
     "--seed",
@@ -103,16 +110,16 @@ runs_argument = click.argument("run_dirs", nargs=-1, required=True, metavar="RUN
     help="Train on demonstrations without errors; by default 8 % of their steps are wrong.",
 )
 @json_option
-def demo(out: str | None, seed: int, quick: bool, clean: bool, as_json: bool) -> None:
-    """Train SFT and DFT adapters on the embedded base and compare them.
+def demo(out: str | None, base: str, seed: int, quick: bool, clean: bool, as_json: bool) -> None:
+    """Train SFT and DFT adapters on the embedded base, or on a real one, and compare them.
 
-    Example: dft-lora demo --out runs/demo
+    Example: dft-lora demo --base smollm2-135m
     """
     from .experiments.demo import run_demo
 
-    folder = Path(out or ("runs/demo-clean" if clean else "runs/demo"))
+    folder = Path(out or ("runs/real" if base != "tiny" else "runs/demo-clean" if clean else "runs/demo"))
     try:
-        show_report(run_demo(folder, seed=seed, quick=quick, clean=clean), as_json)
+        show_report(run_demo(folder, seed=seed, quick=quick, clean=clean, base=base), as_json)
     except Interrupted as stop:
         raise stop.and_then("run the command again to start over") from None
 

@@ -19,15 +19,20 @@ OPTIONAL = {
 
 
 def data_report(recipe: Recipe) -> dict[str, str]:
-    """The counts and findings of a recipe's data. All bad rows are reported; none is refused."""
+    """The counts and findings of a recipe's data, and what its base makes of a few examples.
+
+    All bad rows are reported; none is refused.
+    """
+    from .evaluation.diagnosis import base_expectations
     from .training.plan import make_plan
 
     plan = make_plan(recipe.override(["data.skip_bad_rows=1"]))
     found = {name.replace("_", " "): f"{count:,}" for name, count in plan.counts.items()}
-    return found | {
+    found |= {
         f"finding {i}": line.strip()
         for i, line in enumerate(findings_table(plan.findings).splitlines(), start=1)
     }
+    return found | base_expectations(plan)
 
 
 def machine_report() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The diagnosis: figures that follow from the probabilities, and opposite advice for opposite data."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,6 +34,25 @@ def test_opposite_data_gets_opposite_advice():
         assert nlls == sorted(nlls, reverse=True) and nlls[-1] >= 0
         assert found["data"]["rows"] >= found["drawn"]["rows"] >= found["examples"]
         assert diagnosis_text(found).splitlines()[0] == found["verdict"]
+
+
+def test_a_foreign_ending_is_foretold():
+    """The embedded base ends its own solutions; solutions with an ending it has never seen it does not."""
+    known = diagnose(load_recipe("tiny_dft"), examples=32)
+    foreign = diagnose(load_recipe("tiny_dft", ["data.split=train-boxed"]), examples=32)
+    mended = diagnose(load_recipe("tiny_dft", ["data.split=train-boxed", "objective.floor=0.1"]), examples=32)
+    assert known["p_end"] > 0.9 > 0.2 > foreign["p_end"] == mended["p_end"]
+    assert (known["learns_to_end"], foreign["learns_to_end"], mended["learns_to_end"]) == (True, False, True)
+    assert not known["unexpected_tokens"] and "\\" in [t["token"] for t in foreign["unexpected_tokens"]]
+    said = diagnosis_text(foreign)
+    assert "DFT will not learn to stop here" in said and "objective.floor=0.1" in said
+    assert "more" in said.split("in most solutions, but p < 0.1 under the base:")[1].splitlines()[0]
+
+
+def test_first_and_end_tokens_of_each_solution():
+    p = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], dtype=np.float32)
+    scored = replace(table(p), example_M=np.array([0, 0, 0, 1, 2, 2]))
+    assert np.allclose(scored.first_E, [0.1, 0.4, 0.5]) and np.allclose(scored.end_E, [0.3, 0.4, 0.6])
 
 
 def test_the_same_seed_looks_at_the_same_examples():

@@ -1,6 +1,7 @@
 """The loop on the embedded base and with the real Qwen2.5 tokenizer: laws of one step, and whole runs."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,9 @@ from click.testing import CliRunner
 
 from dft_lora.cli import main
 from dft_lora.config import load_recipe
-from dft_lora.data.batches import ungrouped
+from dft_lora.data.batches import examples_of, ungrouped
 from dft_lora.errors import RecipeError
+from dft_lora.evaluation.tokens import score
 from dft_lora.loss import objective, objective_names
 from dft_lora.model.load import load_base
 from dft_lora.training.loop import train
@@ -148,6 +150,40 @@ def test_every_objective_takes_a_step(name):
     assert any(gradient.abs().sum() > 0 for gradient in gradients.values())
 
 
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_p_end_is_the_mean_probability_of_the_end_tokens(packing):
+    """As another way of scoring sees them, in padded and in packed rows."""
+    recipe = load_recipe("tiny_dft", (*SMALL, f"data.packing={packing}", "data.split=train-boxed"))
+    trainer = Trainer(make_plan(recipe), Ranks(recipe))
+    chosen = examples_of(trainer.source.groups(0))
+    table = score(trainer.learner.adapter_model.eval(), chosen, pad_id=trainer.plan.renderer.pad_id)
+    trainer.learner.adapter_model.train()
+    assert trainer.step(0)["p_end"] == pytest.approx(table.end_E.mean(), rel=1e-4)
+
+
+def test_a_run_whose_answers_will_not_end_is_warned_of(tmp_path, caplog):
+    def said(*changes):
+        caplog.clear()
+        train(load_recipe("tiny_dft", (*SMALL, "train.max_steps=1", f"output={tmp_path / 'r'}", *changes)))
+        shutil.rmtree(tmp_path / "r")
+        return "objective.floor=0.1" in caplog.text
+
+    assert said("data.split=train-boxed")
+    assert not said("data.split=train")
+    assert not said("data.split=train-boxed", "objective.floor=0.1")
+    assert not said("data.split=train-boxed", "objective.name=sft")
+
+
+def test_an_annealed_objective_starts_as_sft_and_ends_as_dft():
+    recipe = load_recipe("tiny_dft", (*SMALL, "objective={name: power, anneal: 0.5}"))
+    trainer = Trainer(make_plan(recipe), Ranks(recipe))
+    exponents = []
+    for step in range(3):
+        trainer.step(step)
+        exponents.append(trainer.learner.objective.a)
+    assert exponents == [pytest.approx(0, abs=1e-5), pytest.approx(2 / 3), 1]
+
+
 def test_skipped_rows_and_their_bound_are_in_the_metrics():
     full, _ = one_step("train.micro_batch_size=8")
     part, figures = one_step("train.micro_batch_size=8", "train.skip_rows=0.01")
@@ -200,10 +236,8 @@ def test_real_tokenizer_and_gsm8k_nll_falls_and_the_adapter_loads_in_plain_peft(
     nll = [line["nll"] for line in run.metrics()]
     assert nll[0] == pytest.approx(11.93, abs=0.1)  # ln 151,936: a random model knows nothing
     assert nll[-1] < nll[0] - 0.05
-    promised = (
-        "step loss nll mean_probability entropy learning_rate grad_norm tokens supervised_tokens seconds"
-    )
-    assert {*promised.split(), "tokens_per_second", "peak_memory_mb"} <= set(run.metrics()[0])
+    promised = "step loss nll mean_probability p_end entropy learning_rate grad_norm tokens supervised_tokens"
+    assert {*promised.split(), "seconds", "tokens_per_second", "peak_memory_mb"} <= set(run.metrics()[0])
 
     ids_BL = torch.tensor([[785, 4226, 374, 220, 20]])
     base, _ = load_base(recipe.model)

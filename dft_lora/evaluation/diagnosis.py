@@ -6,15 +6,20 @@ Likelihood (arXiv 2510.00526, table 5) measured the turning point: DFT wins at a
 about 0.8, neither wins at 0.5, and plain NLL wins near 0.1. The thresholds below lie halfway between these
 points.
 
+A mean hides single tokens. DFT hardly learns one that the base finds absurd, and the end token of an unknown
+format is one: DFT's answers then never end. So the first token, the end token and the tokens that most
+solutions share are reported on their own.
+
 Legend: M supervised tokens.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,15 +28,29 @@ from ..data.doctor import check_examples, check_rows, usable
 from ..data.sources import load_problems
 from ..data.templates import Example, Renderer
 from ..errors import DataError
+from ..loss import Objective, objective
+from ..loss.objectives import starves
 from ..model.load import load_base, load_tokenizer
 from ..runs.provenance import certificate
 from ..tasks.base import Problem
 from .token_table import TokenTable
 from .tokens import score
 
+if TYPE_CHECKING:
+    from ..training.plan import Plan
+
 FAVOURS_DFT, FAVOURS_SFT = 0.65, 0.30
 LOW, HIGH = 0.1, 0.9
+COMMON = 0.5  # a token of the format: it occurs in at least this share of the solutions
+REMEDIES = (
+    "objective.floor=0.1 (a least weight for every token), objective.end=1 (plain NLL on the end token), the "
+    "objective {name: power, anneal: 0.3} (from SFT to DFT during the run), or train on the base's own "
+    "answers (dft-lora sample)"
+)
+STARVED_SHARE = 0.25  # of the solutions: with more starved end tokens, the run is warned of
+SHOWN = 8
 BINS = 10
+FEW = 32  # examples that the data doctor scores
 EXAMPLES = 256  # with about 200 tokens each, enough to know the mean probability to about 0.01
 
 
@@ -53,9 +72,12 @@ def diagnose(recipe: Recipe, examples: int = EXAMPLES) -> dict[str, Any]:
     drawn_counts, drawn_findings = check_examples(rendered, recipe.data.max_length)
     model, hardware = load_base(recipe.model)
     table = score(model, chosen, pad_id=renderer.pad_id)
+    wanted = objective(recipe.objective.name, **recipe.objective.numbers)
     hardest = np.argsort(table.nll_E)[::-1][:5]
     return {
         **metrics(table),
+        **ends(table, wanted),
+        "unexpected_tokens": unexpected_tokens(table, renderer),
         "examples": len(chosen),
         "least_likely_examples": [{"id": chosen[i].id, "nll": float(table.nll_E[i])} for i in hardest],
         "data": counts,
@@ -90,6 +112,61 @@ def metrics(table: TokenTable) -> dict[str, Any]:
     }
 
 
+def ends(table: TokenTable, wanted: Objective) -> dict[str, Any]:
+    """How probable ends and beginnings are, and whether plain DFT and the recipe's objective learn to end."""
+    starved = {"dft": starved_share(objective("dft"), table), "recipe": starved_share(wanted, table)}
+    found = {"p_end": float(table.end_E.mean()), "p_first": float(table.first_E.mean())}
+    lead = f"The base expects the end token with a probability of {found['p_end']:.3f} on average"
+    if starved["dft"] < STARVED_SHARE:
+        return found | {"learns_to_end": True, "end_verdict": f"{lead}: DFT will learn to end its answers."}
+    said = f"{lead}; in {starved['dft']:.0%} of the solutions it is too improbable for plain DFT to learn it."
+    if starved["recipe"] < STARVED_SHARE:
+        return found | {
+            "learns_to_end": True,
+            "end_verdict": f"{said} This recipe's objective does learn it.",
+        }
+    return found | {
+        "learns_to_end": False,
+        "end_verdict": f"{said} DFT will not learn to stop here. Remedies: {REMEDIES}.",
+    }
+
+
+def base_expectations(plan: Plan) -> dict[str, str]:
+    """How the recipe's base sees FEW of its examples: its end, its first token, tokens it finds absurd."""
+    examples = random.Random(plan.recipe.train.seed).sample(plan.examples, min(FEW, len(plan.examples)))
+    table = score(load_base(plan.recipe.model)[0], examples, pad_id=plan.renderer.pad_id)
+    found = ends(table, plan.objective)
+    lines = _unexpected_text(unexpected_tokens(table, plan.renderer))
+    return {
+        "p(first token) under the base": f"{found['p_first']:.3f} ({len(examples)} examples)",
+        "p(end token) under the base": f"{found['p_end']:.3f}",
+        "end of answers": found["end_verdict"],
+        "unexpected tokens": lines[0] if lines else "none",
+    }
+
+
+def starved_share(wanted: Objective, table: TokenTable) -> float:
+    """The share of solutions whose end token the objective hardly learns."""
+    return float(np.mean([starves(wanted, float(p)) for p in table.end_E]))
+
+
+def unexpected_tokens(table: TokenTable, renderer: Renderer) -> list[dict[str, Any]]:
+    """Tokens of most solutions that the base finds absurd, the least probable first."""
+    ids, of_M, count = np.unique(table.ids_M, return_inverse=True, return_counts=True)
+    pairs = np.unique(np.stack([of_M, table.example_M]), axis=1)
+    share = np.bincount(pairs[0], minlength=len(ids)) / len(table.nll_E)
+    p = np.bincount(of_M, table.p_M) / count
+    found = [i for i in np.argsort(p) if share[i] >= COMMON and p[i] < LOW]
+    return [
+        {
+            "token": renderer.tokenizer.decode([int(ids[i])]),
+            "solutions": float(share[i]),
+            "probability": float(p[i]),
+        }
+        for i in found
+    ]
+
+
 def effective(weight_M: np.ndarray) -> float:
     """The effective sample size of these weights: (sum w)^2 / sum w^2 (Kish 1965)."""
     return float(weight_M.sum() ** 2 / np.square(weight_M).sum())
@@ -117,6 +194,7 @@ def diagnosis_text(diagnosis: Mapping[str, Any]) -> str:
     rest = ", ".join(f"{row['id']} ({row['nll']:.2f})" for row in diagnosis["least_likely_examples"])
     lines = [
         diagnosis["verdict"],
+        diagnosis["end_verdict"],
         "",
         f"{tokens} target tokens in {diagnosis['examples']} examples; probability under the base:",
         *bars,
@@ -124,12 +202,23 @@ def diagnosis_text(diagnosis: Mapping[str, Any]) -> str:
         f"plain NLL {diagnosis['nll']:.3f} nats per token",
         f"effective tokens, of {tokens}: {even['sft']:.0f} under SFT, {even['dft']:.0f} under DFT, "
         f"which keeps {diagnosis['gradient_kept']:.0%} of the gradient",
+        f"first token: p {diagnosis['p_first']:.3f} on average; end token: p {diagnosis['p_end']:.3f}",
+        *_unexpected_text(diagnosis["unexpected_tokens"]),
         f"least likely examples (NLL): {rest}",
         "all rows: " + _counts(diagnosis["data"]),
         "drawn rows: " + _counts(diagnosis["drawn"]),
         *(f"  {found['what']}: {found['count']} of {found['among']}" for found in diagnosis["findings"]),
     ]
     return "\n".join(lines)
+
+
+def _unexpected_text(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line on the tokens that most solutions share and the base finds absurd, if there are any."""
+    if not found:
+        return []
+    shown = [f"{json.dumps(f['token'], ensure_ascii=False)} {f['probability']:.3f}" for f in found[:SHOWN]]
+    rest = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return [f"in most solutions, but p < {LOW} under the base: {', '.join(shown)}{rest}"]
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -11,7 +11,7 @@ from .protocol import FORGETTING
 
 def report_table(report: dict[str, Any]) -> str:
     """One row per run and task, then the paired differences."""
-    head = ["run", "task", "avg@n", "95 % interval", "greedy", "truncated", "unparsable"]
+    head = ["run", "task", "avg@n", "95 % interval", "greedy", "ended", "unparsable"]
     rows = [
         [
             run,
@@ -19,7 +19,7 @@ def report_table(report: dict[str, Any]) -> str:
             f"{percent(r['avg'])} (n={r['samples']})",
             f"{percent(r['ci95'][0])} to {percent(r['ci95'][1])}",
             percent(r["greedy"]),
-            percent(r["truncated"]),
+            percent(1 - r["truncated"]),
             percent(r["unparsable"]),
         ]
         for run, entry in report["runs"].items()
@@ -114,7 +114,8 @@ def _tokens(report: dict[str, Any]) -> list[str]:
     """Plain NLL of texts outside the training data, and the tokens whose probability changed most."""
     if not report["tokens"]:
         return []
-    head = ["run", "text", "NLL", "95 % interval", "change", "mean p", "entropy", "p < 0.1", "p > 0.9"]
+    head = ["run", "text", "NLL", "95 % interval", "change", "mean p", "p(end)", "entropy"]
+    head += ["p < 0.1", "p > 0.9"]
     rows = []
     for title, metrics in report["tokens"].items():
         for run, m in metrics.items():
@@ -127,6 +128,7 @@ def _tokens(report: dict[str, Any]) -> list[str]:
                     f"{m['nll_ci95'][0]:.3f} to {m['nll_ci95'][1]:.3f}",
                     f"{change[0]:+.3f} to {change[1]:+.3f}" if change else "",
                     f"{m['mean_probability']:.3f}",
+                    f"{m['p_end']:.3f}" if title != FORGETTING else "",
                     f"{m['entropy']:.3f}",
                     percent(m["share_below_0.1"]),
                     percent(m["share_above_0.9"]),

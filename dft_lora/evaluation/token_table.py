@@ -42,6 +42,16 @@ class TokenTable:
         """Mean NLL of each example, in nats per token."""
         return np.bincount(self.example_M, -self.logp_M) / np.bincount(self.example_M)
 
+    @property
+    def first_E(self) -> np.ndarray:
+        """Probability of the first token of each example; the tokens are in the order of the examples."""
+        return self.p_M[np.flatnonzero(np.diff(self.example_M, prepend=-1))]
+
+    @property
+    def end_E(self) -> np.ndarray:
+        """Probability of the last token of each example: for a solution, its end token."""
+        return self.p_M[np.flatnonzero(np.diff(self.example_M, append=-1))]
+
     def save(self, file: Path, weights: Mapping[str, str] | None = None) -> None:
         """Write the table. `weights` identifies the adapter and the base that it was computed with."""
         from safetensors.numpy import save_file

@@ -1,4 +1,4 @@
-"""`make demo`: train, evaluate and compare on the embedded base and the embedded task.
+"""`make demo` and `make real`: train, evaluate and compare on the embedded base, or on a real one.
 
 base, sft and dft are three run folders over one 4-bit base. The two adapters start from the same weights, see
 the same data in the same order, and differ only in the objective.
@@ -17,21 +17,32 @@ from ..errors import RequestError
 from ..evaluation.base_run import base_run
 from ..evaluation.evaluate import evaluate
 from ..evaluation.report import write_own_report, write_report
+from ..model.known import KNOWN
+from ..model.load import resolve
 from ..runs.folder import RunFolder, make_writable, read_json, write_json
+from ..tasks import available
 from ..training.loop import train
 
 RUNS = ("base", "sft", "dft")
 MARK = "demo.json"  # lists what a demo wrote; the next demo replaces nothing else
 QUICK = ("train.max_steps=6", "evaluate.samples=1")
 QUICK_LIMIT = 12
+BASES = ("tiny", *KNOWN)
+REAL_LIMIT = 80  # problems of each task on a real base: the whole command takes minutes on two cores
+HUMAN = "school-problems"  # a set that people wrote, for real bases, where it can be had
 CLEAN = ("data.split=train-clean",)  # without the 8 % of wrong steps in "train"
 
 
-def run_demo(out: Path, seed: int = 0, quick: bool = False, clean: bool = False) -> dict[str, Any]:
-    """Train SFT and DFT adapters on the embedded base, evaluate them and the base, and write the report.
+def run_demo(
+    out: Path, seed: int = 0, quick: bool = False, clean: bool = False, base: str = "tiny"
+) -> dict[str, Any]:
+    """Train SFT and DFT adapters on a base of BASES, evaluate them and the base, and write the report.
 
-    Raises RequestError when `out` contains files that no demo wrote, or cannot be written.
+    Raises RequestError when `out` contains files that no demo wrote, or cannot be written, and for `clean` on
+    a real base.
     """
+    if clean and base != "tiny":
+        raise RequestError(f"--clean: the demonstrations for {base} have no errors; leave it out")
     changes = (
         f"train.seed={seed}",
         f"evaluate.seed={seed}",
@@ -39,31 +50,40 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, clean: bool = False)
         *(CLEAN if clean else ()),
     )
     for name in RUNS[1:]:
-        demo_recipe(name, out, changes)  # a wrong value is an error before anything is removed
+        recipe = demo_recipe(name, out, changes, base)  # a wrong value is an error before anything is removed
+    resolve(recipe.model)  # a real base is fetched before anything is removed
     clear(out)
     make_writable(out, "--out")
     keep_mark(out)
-    return evaluate_runs(train_runs(out, changes), out, QUICK_LIMIT if quick else None)
+    tasks = list(recipe.evaluate.tasks)
+    if base != "tiny" and available(HUMAN):
+        tasks.append(HUMAN)
+    limit = QUICK_LIMIT if quick else REAL_LIMIT if base != "tiny" else None
+    return evaluate_runs(train_runs(out, changes, base), out, limit, tasks)
 
 
-def train_runs(out: Path, changes: Sequence[str] = ()) -> list[RunFolder]:
+def train_runs(out: Path, changes: Sequence[str] = (), base: str = "tiny") -> list[RunFolder]:
     """The runs of RUNS below `out`: the bare base and one adapter per objective."""
-    recipes = [demo_recipe(name, out, changes) for name in RUNS[1:]]
+    recipes = [demo_recipe(name, out, changes, base) for name in RUNS[1:]]
     return [base_run(recipes[0], out / RUNS[0]), *map(train, recipes)]
 
 
-def evaluate_runs(folders: Sequence[RunFolder], out: Path, limit: int | None = None) -> dict[str, Any]:
+def evaluate_runs(
+    folders: Sequence[RunFolder], out: Path, limit: int | None = None, tasks: Sequence[str] = ()
+) -> dict[str, Any]:
     """Evaluate the runs; write a report on each to its folder and the report that compares them to `out`."""
-    evaluate([folder.path for folder in folders], limit=limit)
+    evaluate([folder.path for folder in folders], tasks, limit=limit)
     report = write_report(folders, out)
     for folder in folders:
         write_own_report(folder)
     return report
 
 
-def demo_recipe(name: str, out: Path, changes: Sequence[str] = ()) -> Recipe:
-    """The shipped recipe tiny_NAME with its output below `out`."""
-    return load_recipe(f"tiny_{name}", (*changes, setting("name", name), setting("output", str(out / name))))
+def demo_recipe(name: str, out: Path, changes: Sequence[str] = (), base: str = "tiny") -> Recipe:
+    """The shipped recipe BASE_NAME with its output below `out`."""
+    return load_recipe(
+        f"{base}_{name}", (*changes, setting("name", name), setting("output", str(out / name)))
+    )
 
 
 def clear(out: Path) -> None:

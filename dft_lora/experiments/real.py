@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError, RequestError, did_you_mean
+from ..errors import RequestError, did_you_mean
 from ..evaluation.protocol import FORGETTING
 from ..evaluation.task_results import TaskResults
 from ..evaluation.token_table import TokenTable, tokens_file
 from ..model.fingerprint import base_fingerprint
 from ..runs.folder import RunFolder, read_json, write_json
 from ..runs.provenance import certificate
-from ..tasks import get_task
+from ..tasks import available
 from .claims import FINDINGS, accuracy, contrast, greedy, kinds, sampled
 from .findings import STUDY as EMBEDDED
 from .study import Fields, Runs, Study
@@ -78,14 +78,6 @@ STUDIES: dict[str, Callable[[], Study]] = {
     "gemma-3-270m": lambda: real_study("gemma-3-270m"),
     "smollm2-135m": lambda: real_study("smollm2-135m"),
 }
-
-
-def available(task: str) -> bool:
-    """Whether the task's problems can be read here."""
-    try:
-        return bool(get_task(task).problems())
-    except DataError:
-        return False
 
 
 def remedies(runs: Runs) -> dict[str, Any]:

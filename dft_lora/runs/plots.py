@@ -49,10 +49,11 @@ def accuracy(report: Mapping[str, Any], file: Path) -> None:
 
 
 def curves(folders: Mapping[str, RunFolder], file: Path) -> None:
-    """Plain NLL, mean target probability and entropy over the training steps, whatever the objective."""
+    """Plain NLL, probabilities and entropy over the training steps, whatever the objective."""
     panels = {
         "nll": "NLL (nats per token)",
         "mean_probability": "mean target probability",
+        "p_end": "mean probability of the end token",
         "entropy": "entropy (nats)",
     }
     figure, axes = _figure(len(panels))
@@ -61,9 +62,8 @@ def curves(folders: Mapping[str, RunFolder], file: Path) -> None:
         for axis, key in zip(axes, panels, strict=True):
             if lines:
                 steps = [line["step"] for line in lines]
-                axis.plot(
-                    steps, [line[key] for line in lines], label=name, color=COLOURS[i % len(COLOURS)], lw=1.4
-                )
+                values = [line.get(key) for line in lines]  # older runs lack p_end
+                axis.plot(steps, values, label=name, color=COLOURS[i % len(COLOURS)], lw=1.4)
     for axis, label in zip(axes, panels.values(), strict=True):
         axis.set_xlabel("step")
         axis.set_title(label, fontsize=11)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 
-from dft_lora.errors import RequestError, did_you_mean
+from dft_lora.errors import DataError, RequestError, did_you_mean
 from dft_lora.tasks.base import Judge, Task
 
 MODULES = ("arithmetic", "word_problems", "codebook", "benchmarks")
@@ -29,6 +29,14 @@ def get_task(name: str) -> Task:
             f"unknown task {name!r}{did_you_mean(name, _tasks())}; known: {', '.join(_tasks())}"
         )
     return _tasks()[name]
+
+
+def available(name: str) -> bool:
+    """Whether the task's problems can be had here: a benchmark needs the Hub or local files."""
+    try:
+        return bool(get_task(name).problems())
+    except DataError:
+        return False
 
 
 def judge_of(source: str) -> Judge:

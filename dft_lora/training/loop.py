@@ -14,6 +14,7 @@ from typing import Any
 from ..config import Recipe
 from ..data.doctor import findings_table
 from ..errors import Interrupted
+from ..loss.objectives import starves
 from ..model.backends import prepare
 from ..runs.folder import RunFolder
 from ..runs.plots import curves
@@ -75,6 +76,7 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
                 figures = trainer.step(trainer.done)
                 finished = trainer.done == plan.steps
                 if ranks.is_main:
+                    warn_of_starved_ends(trainer, figures)
                     if trainer.done % recipe.train.logging_steps == 0 or finished:
                         folder.log(figures)
                         track(ranks.accelerator, figures)
@@ -129,6 +131,18 @@ def save_checkpoint(folder: RunFolder, checkpoints: Checkpoints, trainer: Traine
         folder.flush_metrics()
         folder.write_run(**trainer.progress())
     trainer.save(checkpoints)
+
+
+def warn_of_starved_ends(trainer: Trainer, figures: dict[str, Any]) -> None:
+    """Say after the first step, whose forward pass is the base's, that answers will not learn to end."""
+    p_end = figures["p_end"]
+    if trainer.done == 1 and p_end is not None and starves(trainer.learner.objective, p_end):
+        log.warning(
+            "the base expects the end token with p = %.4f, so %s gives it almost no weight and its answers "
+            "may never end; remedies: objective.floor=0.1 or objective.end=1 (dft-lora diagnose says more)",
+            p_end,
+            trainer.plan.objective.name,
+        )
 
 
 def show(bar: Any, figures: dict[str, Any]) -> None:

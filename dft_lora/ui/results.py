@@ -22,6 +22,7 @@ from .views import Legend, html_table, interval_bar
 CURVES = (
     ("nll", "NLL, nats per token"),
     ("mean_probability", "mean probability of the target token"),
+    ("p_end", "mean probability of the end token"),
     ("entropy", "entropy, nats"),
 )
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 320, 170, 40, 24, 8
@@ -137,7 +138,7 @@ def _accuracy(label: Legend, recorded: Recorded) -> str:
         "sampled",
         "95 % interval",
         "greedy",
-        "truncated",
+        "ended",
         "no answer",
     ]
     blocks = []
@@ -146,7 +147,7 @@ def _accuracy(label: Legend, recorded: Recorded) -> str:
         for run, r in entries:
             low, high = r["ci95"]
             bar = f'<div class="wide">{interval_bar(100 * low, 100 * r["avg"], 100 * high)}</div>'
-            shares = [_percent(r[key]) for key in ("greedy", "truncated", "unparsable")]
+            shares = [_percent(r["greedy"]), _percent(1 - r["truncated"]), _percent(r["unparsable"])]
             interval = f"{_percent(low)} to {_percent(high)}"
             rows.append(
                 [
