@@ -470,7 +470,7 @@ def _check_tensors(file: GgufFile, wanted: Mapping[str, Any], names: Mapping[str
     """Each parameter has its tensor, in its shape, and no tensor is left over."""
     for parameter, expected in wanted.items():
         name = names.get(parameter)
-        if name not in file.tensors:
+        if name is None or name not in file.tensors:
             raise ModelError(f"{file.path}: no tensor {name or parameter}; the file is not a whole model")
         if file.tensors[name].shape != tuple(expected.shape):
             raise ModelError(
@@ -529,7 +529,7 @@ def _save_tokenizer(file: GgufFile, folder: Path) -> None:
     tokens = file.metadata["tokenizer.ggml.tokens"]
     backend, split = _only(built.backend_tokenizer, len(tokens)), file.metadata.get("tokenizer.ggml.pre")
     if file.metadata["tokenizer.ggml.model"] == "gpt2":
-        backend.pre_tokenizer = _split(split)
+        backend.pre_tokenizer = _split(file.metadata["tokenizer.ggml.pre"])
     ids = {
         name: file.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
         for name, theirs in SPECIAL_TOKENS.items()
@@ -565,8 +565,8 @@ def _only(backend: Any, count: int) -> Any:
 def _split(name: str) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
-    if SPLITS[name] is not None:
-        cut = pre_tokenizers.Split(Regex(SPLITS[name]), "isolated")
+    if (pattern := SPLITS[name]) is not None:
+        cut = pre_tokenizers.Split(Regex(pattern), "isolated")
         return pre_tokenizers.Sequence(
             [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
