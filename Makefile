@@ -19,7 +19,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 0
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,6 +8,10 @@ from patience import HANG
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network fails at once
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported: one thread per worker, in its subprocesses too. Workers that each use every
+    # core wait for one another; the tests' tensors are so small that more threads gain nothing.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from dft_lora.tasks.base import Verdict
+from dft_lora.tasks.judge import Verdict
 
 _POINTS = (0.7310585786, 1.6180339887, 2.2360679775)  # of a free variable; shifted by its name
 _OPERATORS = {

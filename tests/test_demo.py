@@ -1,16 +1,25 @@
 """`make demo` at a small size: the three runs, the promised report, and what a second run may replace."""
 
+import contextlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from dft_lora.cli import main
 from dft_lora.errors import RequestError
+from dft_lora.experiments import demo
 from dft_lora.experiments.demo import clear, demo_recipe, run_demo
 from dft_lora.runs.folder import RunFolder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_batches():
+    """`--quick` on fewer rows: the demo runs three times here."""
+    fewer = ("data.sample=64", "train.batch_size=8", "train.micro_batch_size=8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "QUICK", (*demo.QUICK, *fewer))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +78,9 @@ def test_a_second_demo_replaces_what_it_wrote_and_nothing_else(out):
 def clean(tmp_path_factory):
     """The folder in which `dft-lora demo --quick --clean` was run."""
     home = tmp_path_factory.mktemp("clean")
-    root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-m", "dft_lora", "demo", "--quick", "--clean"]
-    subprocess.run(command, cwd=home, check=True, env={**os.environ, "PYTHONPATH": str(root)})
+    with contextlib.chdir(home):
+        done = CliRunner().invoke(main, ["demo", "--quick", "--clean"])
+    assert done.exit_code == 0, done.output
     return home
 
 

@@ -143,11 +143,11 @@ def test_blocks_are_unpacked_as_the_gguf_package_unpacks_them(kind):
     whole_OI = gguf.weights(stored)
     assert whole_OI.dtype == torch.float16
     torch.testing.assert_close(whole_OI.float(), expected_OI, atol=0, rtol=2**-11)
-    rows, gguf.CHUNK = gguf.CHUNK, 7 * 64
+    rows, gguf.file.CHUNK = gguf.file.CHUNK, 7 * 64
     try:
         assert torch.equal(gguf.weights(stored), whole_OI), "chunks of rows change nothing"
     finally:
-        gguf.CHUNK = rows
+        gguf.file.CHUNK = rows
 
 
 @pytest.fixture(scope="module")

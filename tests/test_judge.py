@@ -19,9 +19,8 @@ from second_opinion import audit, second_opinion
 from dft_lora.errors import DataError, RunError
 from dft_lora.tasks import judge as judging
 from dft_lora.tasks.answers import NeedsAlgebra, agree
-from dft_lora.tasks.base import Verdict
 from dft_lora.tasks.extraction import clean_gsm8k, extract
-from dft_lora.tasks.judge import judge, judge_many
+from dft_lora.tasks.judge import Verdict, judge, judge_many
 
 HERE = Path(__file__).resolve().parent
 HANGS = (r"\boxed{(99999!)!}", r"\sqrt{2}")  # sympy would compute for days

@@ -13,7 +13,7 @@ from ui_cases import HOSTILE, runs
 
 from dft_lora.errors import DataError
 from dft_lora.runs.folder import RunFolder
-from dft_lora.tasks.base import Verdict
+from dft_lora.tasks.judge import Verdict
 from dft_lora.ui.counts import Tally, wilson
 from dft_lora.ui.results import results_view
 from dft_lora.ui.session import Answer

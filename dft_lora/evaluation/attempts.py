@@ -17,7 +17,8 @@ from typing import Any
 
 from ..errors import RequestError
 from ..runs.folder import RunFolder, parsing, read_json, read_lines, write_json, write_text, writing
-from ..tasks.base import Attempt, Problem, Verdict
+from ..tasks.base import Attempt, Problem
+from ..tasks.judge import Verdict
 from .protocol import GREEDY, Protocol
 from .shard import Shard
 from .token_table import tokens_file

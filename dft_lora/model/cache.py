@@ -16,8 +16,10 @@ Shapes: R rows, H key-value heads, T columns, D head size.
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 SPARE = (
     64  # columns of room at each reallocation, besides a quarter of the width: one copy in 64 tokens or more
@@ -27,6 +29,12 @@ SPARE = (
 def room_for(columns: int) -> int:
     """Columns that are reserved when `columns` are in use."""
     return columns + columns // 4 + SPARE
+
+
+def filled(layer: CacheLayerMixin) -> tuple[Tensor, Tensor]:
+    """Keys and values of a layer that has rows."""
+    assert layer.keys is not None and layer.values is not None
+    return layer.keys, layer.values
 
 
 class RaggedLayer(DynamicLayer):
@@ -47,13 +55,12 @@ class RaggedLayer(DynamicLayer):
         for buffer, state in zip(self.buffers, states, strict=True):
             buffer[: self.rows, :, self.end : self.end + new] = state
         self.end += new
-        self._window(self.rows, self.columns + new)
-        return self.keys, self.values
+        return self._window(self.rows, self.columns + new)
 
-    def add(self, other: DynamicLayer, repeat_N: Tensor, expected_rows: int = 0) -> None:
+    def add(self, other: CacheLayerMixin, repeat_N: Tensor, expected_rows: int = 0) -> None:
         """See RaggedCache."""
-        states = other.keys, other.values
-        rows, columns = self.rows + len(repeat_N), max(self.columns, other.keys.shape[2])
+        states = filled(other)
+        rows, columns = self.rows + len(repeat_N), max(self.columns, states[0].shape[2])
         if not self.buffers or rows > self.buffers[0].shape[0] or columns > self.end:
             self._reserve(max(rows, expected_rows), columns, states)
         for buffer, state in zip(self.buffers, states, strict=True):
@@ -63,13 +70,15 @@ class RaggedLayer(DynamicLayer):
 
     def drop(self, holes_N: Tensor, movers_N: Tensor, rows: int, columns: int) -> None:
         """See RaggedCache."""
-        for state in (self.keys, self.values):
+        for state in filled(self):
             state[holes_N, :, -columns:] = state[movers_N, :, -columns:]
         self._window(rows, columns)
 
-    def _window(self, rows: int, columns: int) -> None:
+    def _window(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         self.rows, self.columns = rows, columns
-        self.keys, self.values = (buffer[:rows, :, self.end - columns : self.end] for buffer in self.buffers)
+        keys, values = (buffer[:rows, :, self.end - columns : self.end] for buffer in self.buffers)
+        self.keys, self.values = keys, values
+        return keys, values
 
     def _reserve(self, rows: int, columns: int, like: tuple[Tensor, Tensor]) -> None:
         """Move the window into buffers for `rows`, its right edge at `columns`, with room to spare behind it.
@@ -92,16 +101,21 @@ class RaggedCache(Cache):
     def __init__(self):
         super().__init__(layer_class_to_replicate=RaggedLayer)
 
+    @property
+    def ragged(self) -> list[RaggedLayer]:
+        """`layers`, which transformers types as layers of any kind."""
+        return cast(list[RaggedLayer], self.layers)
+
     def add(self, other: Cache, repeat_N: Tensor, expected_rows: int = 0) -> None:
         """Add rows repeat_N[0], repeat_N[1], ... of `other`, as often as they are named, below those here.
 
         `expected_rows`: how many rows there will be soon; buffers that must grow grow to that at once.
         """
         self.layers = self.layers or [RaggedLayer() for _ in other.layers]
-        for layer, more in zip(self.layers, other.layers, strict=True):
+        for layer, more in zip(self.ragged, cast(list[CacheLayerMixin], other.layers), strict=True):
             layer.add(more, repeat_N, expected_rows)
 
     def drop(self, holes_N: Tensor, movers_N: Tensor, rows: int, columns: int) -> None:
         """Put rows `movers_N` into places `holes_N`; then keep the first `rows` and the last `columns`."""
-        for layer in self.layers:
+        for layer in self.ragged:
             layer.drop(holes_N, movers_N, rows, columns)

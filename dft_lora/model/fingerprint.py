@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from functools import lru_cache
 from pathlib import Path
 
 from ..config import ModelConfig
 from ..errors import ModelError
+from ..runs.files_hash import files_hash
 from . import gguf
 from .load import load_model_config, resolve
-
-BLOCK, BLOCKS = 2**16, 64
 
 
 def base_fingerprint(config: ModelConfig) -> str:
@@ -37,17 +34,4 @@ def local_fingerprint(config: ModelConfig) -> str | None:
     if (origin := gguf.facts(folder)) is not None:
         return origin["sha256"]
     files = sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    return _hash(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
-
-
-@lru_cache(64)
-def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Hash of (file, size, modification time) entries; a file is read again if one of them changes."""
-    sha = hashlib.sha256()
-    for file, size, _ in files:
-        sha.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as content:
-            for start in range(0, size, max(BLOCK, size // BLOCKS)):
-                content.seek(start)
-                sha.update(content.read(BLOCK))
-    return sha.hexdigest()
+    return files_hash(files, sampled=True)

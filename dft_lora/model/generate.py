@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ from ..loss import Head
 from .adapters import adapter_layers, mixed
 from .generation_memory import LOGITS_BYTES, PREFILL_TOKENS, rows_that_fit, sampler_rows
 from .head import bare, head_of
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 BLOCK = 512  # numbers of a row that are reduced at a time: the largest, or the sum, of each block comes first
 
@@ -90,7 +94,7 @@ def generate(
         longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=1)
         batch_rows = rows_that_fit(model, longest)
     ids: list[list[int]] = [[] for _ in requests]
-    done: list[Completion | None] = [None] * len(requests)
+    done: dict[int, Completion] = {}
     for step in _decode(model, requests, stop_ids, pad_id, batch_rows):
         for index, token in step.tokens:
             ids[index].append(token)
@@ -98,7 +102,7 @@ def generate(
             done[index] = Completion(ids[index], finished=len(ids[index]) < requests[index].max_new_tokens)
             if on_progress:
                 on_progress(index, done[index])
-    return done
+    return [done[index] for index in range(len(requests))]
 
 
 def stream(
@@ -211,7 +215,9 @@ class _Step:
     ended: list[int] = field(default_factory=list)
 
 
-def _decode(model, requests, stop_ids, pad_id, batch_rows) -> Iterator[_Step]:
+def _decode(
+    model: nn.Module, requests: Sequence[Request], stop_ids: Collection[int], pad_id: int, batch_rows: int
+) -> Generator[_Step, None, None]:
     """Fill free places from the waiting groups, else feed every row its last token; draw; let rows go."""
     batch = _Batch(model, requests, pad_id)
     waiting = _groups(requests, batch_rows)
@@ -240,14 +246,14 @@ def _decode(model, requests, stop_ids, pad_id, batch_rows) -> Iterator[_Step]:
         yield step
 
 
-def _groups(requests, batch_rows) -> deque[list[int]]:
+def _groups(requests: Sequence[Request], batch_rows: int) -> deque[list[int]]:
     """Indices of requests that share (prompt, adapter), hence a prefill; longest prompts first.
 
     Neighbours in length waste little padding, and a batch that does not fit in memory fails at once.
     A group never exceeds `batch_rows`.
     """
 
-    def key(i):
+    def key(i: int) -> tuple[int, tuple[int, ...], bool, str]:
         prompt, adapter = requests[i].prompt_ids, requests[i].adapter
         return -len(prompt), prompt, adapter is not None, adapter or ""
 
@@ -283,7 +289,7 @@ _Key = tuple[tuple[int, ...], str | None]
 class _Batch:
     """The rows alive and their ragged, right-aligned cache."""
 
-    def __init__(self, model, requests, pad_id):
+    def __init__(self, model: nn.Module, requests: Sequence[Request], pad_id: int):
         from .cache import RaggedCache
 
         self.decoder, self.head, self.pad_id = bare(model).get_decoder(), head_of(model), pad_id
@@ -341,7 +347,9 @@ class _Batch:
         )
         self.cache.drop(holes_N, movers_N, stay, columns)
 
-    def _forward(self, ids_RT: Tensor, lengths: list[int], adapters: list[str | None], cache) -> Tensor:
+    def _forward(
+        self, ids_RT: Tensor, lengths: list[int], adapters: list[str | None], cache: Cache
+    ) -> Tensor:
         """Hidden states [R, D] at the last column. `lengths`: columns in use by each row, `ids_RT` included.
 
         The model's own forward would hand its head the strided slice h[:, -1:], for which oneDNN copies the

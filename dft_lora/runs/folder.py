@@ -15,19 +15,18 @@ safetensors; nothing is ever unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..config import Recipe, parse_recipe
 from ..errors import DataError, RequestError, RunError
 from .atomic import damage
+from .files_hash import files_hash
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -217,20 +216,7 @@ def adapter_digest(path: Path) -> str | None:
     files = [path / name for name in ADAPTER_FILES]
     if not files[0].is_file():
         return None
-    found = [(file, file.stat()) for file in files if file.is_file()]
-    return _digest(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in found))
-
-
-@lru_cache(256)
-def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """The digest of (file, size, modification time) entries, cached until one of them changes."""
-    sha = hashlib.sha256()
-    for file, size, _ in files:
-        sha.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as content:
-            while block := content.read(2**20):
-                sha.update(block)
-    return sha.hexdigest()
+    return files_hash(file for file in files if file.is_file())
 
 
 @contextmanager

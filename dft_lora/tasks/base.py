@@ -1,13 +1,12 @@
-"""Problems, verdicts, attempts and tasks: what is asked, what was answered, and how it was judged."""
+"""Problems, attempts and tasks: what is asked, what was answered, and by which task it is judged."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-Status = Literal["correct", "wrong", "unparsable", "timed_out"]
+from dft_lora.tasks.judge import Verdict, judge_many
 
 
 @dataclass(frozen=True)
@@ -37,18 +36,6 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """How one answer was judged, and the part of it that was judged."""
-
-    status: Status
-    extracted: str | None = None
-
-    @property
-    def correct(self) -> bool:
-        return self.status == "correct"
-
-
-@dataclass(frozen=True)
 class Attempt:
     """One sampled answer: a line of `evaluation/TASK.jsonl`.
 
@@ -72,8 +59,6 @@ class Judge:
 
         Raises DataError for a problem without a reference answer.
         """
-        from .judge import judge_many
-
         return judge_many((text, problem.answer or "") for text, problem in pairs)
 
     def reward(self, verdict: Verdict) -> float:

@@ -20,16 +20,31 @@ import sys
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from dft_lora.errors import DataError, RunError
 from dft_lora.tasks.answers import NeedsAlgebra, agree
-from dft_lora.tasks.base import Verdict
 from dft_lora.tasks.extraction import extract
 
 LONGEST = 1000  # characters; longer answers are not read
 LIMIT = 3.0  # seconds of processor time per answer, so that a busy machine changes no verdict
 PATIENCE = 20.0 if hasattr(signal, "setitimer") else LIMIT  # seconds on the clock
+
+Status = Literal["correct", "wrong", "unparsable", "timed_out"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one answer was judged, and the part of it that was judged."""
+
+    status: Status
+    extracted: str | None = None
+
+    @property
+    def correct(self) -> bool:
+        return self.status == "correct"
 
 
 def judge(text: str, reference: str) -> Verdict:

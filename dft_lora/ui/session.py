@@ -27,7 +27,8 @@ from ..model.generate import Request, stream
 from ..model.head import check_head, hidden_states
 from ..model.load import load_adapters, load_base
 from ..runs.folder import RunFolder
-from ..tasks.base import Judge, Problem, Verdict
+from ..tasks.base import Judge, Problem
+from ..tasks.judge import Verdict
 
 MAX_COLUMNS = 4
 MAX_CHARACTERS = 8_000

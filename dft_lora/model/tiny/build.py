@@ -24,6 +24,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -51,7 +52,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
@@ -114,7 +115,10 @@ def batches(rows: list, size: int, rng: Random) -> Iterator[tuple[torch.Tensor, 
     rng.shuffle(groups)
     for group in groups:
         ids, labels = zip(*group, strict=True)
-        yield pad_sequence(ids, True, 0), pad_sequence(labels, True, IGNORE)  # causal: padding is never read
+        yield (
+            pad_sequence(list(ids), True, 0),
+            pad_sequence(list(labels), True, IGNORE),
+        )  # causal: padding is never read
 
 
 def train(tokenizer, examples: int, seed: int) -> tuple[LlamaForCausalLM, list[float]]:
