@@ -52,7 +52,12 @@ SHAPES = {
     "llama-3.1-8b": shape("llama", "phi-3-mini", 4096, 14_336, 32, 8, 128_256, False),
     "deepseek-math-7b": shape("llama", "phi-3-mini", 4096, 11_008, 32, 32, 102_400, False),
 }
-ALIASES = {"t4": "qwen2.5-math-1.5b", "24gb": "qwen2.5-math-7b", "2x24gb": "qwen2.5-32b"}
+ALIASES = {
+    "lora": "qwen2.5-math-1.5b",
+    "t4": "qwen2.5-math-1.5b",
+    "24gb": "qwen2.5-math-7b",
+    "2x24gb": "qwen2.5-32b",
+}
 REAL = [name for name in shipped_recipes() if load_recipe(name).model.name in KNOWN]
 HUB = sorted(name for name in shipped_recipes() if not name.startswith("tiny") and name not in REAL)
 
@@ -102,6 +107,7 @@ def one_step(name, tmp_path, data_dir, narrow):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(json.loads(row)) for row in rows))
     changes = [f"model.name={base}", f"data.source={tmp_path / 'rows.jsonl'}", f"output={tmp_path / 'run'}"]
     changes += ["train.shard=false"]  # one process; tests/test_fsdp.py has two
+    changes += ["data.subset=null", "data.prompt=problem", "data.completion=solution"]
     changes += ["data.sample=null", "train.max_steps=1", "train.batch_size=4", "train.micro_batch_size=2"]
     run = train(load_recipe(name, changes))
     (line,) = run.metrics()
