@@ -163,6 +163,57 @@ def train(
 
 
 @main.command()
+@click.argument("recipe")
+@set_option("data.sample=100")
+@click.option(
+    "--out",
+    required=True,
+    type=UserPath(dir_okay=False, path_type=Path),
+    help="The .jsonl file of correct answers.",
+)
+@click.option("--run", "run_dir", type=UserPath(), help="Sample with this run's adapter, not from the base.")
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    help="Answers per problem.  [default: rollouts.samples of the recipe, or 4]",
+)
+@click.option(
+    "--pairs",
+    type=UserPath(dir_okay=False, path_type=Path),
+    help="Also write pairs of a correct and a wrong answer, for dpo.",
+)
+def sample(
+    recipe: str,
+    changes: tuple[str, ...],
+    out: Path,
+    run_dir: str | None,
+    samples: int | None,
+    pairs: Path | None,
+) -> None:
+    """Sample answers to the training problems of RECIPE, and write the correct ones as training data.
+
+    Train on the file with data.source=OUT. Files made before with the same settings are reused.
+
+    Example: dft-lora sample tiny_dft --out own.jsonl --pairs pairs.jsonl
+    """
+    for option, file in (("--out", out), ("--pairs", pairs)):
+        if file is not None and file.suffix != ".jsonl":
+            raise RequestError(f"{option}: {file} must end in .jsonl")
+    if out == pairs:
+        raise RequestError("--pairs: give another file than --out")
+    chosen = load_recipe(recipe, changes)
+    if samples is not None:
+        chosen = chosen.override([f"rollouts.samples={samples}"])
+    elif chosen.rollouts is None:
+        chosen = chosen.override(["rollouts.samples=4"])
+    from .experiments.own_samples import own_samples
+    from .runs.folder import open_runs
+
+    run = open_runs([run_dir])[0] if run_dir else None
+    click.echo(own_samples(chosen, out, run=run, pairs=pairs))
+
+
+@main.command()
 @runs_argument
 @click.option("--task", "tasks", multiple=True, metavar="NAME", help="Task to evaluate; may be repeated.")
 @click.option(

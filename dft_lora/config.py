@@ -131,6 +131,28 @@ class ObjectiveConfig(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
+class RolloutConfig(Part):
+    """The answers that a run samples from its own model, has judged, and learns from.
+
+    A supervised objective (`sft`, `dft`) learns from the correct ones (RFT; with several rounds, RAFT), `dpo`
+    from pairs of a correct and a wrong one, the online objectives (`grpo`, `rloo`, `ppo`, `nft`) from all.
+    """
+
+    samples: int = Field(8, ge=1, le=65_536)
+    """Answers to each problem."""
+    temperature: float = Field(1.0, gt=0)
+    max_new_tokens: int = Field(256, ge=1, le=1_000_000)
+    rounds: int = Field(1, ge=1, le=1_000_000)
+    """How often a run with a supervised objective, or `dpo`, samples anew; online objectives always do."""
+    updates: int = Field(1, ge=1, le=1_000_000)
+    """Optimizer steps that an online objective takes from one batch of answers, each from its own part."""
+    truncated: Literal["wrong", "judged"] = "wrong"
+    """An answer that was cut at max_new_tokens counts as wrong, or is judged like any other. A supervised
+    objective and `dpo` never learn from it."""
+    rows: int = Field(64, ge=1, le=65_536)
+    """Answers that are decoded at a time; a fixed number, so that a resumed run decodes the same batches."""
+
+
 class TrainConfig(Part):
     """The optimizer step. `batch_size` counts the examples of one step over all ranks."""
 
@@ -199,6 +221,8 @@ class Recipe(Part):
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    rollouts: RolloutConfig | None = None
+    """null: the run learns from data.source as it is, unless its objective needs judged answers."""
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     output: str = "runs/NAME"
@@ -262,11 +286,21 @@ def _assign(values: dict[str, Any], path: str, value: Any) -> None:
     for key in parents:
         if key not in part.model_fields:
             _unknown(path, key, part.model_fields)
-        part = part.model_fields[key].annotation
-        if not (isinstance(part, type) and issubclass(part, BaseModel)):
+        part = _section(part.model_fields[key].annotation)
+        if part is None:
             raise RecipeError(f"recipe field {path!r} does not exist: {key!r} has no fields below it")
-        values = values.setdefault(key, {})
+        if values.get(key) is None:
+            values[key] = {}
+        values = values[key]
     values[leaf] = value
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The model of a section, which may be optional; None for a plain field."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
 
 
 def _unknown(path: str, key: str, known: Mapping[str, Any]):
@@ -291,7 +325,7 @@ def _explain(error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         part: Any = Recipe
         for key in path[:-1]:
-            part = part.model_fields[key].annotation
+            part = _section(part.model_fields[key].annotation)
         return f"field {field!r} does not exist{did_you_mean(path[-1], part.model_fields)}"
     message = PLAIN.get(error["type"], error["msg"]).removeprefix("Value error, ")
     if not field:

@@ -3,11 +3,15 @@
 import json
 
 import pytest
+from click.testing import CliRunner
 
+from dft_lora.cli import main
 from dft_lora.config import load_recipe
 from dft_lora.data.sources import load_problems
 from dft_lora.errors import DataError
 from dft_lora.experiments.own_samples import own_samples
+from dft_lora.tasks.judge import judge
+from dft_lora.training.loop import train
 
 
 def read(file):
@@ -40,3 +44,84 @@ def test_own_data_is_sampled_by_the_answer_column(tmp_path):
     recipe = load_recipe("tiny_dft", [*mine, "data.answer=gold"])
     rows = read(own_samples(recipe, tmp_path / "own.jsonl", samples=2, max_new_tokens=96))
     assert rows and {row["problem"] for row in rows} <= {p.question for p in tasks}
+
+
+def sample(*arguments):
+    return CliRunner().invoke(main, ["sample", "tiny_dft", "--set", "data.sample=24", *map(str, arguments)])
+
+
+def test_the_command_writes_answers_and_pairs(tmp_path):
+    own, pairs = tmp_path / "own.jsonl", tmp_path / "pairs.jsonl"
+    done = sample("--out", own, "--pairs", pairs, "--samples", 3)
+    assert done.exit_code == 0 and done.stdout.split() == [str(own)], done.output
+    assert all(judge(row["solution"], row["answer"]).correct for row in read(own))
+    rows = read(pairs)
+    assert rows and all(judge(row["chosen"], row["answer"]).correct for row in rows)
+    assert not any(judge(row["rejected"], row["answer"]).correct for row in rows)
+    assert len({(row["problem"], row[side]) for row in rows for side in ("chosen", "rejected")}) == 2 * len(
+        rows
+    )
+    sides = load_problems(load_recipe("tiny_dft", [f"data.source={pairs}"]).data, pairs=True).problems
+    assert [(p.question, p.solution) for p in sides] == [
+        (row["problem"], row[side]) for row in rows for side in ("chosen", "rejected")
+    ]
+
+
+def test_a_run_samples_with_its_own_adapter(tmp_path):
+    """Step 0 of a run that learned nothing is the base; after training the answers differ."""
+    run = tmp_path / "run"
+    train(
+        load_recipe(
+            "tiny_sft", ["data.sample=24", "train.max_steps=4", "train.batch_size=16", f"output={run}"]
+        )
+    )
+    files = {"base": [], "run": ["--run", run]}
+    texts = {}
+    for name, more in files.items():
+        done = sample("--out", tmp_path / f"{name}.jsonl", *more)
+        assert done.exit_code == 0, done.output
+        texts[name] = (tmp_path / f"{name}.jsonl").read_text()
+    assert texts["base"] != texts["run"]
+
+
+def test_answers_that_are_all_cut_are_refused_by_name(tmp_path):
+    done = sample("--out", tmp_path / "own.jsonl", "--set", "rollouts.max_new_tokens=2")
+    assert done.exit_code == 1 and len(done.stderr.splitlines()) == 1
+    assert "all 192 answers were cut at rollouts.max_new_tokens 2" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "own.json"], "--out: own.json must end in .jsonl"),
+        (["--out", "own.jsonl", "--pairs", "own.jsonl"], "--pairs: give another file than --out"),
+        (["--out", "own.jsonl", "--run", "nowhere"], "nowhere"),
+        (["--out", "own.jsonl", "--set", "rollouts.sample=3"], "did you mean 'samples'?"),
+        (["--out", "own.jsonl", "--set", "rollouts.truncated=kept"], "rollouts.truncated"),
+    ],
+)
+def test_wrong_requests_end_in_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = sample(*arguments)
+    assert done.exit_code == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+PAIR = {"prompt": "What is 2 + 3?", "chosen": "5", "rejected": "6"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "q", "chosen": "5"}, "no column 'rejected'.*it has prompt, chosen"),
+        (PAIR | {"rejected": "5"}, "chosen and rejected are the same text"),
+        (PAIR | {"chosen": [{"role": "assistant", "content": "5"}]}, "column 'chosen' is list, not text"),
+        ({"chosen": "5", "rejected": "6"}, "no column 'problem'"),
+    ],
+)
+def test_a_row_that_is_no_pair_is_named(row, message, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(PAIR) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=f"row 2: {message}"):
+        load_problems(load_recipe("tiny_dft", [f"data.source={file}"]).data, pairs=True)

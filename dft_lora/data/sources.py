@@ -8,6 +8,9 @@ and no other line begins with `####`) loses its `<<...>>` marks and has its answ
 the row's answer. This applies only to rows without an answer column: a row with one (`data.answer`; if the
 recipe names none, `answer`) is used unchanged, and so is a `messages` row. Files written by
 `experiments/own_samples.py` have that column, so they are read back unchanged.
+
+Preference pairs are rows with a question and two texts, `chosen` and `rejected`: two problems that differ in
+their solution.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,8 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 LONGEST_FIELD = 1_000_000  # characters; a longer string is an accident (a file in a cell), not a problem
 ROLES = ("system", "user", "assistant")
 ANSWER = "answer"  # the column of reference answers, if the recipe names none and the rows have it
+CHOSEN, REJECTED = "chosen", "rejected"  # the columns of a preference pair
+PROMPT = "prompt"  # the Hub's usual name of a pair's question, where rows lack the column data.prompt
 
 
 @dataclass(frozen=True)
@@ -58,19 +63,27 @@ class _Unusable(Exception):
     """Raised by row checks with the reason."""
 
 
-def load_problems(data: DataConfig, seed: int = 0) -> Rows:
+def load_problems(data: DataConfig, seed: int = 0, pairs: bool = False) -> Rows:
     """Read all of a source; keep at most `data.sample` usable rows, drawn at random with `seed`.
+
+    With `pairs`, each row gives two problems in a row, the chosen and the rejected one.
 
     Raises DataError if the source or a column does not exist, if a field does not apply to this kind of
     source, if no row is left, or if more than `data.skip_bad_rows` of the rows are unusable (naming the first
     ones).
     """
     _refuse_ignored(data)
+    if pairs and data.source in task_names():
+        raise DataError(
+            f"data.source {data.source!r}: a task has no preference pairs; name a file with the columns "
+            f"{CHOSEN} and {REJECTED} (dft-lora sample RECIPE --pairs pairs.jsonl writes one), or give the "
+            "recipe a section rollouts"
+        )
     if data.source in task_names():
         good = [[problem] for problem in get_task(data.source).problems(data.split)]
         bad: list[BadRow] = []
     else:
-        good, bad = _read(data)
+        good, bad = _read(data, _pair if pairs else _problems)
     total = len(good) + len(bad)
     if not total:
         raise DataError(f"data.source {data.source!r} has no rows")
@@ -87,6 +100,17 @@ def load_problems(data: DataConfig, seed: int = 0) -> Rows:
         chosen = sorted(random.Random(seed).sample(range(len(good)), data.sample))
         good = [good[i] for i in chosen]
     return Rows([problem for row in good for problem in row], bad, len(good) + len(bad))
+
+
+def load_judgeable(data: DataConfig, seed: int = 0) -> list[Problem]:
+    """The problems of a source that have a reference answer. Raises DataError if there are none."""
+    problems = [p for p in load_problems(data, seed).problems if p.answer is not None]
+    if not problems:
+        raise DataError(
+            f"data.source {data.source!r}: no row has a reference answer to judge answers by; "
+            "name its column in data.answer"
+        )
+    return problems
 
 
 def _refuse_ignored(data: DataConfig) -> None:
@@ -107,7 +131,9 @@ def _refuse_ignored(data: DataConfig) -> None:
             )
 
 
-def _read(data: DataConfig) -> tuple[list[list[Problem]], list[BadRow]]:
+def _read(
+    data: DataConfig, problems_of: Callable[[int, Any, DataConfig], list[Problem]]
+) -> tuple[list[list[Problem]], list[BadRow]]:
     """The problems of each usable row, and the rows that cannot be used."""
     good: list[list[Problem]] = []
     bad: list[BadRow] = []
@@ -115,7 +141,7 @@ def _read(data: DataConfig) -> tuple[list[list[Problem]], list[BadRow]]:
         try:
             if isinstance(row, _Unusable):
                 raise row
-            good.append(_problems(number, row, data))
+            good.append(problems_of(number, row, data))
         except _Unusable as reason:
             bad.append(BadRow(number, str(reason)))
     return good, bad
@@ -204,10 +230,24 @@ def _hub_rows(data: DataConfig) -> Iterator[tuple[int, Any]]:
 # --- one row ----------------------------------------------------------------------------------
 
 
-def _problems(number: int, row: Any, data: DataConfig) -> list[Problem]:
-    """The problems of one row: one, or one for each assistant turn of a `messages` row."""
+def _pair(number: int, row: Any, data: DataConfig) -> list[Problem]:
+    """The two sides of a preference pair: the same question with the chosen and the rejected text."""
+    _check_row(row)
+    asked = _prompt(row, PROMPT if data.prompt not in row and PROMPT in row else data.prompt)
+    sides = {side: _text(row, side) for side in (CHOSEN, REJECTED)}
+    if sides[CHOSEN] == sides[REJECTED]:
+        raise _Unusable(f"{CHOSEN} and {REJECTED} are the same text")
+    return [Problem(f"row-{number}/{side}", asked, text) for side, text in sides.items()]
+
+
+def _check_row(row: Any) -> None:
     if not isinstance(row, dict):
         raise _Unusable(f"a row must be an object of named fields, not a {type(row).__name__}")
+
+
+def _problems(number: int, row: Any, data: DataConfig) -> list[Problem]:
+    """The problems of one row: one, or one for each assistant turn of a `messages` row."""
+    _check_row(row)
     identity = f"row-{number}"
     answer = _own_answer(row, data)
     if "messages" in row and data.prompt not in row:

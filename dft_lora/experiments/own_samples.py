@@ -2,7 +2,7 @@
 
 RFT (arXiv 2308.01825) and RAFT train on such data, and so does the experiment in which DFT is strongest
 (arXiv 2508.05629, about 140k verified samples): what a model samples is probable under it, so DFT's weights
-are high.
+are high. Pairs of a correct and a wrong answer to one question are the data of DPO.
 
 The file is read back exactly as it was written: a row with its answer in a separate column is used unchanged
 (`data/sources.py`), whatever the base ends its answers with.
@@ -11,75 +11,111 @@ The file is read back exactly as it was written: a row with its answer in a sepa
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from ..config import Recipe, digest
-from ..data.sources import ANSWER, load_problems, readable
+from ..config import Recipe, RolloutConfig, digest
+from ..data.sources import ANSWER, CHOSEN, REJECTED, load_judgeable, readable
 from ..data.templates import Renderer
-from ..errors import DataError, RunError
-from ..model.generate import Request, generate
+from ..errors import RequestError, RunError
+from ..model.fingerprint import base_fingerprint
 from ..model.head import check_head
-from ..model.load import load_base, load_tokenizer
-from ..runs.folder import read_json, write_json, write_text
+from ..model.load import load_adapters, load_base, load_tokenizer
+from ..runs.folder import RunFolder, read_json, write_json, write_text
 from ..runs.provenance import certificate
 from ..tasks import judge_of
 from ..tasks.base import Problem
+from ..training.rollouts import correct_ones, pairs_of, refuse_all_truncated, sample_answers
 
 
-def own_samples(recipe: Recipe, out: Path, *, samples: int = 4, max_new_tokens: int = 512) -> Path:
-    """Write the base's correct answers to its training problems to `out`, a .jsonl file.
+def own_samples(
+    recipe: Recipe,
+    out: Path,
+    *,
+    samples: int | None = None,
+    max_new_tokens: int | None = None,
+    run: RunFolder | None = None,
+    pairs: Path | None = None,
+) -> Path:
+    """Write correct answers to the training problems of a recipe to `out`, a .jsonl file.
 
-    Its columns are problem, solution and answer. Each problem gets `samples` answers at temperature 1;
-    duplicate texts are kept once. A problem with several turns is written as a list of turns. A .json file
-    beside `out` records how it was made; a file made in the same way is reused.
+    The base answers, or `run`: the base with that run's adapter. The columns are problem, solution and
+    answer. `recipe.rollouts` says how many answers each problem gets, unless `samples` does; duplicate texts
+    are kept once. A problem with several turns is written as a list of turns. `pairs` gets rows of problem,
+    chosen, rejected and answer. A .json file beside `out` records how they were made; files made in the same
+    way are reused.
 
-    Raises DataError when no row has a reference answer, RunError when none of the answers was correct.
+    Raises RequestError when `run` has another base, DataError when no row has a reference answer, RunError
+    when none of the answers was correct, when all were cut, or when `pairs` would be empty.
     """
-    problems = [p for p in load_problems(recipe.data, recipe.train.seed).problems if p.answer is not None]
-    if not problems:
-        raise DataError(
-            f"data.source {recipe.data.source!r}: no row has a reference answer to judge samples by; "
-            "name its column in data.answer"
-        )
-    how = {
+    if run is not None and run.run()["identity"]["base"] != base_fingerprint(recipe.model):
+        raise RequestError(f"--run: {run.path} was trained on another base than {recipe.model.name!r}")
+    problems = load_judgeable(recipe.data, recipe.train.seed)
+    config = recipe.rollouts or RolloutConfig()
+    given = {"samples": samples, "max_new_tokens": max_new_tokens}
+    config = config.model_copy(update={name: value for name, value in given.items() if value is not None})
+    how: dict[str, Any] = {
         "model": recipe.model.model_dump(mode="json"),
         "template": recipe.data.template,
         "problems": digest([[p.id, _asked(p), p.answer] for p in problems]),
-        "samples": samples,
-        "max_new_tokens": max_new_tokens,
+        "rollouts": config.model_dump(mode="json", exclude={"rounds", "updates"}),
         "seed": recipe.train.seed,
+        "adapter": None if run is None else run.adapter_digest,
+        "pairs": pairs is not None,
     }
     record = out.with_suffix(".json")
-    if out.is_file() and record.is_file() and read_json(record)["how"] == how:
+    written = [out, *([] if pairs is None else [pairs])]
+    if all(file.is_file() for file in (*written, record)) and read_json(record)["how"] == how:
         return out
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
     model, _ = load_base(recipe.model, for_answers=True)
     check_head(model)
-    asked = [(problem, sample) for problem in problems for sample in range(samples)]
-    requests = [
-        Request(
-            prompt_ids=tuple(renderer.prompt_ids(problem.messages)),
-            adapter=None,
-            seed=recipe.train.seed * 1_000_003 + sample,
-            max_new_tokens=max_new_tokens,
-        )
-        for problem, sample in asked
-    ]
-    completions = generate(model, requests, stop_ids=renderer.stop_ids, pad_id=renderer.pad_id)
-    texts = [renderer.decode(completion.ids) for completion in completions]
-    pairs = [(text, problem) for text, (problem, _) in zip(texts, asked, strict=True)]
-    verdicts = judge_of(recipe.data.source).judge_many(pairs)
-    kept = dict.fromkeys(
-        json.dumps({"problem": _asked(problem), "solution": text, ANSWER: problem.answer}, ensure_ascii=False)
-        for (problem, _), text, verdict, completion in zip(asked, texts, verdicts, completions, strict=True)
-        if verdict.correct and completion.finished and readable(text)
+    adapter = None if run is None else run.name
+    if run is not None:
+        model = load_adapters(model, {run.name: run.adapter})
+    judge = judge_of(recipe.data.source)
+    answers = sample_answers(
+        model, renderer, judge, problems, config, seed=recipe.train.seed, adapter=adapter
+    )
+    refuse_all_truncated(answers, config, recipe.model.name)
+    asked = sum(map(len, answers))
+    kept = _lines(
+        {"problem": _asked(answer.problem), "solution": answer.text, ANSWER: answer.problem.answer}
+        for some in answers
+        for answer in correct_ones(some)
     )
     if not kept:
-        raise RunError(f"{recipe.model.name}: none of {len(asked)} answers was correct; nothing to train on")
-    write_text(out, "".join(f"{line}\n" for line in kept))
-    counts = {"answers": len(asked), "correct": sum(v.correct for v in verdicts), "kept": len(kept)}
+        raise RunError(f"{recipe.model.name}: none of {asked} answers was correct; nothing to train on")
+    paired = _lines(
+        {"problem": _asked(a.problem), CHOSEN: a.text, REJECTED: b.text, ANSWER: a.problem.answer}
+        for some in answers
+        for a, b in pairs_of(some)
+    )
+    if pairs is not None and not paired:
+        raise RunError(f"{recipe.model.name}: no problem has both a correct and a wrong answer")
+    for file, lines in zip(written, (kept, paired), strict=False):
+        write_text(file, "".join(f"{line}\n" for line in lines))
+    counts = {
+        "answers": asked,
+        "correct": sum(answer.verdict.correct for some in answers for answer in some),
+        "truncated": sum(answer.truncated for some in answers for answer in some),
+        "kept": len(kept),
+        "pairs": len(paired),
+    }
     write_json(record, {"how": how, "counts": counts, "provenance": certificate()})
     return out
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """The rows as JSON, each once, without those that could not be read back."""
+    return list(
+        dict.fromkeys(
+            json.dumps(row, ensure_ascii=False)
+            for row in rows
+            if all(readable(text) for text in row.values() if isinstance(text, str))
+        )
+    )
 
 
 def _asked(problem: Problem) -> str | list[dict[str, str]]:

@@ -72,6 +72,8 @@ class Completion:
 
     ids: list[int]
     finished: bool
+    end: int | None = None
+    """The end token that was drawn, where the engine says which."""
 
 
 def generate(
@@ -98,8 +100,8 @@ def generate(
     for step in _decode(model, requests, stop_ids, pad_id, batch_rows):
         for index, token in step.tokens:
             ids[index].append(token)
-        for index in step.ended:
-            done[index] = Completion(ids[index], finished=len(ids[index]) < requests[index].max_new_tokens)
+        for index, end in step.ended:
+            done[index] = Completion(ids[index], finished=end is not None, end=end)
             if on_progress:
                 on_progress(index, done[index])
     return [done[index] for index in range(len(requests))]
@@ -212,7 +214,8 @@ class _Row:
 @dataclass
 class _Step:
     tokens: list[tuple[int, int]] = field(default_factory=list)
-    ended: list[int] = field(default_factory=list)
+    ended: list[tuple[int, int | None]] = field(default_factory=list)
+    """Requests that are done, with their end token; None where max_new_tokens cut them."""
 
 
 def _decode(
@@ -233,16 +236,16 @@ def _decode(
             h_RD = batch.admit(rows)
         else:
             h_RD = batch.advance()
-        step, gone = _Step(), set()
+        step, gone = _Step(), {}
         for row, token in zip(rows, _choose(batch.head, h_RD, rows), strict=True):
             row.last, row.made = token, row.made + 1
             if token not in stops:
                 step.tokens.append((row.index, token))
             if token in stops or row.made == row.request.max_new_tokens:
-                gone.add(row.index)
-        step.ended = sorted(gone)
+                gone[row.index] = token if token in stops else None
+        step.ended = sorted(gone.items())
         if gone:
-            batch.release(gone)
+            batch.release(gone.keys())
         yield step
 
 
@@ -333,7 +336,7 @@ class _Batch:
         adapters = [row.request.adapter for row in self.rows]
         return self._forward(ids_R1, [row.length for row in self.rows], adapters, self.cache)
 
-    def release(self, indices: set[int]) -> None:
+    def release(self, indices: Collection[int]) -> None:
         """Let the rows of these requests go; rows from the end take their places."""
         stay = len(self.rows) - len(indices)
         holes = [i for i, row in enumerate(self.rows[:stay]) if row.index in indices]
