@@ -1,5 +1,6 @@
 """The loss engine: differentiable log-probabilities in two GEMMs, and objectives on top. Needs only torch."""
 
+from . import judged  # noqa: F401  registers its objectives
 from .forward import kernel_missing
 from .head import Head
 from .naive import naive_token_logps

@@ -8,6 +8,7 @@ p is the probability of the target token, sg() stops the gradient. What an objec
 
     needs         names of optional fields of TokenScores: pass them to `token_logps(needs=...)`
     signals       names of values that belong to examples: pass them to `token_logps(signals=...)`
+    learns_from   solutions, preference pairs, or rollouts: answers of the model itself that were judged
     step_signals  where a signal depends on the other examples of the optimizer step: computes it from the
                   mean NLL of each example. This takes one more forward pass over the step, without gradients,
                   and makes the result independent of how the step is split over micro-batches and ranks.
@@ -47,6 +48,8 @@ class Objective:
     """What the sum over the whole step is divided by, once: supervised tokens, examples, or groups."""
     token_weight: ClassVar[Callable[..., Tensor] | None] = None
     signals: ClassVar[frozenset[str]] = frozenset()
+    learns_from: ClassVar[Literal["solutions", "pairs", "rollouts"]] = "solutions"
+    """What its examples are; `judged.py` has the objectives that learn from pairs and rollouts."""
     step_signals: ClassVar[Callable[..., dict[str, Tensor]] | None] = None
     """Mean NLL of each example of an optimizer step [E] -> signals [E], for all of `signals`."""
 
@@ -108,8 +111,12 @@ class Dft(Weighted):
     end: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self, "floor", lambda floor: 0 <= floor < 1, "must lie in [0, 1) (1 is the objective 'sft')")
-        _check(self, "end", lambda end: 0 <= end <= 1, "must lie in [0, 1] (1 is plain NLL on the end token)")
+        check_number(
+            self, "floor", lambda floor: 0 <= floor < 1, "must lie in [0, 1) (1 is the objective 'sft')"
+        )
+        check_number(
+            self, "end", lambda end: 0 <= end <= 1, "must lie in [0, 1] (1 is plain NLL on the end token)"
+        )
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -137,7 +144,7 @@ class DftSentence(Weighted):
     needs = frozenset({"sequence"})
 
     def weight(self, scores: TokenScores) -> Tensor:
-        return _Sequences(scores).sum(scores.logp.detach()).exp()
+        return Sequences(scores).sum(scores.logp.detach()).exp()
 
 
 class DftGeometric(Weighted):
@@ -147,7 +154,7 @@ class DftGeometric(Weighted):
     needs = frozenset({"sequence"})
 
     def weight(self, scores: TokenScores) -> Tensor:
-        return _Sequences(scores).mean(scores.logp.detach()).exp()
+        return Sequences(scores).mean(scores.logp.detach()).exp()
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,7 @@ class IwSft(Weighted):
 
     def weight(self, scores: TokenScores) -> Tensor:
         log_ratio_M = scores.logp.detach() - scores.need("reference_logp")
-        return _Sequences(scores).mean(log_ratio_M).exp().clamp(self.low, self.high)
+        return Sequences(scores).mean(log_ratio_M).exp().clamp(self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -200,8 +207,8 @@ class Power(Objective):
     anneal: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self, "a", lambda a: a > 0, "must be positive (a -> 0 is the objective 'sft')")
-        _check(self, "anneal", lambda share: 0 <= share <= 1, "must lie in [0, 1], a share of the run")
+        check_number(self, "a", lambda a: a > 0, "must be positive (a -> 0 is the objective 'sft')")
+        check_number(self, "anneal", lambda share: 0 <= share <= 1, "must lie in [0, 1], a share of the run")
 
     def at(self, progress: float) -> Power:
         """See Objective."""
@@ -227,7 +234,9 @@ class Threshold(TokenWeighted):
     tau: float = 0.1
 
     def __post_init__(self) -> None:
-        _check(self, "tau", lambda tau: 0 < tau < 1, "must lie between 0 and 1 (0 is the objective 'sft')")
+        check_number(
+            self, "tau", lambda tau: 0 < tau < 1, "must lie between 0 and 1 (0 is the objective 'sft')"
+        )
 
     def token_weight(self, logp: Tensor) -> Tensor:
         return (logp.detach() >= log(self.tau)).to(logp.dtype)
@@ -246,7 +255,7 @@ class Asft(Weighted):
     lam: float = 0.05
 
     def __post_init__(self) -> None:
-        _check(self, "lam", lambda lam: lam > 0, "must be positive (0 is the objective 'dft')")
+        check_number(self, "lam", lambda lam: lam > 0, "must be positive (0 is the objective 'dft')")
 
     def weight(self, scores: TokenScores) -> Tensor:
         return scores.logp.detach().exp()
@@ -276,7 +285,7 @@ class Cadft(Weighted):
         logp_M = scores.logp.detach()
         z_M = scores.signals.get("difficulty")
         if z_M is None:
-            sequences = _Sequences(scores)
+            sequences = Sequences(scores)
             z_M = self.step_signals(-sequences.mean_E(logp_M))["difficulty"][sequences.of_M]
         return logp_M.exp() * (-z_M.clamp_min(0)).exp()
 
@@ -325,7 +334,7 @@ class InfoSft(TokenWeighted):
     ceiling: float = 0.93
 
     def __post_init__(self) -> None:
-        _check(self, "ceiling", lambda c: 0.5 < c < 1, "must lie between 0.5 and 1")
+        check_number(self, "ceiling", lambda c: 0.5 < c < 1, "must lie between 0.5 and 1")
 
     def token_weight(self, logp: Tensor) -> Tensor:
         logp = logp.detach()
@@ -356,7 +365,7 @@ class Focal(Objective):
     gamma: float = 2.0
 
     def __post_init__(self) -> None:
-        _check(self, "gamma", lambda g: g > 0, "must be positive (0 is the objective 'sft')")
+        check_number(self, "gamma", lambda g: g > 0, "must be positive (0 is the objective 'sft')")
 
     def token_weight(self, logp: Tensor) -> Tensor:
         logp = logp.detach()
@@ -412,6 +421,11 @@ _REGISTRY: dict[str, type[Objective]] = {
 }  # fmt: skip
 
 
+def register(*kinds: type[Objective]) -> None:
+    """Make objectives known by their names."""
+    _REGISTRY.update({kind.name: kind for kind in kinds})
+
+
 def objective_names() -> list[str]:
     """The names `objective` knows."""
     return list(_REGISTRY)
@@ -462,7 +476,7 @@ def starves(wanted: Objective, probability: float) -> bool:
     return float(wanted.token_weight(torch.tensor(probability).clamp_min(1e-30).log())) < STARVED
 
 
-class _Sequences:
+class Sequences:
     """Sums over the tokens of each sequence, E of them."""
 
     def __init__(self, scores: TokenScores):
@@ -489,12 +503,12 @@ def _complement(logp: Tensor) -> Tensor:
     return (-torch.expm1(logp)).clamp_min(torch.finfo(logp.dtype).tiny)
 
 
-def _check(value: Objective, field: str, fits: Callable[[float], bool], remedy: str) -> None:
+def check_number(value: Objective, field: str, fits: Callable[[float], bool], remedy: str) -> None:
     number = getattr(value, field)
     if not fits(number):
         raise RecipeError(f"objective.{field}: {remedy}, got {number}")
 
 
 def _check_clamp(value: IwSft | IwSftToken) -> None:
-    _check(value, "low", lambda low: low >= 0, "must not be negative")
-    _check(value, "high", lambda high: high > value.low, f"must be larger than low = {value.low}")
+    check_number(value, "low", lambda low: low >= 0, "must not be negative")
+    check_number(value, "high", lambda high: high > value.low, f"must be larger than low = {value.low}")
