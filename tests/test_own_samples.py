@@ -61,7 +61,7 @@ def test_the_command_writes_answers_and_pairs(tmp_path):
     assert len({(row["problem"], row[side]) for row in rows for side in ("chosen", "rejected")}) == 2 * len(
         rows
     )
-    sides = load_problems(load_recipe("tiny_dft", [f"data.source={pairs}"]).data, pairs=True).problems
+    sides = load_problems(load_recipe("tiny_dft", [f"data.source={pairs}"]).data, kind="pairs").problems
     assert [(p.question, p.solution) for p in sides] == [
         (row["problem"], row[side]) for row in rows for side in ("chosen", "rejected")
     ]
@@ -124,4 +124,4 @@ def test_a_row_that_is_no_pair_is_named(row, message, tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(PAIR) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(DataError, match=f"row 2: {message}"):
-        load_problems(load_recipe("tiny_dft", [f"data.source={file}"]).data, pairs=True)
+        load_problems(load_recipe("tiny_dft", [f"data.source={file}"]).data, kind="pairs")

@@ -47,14 +47,21 @@ def check_data(rows: Rows, rendered: Sequence[Example], limit: int, tasks: Itera
     return counts | more_counts, findings + more_findings
 
 
-def check_rows(rows: Rows, tasks: Iterable[str]) -> Found:
-    """Check the texts of all rows.
+def check_rows(rows: Rows, tasks: Iterable[str], own_answers: bool = False) -> Found:
+    """Check the texts of all rows. With `own_answers` they need no solution, but a reference answer.
 
     `tasks` are those that the run will be evaluated on. A row that asks the same question as one of them, up
     to case and white space, is an overlap. Raises RequestError for a task that does not exist.
     """
+    lacking = (
+        {"without_answer": ("no answer: left out", [p.id for p in rows.problems if p.answer is None])}
+        if own_answers
+        else {
+            "without_solution": ("no solution: left out", [p.id for p in rows.problems if p.solution is None])
+        }
+    )
     noted = {
-        "without_solution": ("no solution: left out", [p.id for p in rows.problems if p.solution is None]),
+        **lacking,
         "duplicates": ("same text as an earlier row: kept", _repeated(rows.problems)),
     }
     unchecked = []

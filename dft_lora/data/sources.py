@@ -22,7 +22,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..config import DataConfig
 from ..errors import DataError, did_you_mean
@@ -59,21 +59,25 @@ class Rows:
     total: int
 
 
+Kind = Literal["solutions", "pairs", "prompts"]
+
+
 class _Unusable(Exception):
     """Raised by row checks with the reason."""
 
 
-def load_problems(data: DataConfig, seed: int = 0, pairs: bool = False) -> Rows:
+def load_problems(data: DataConfig, seed: int = 0, kind: Kind = "solutions") -> Rows:
     """Read all of a source; keep at most `data.sample` usable rows, drawn at random with `seed`.
 
-    With `pairs`, each row gives two problems in a row, the chosen and the rejected one.
+    `pairs`: each row gives two problems in a row, the chosen and the rejected one. `prompts`: a row needs no
+    solution.
 
     Raises DataError if the source or a column does not exist, if a field does not apply to this kind of
     source, if no row is left, or if more than `data.skip_bad_rows` of the rows are unusable (naming the first
     ones).
     """
     _refuse_ignored(data)
-    if pairs and data.source in task_names():
+    if kind == "pairs" and data.source in task_names():
         raise DataError(
             f"data.source {data.source!r}: a task has no preference pairs; name a file with the columns "
             f"{CHOSEN} and {REJECTED} (dft-lora sample RECIPE --pairs pairs.jsonl writes one), or give the "
@@ -83,7 +87,7 @@ def load_problems(data: DataConfig, seed: int = 0, pairs: bool = False) -> Rows:
         good = [[problem] for problem in get_task(data.source).problems(data.split)]
         bad: list[BadRow] = []
     else:
-        good, bad = _read(data, _pair if pairs else _problems)
+        good, bad = _read(data, _ROWS[kind])
     total = len(good) + len(bad)
     if not total:
         raise DataError(f"data.source {data.source!r} has no rows")
@@ -102,9 +106,9 @@ def load_problems(data: DataConfig, seed: int = 0, pairs: bool = False) -> Rows:
     return Rows([problem for row in good for problem in row], bad, len(good) + len(bad))
 
 
-def load_judgeable(data: DataConfig, seed: int = 0) -> list[Problem]:
-    """The problems of a source that have a reference answer. Raises DataError if there are none."""
-    problems = [p for p in load_problems(data, seed).problems if p.answer is not None]
+def judgeable(rows: Rows, data: DataConfig) -> list[Problem]:
+    """The problems that have a reference answer. Raises DataError if there are none."""
+    problems = [problem for problem in rows.problems if problem.answer is not None]
     if not problems:
         raise DataError(
             f"data.source {data.source!r}: no row has a reference answer to judge answers by; "
@@ -240,6 +244,14 @@ def _pair(number: int, row: Any, data: DataConfig) -> list[Problem]:
     return [Problem(f"row-{number}/{side}", asked, text) for side, text in sides.items()]
 
 
+def _asked(number: int, row: Any, data: DataConfig) -> list[Problem]:
+    """The problems of a row that may lack a solution."""
+    _check_row(row)
+    if data.completion in row or "messages" in row:  # where the reference answer may be
+        return _problems(number, row, data)
+    return [Problem(f"row-{number}", _prompt(row, data.prompt), answer=_own_answer(row, data))]
+
+
 def _check_row(row: Any) -> None:
     if not isinstance(row, dict):
         raise _Unusable(f"a row must be an object of named fields, not a {type(row).__name__}")
@@ -264,6 +276,14 @@ def _problems(number: int, row: Any, data: DataConfig) -> list[Problem]:
     if answer is None and data.answer == data.completion:
         answer = solution
     return [Problem(identity, asked, solution, answer)]
+
+
+_ROWS: dict[Kind, Callable[[int, Any, DataConfig], list[Problem]]] = {
+    "solutions": _problems,
+    "pairs": _pair,
+    "prompts": _asked,
+}
+"""What a row of each kind of data becomes."""
 
 
 def _own_answer(row: dict[str, Any], data: DataConfig) -> str | None:

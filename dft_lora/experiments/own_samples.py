@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Recipe, RolloutConfig, digest
-from ..data.sources import ANSWER, CHOSEN, REJECTED, load_judgeable, readable
+from ..data.sources import ANSWER, CHOSEN, REJECTED, judgeable, load_problems, readable
 from ..data.templates import Renderer
 from ..errors import RequestError, RunError
 from ..model.fingerprint import base_fingerprint
@@ -51,7 +51,7 @@ def own_samples(
     """
     if run is not None and run.run()["identity"]["base"] != base_fingerprint(recipe.model):
         raise RequestError(f"--run: {run.path} was trained on another base than {recipe.model.name!r}")
-    problems = load_judgeable(recipe.data, recipe.train.seed)
+    problems = judgeable(load_problems(recipe.data, recipe.train.seed, "prompts"), recipe.data)
     config = recipe.rollouts or RolloutConfig()
     given = {"samples": samples, "max_new_tokens": max_new_tokens}
     config = config.model_copy(update={name: value for name, value in given.items() if value is not None})

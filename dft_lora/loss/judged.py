@@ -48,6 +48,7 @@ class Dpo(Objective):
 
     name = "dpo"
     learns_from = "pairs"
+    least_samples = 2
     divided_by = "groups"
     needs = frozenset({"sequence"})
     signals = frozenset({"preference", "pair", "reference_logp"})
@@ -126,6 +127,7 @@ class Grpo(_Clipped):
 
     name = "grpo"
     divided_by = "sequences"
+    least_samples = 2
     needs = frozenset({"sequence"})
 
     def rollout_signals(
@@ -150,6 +152,7 @@ class Rloo(_Clipped):
 
     name = "rloo"
     divided_by = "sequences"
+    least_samples = 2
     needs = frozenset({"sequence"})
 
     def rollout_signals(
@@ -229,6 +232,7 @@ class Nft(OnRollouts):
     """
 
     name = "nft"
+    least_samples = 2
     signals = frozenset({"correct", "correct_share"})
     floor: float = 1.0
     balance: float = 0.0

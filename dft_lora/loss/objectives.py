@@ -50,6 +50,8 @@ class Objective:
     signals: ClassVar[frozenset[str]] = frozenset()
     learns_from: ClassVar[Literal["solutions", "pairs", "rollouts"]] = "solutions"
     """What its examples are; `judged.py` has the objectives that learn from pairs and rollouts."""
+    least_samples: ClassVar[int] = 1
+    """Answers of the model itself to one problem that it must at least compare."""
     step_signals: ClassVar[Callable[..., dict[str, Tensor]] | None] = None
     """Mean NLL of each example of an optimizer step [E] -> signals [E], for all of `signals`."""
 

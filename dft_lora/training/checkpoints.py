@@ -2,7 +2,7 @@
 
     checkpoints/step-000030/
         adapter/                 peft format: adapter_model.safetensors, adapter_config.json
-        optimizer.safetensors    the optimizer's tensors, unchanged (8-bit states stay 8-bit)
+        optimizer.safetensors    the optimizer's tensors, unchanged (8-bit states stay 8-bit); `extra`'s
         random.safetensors       random generators, one row per rank
         state.json               the optimizer's structure and all plain values
         manifest.json            size and sha256 of each file
@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class State:
     """[ranks, bytes], uint8: see `random_state`."""
     progress: dict[str, Any]
     """Plain values: how a step is split, skipped steps, loss scale, seconds."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What only some runs have: answers that the next steps learn from, a value head."""
 
 
 class Checkpoints:
@@ -168,10 +170,10 @@ def _files(state: State, adapter_config: Any) -> Iterator[tuple[str, bytes]]:
     for name, content in adapter_files(state.adapter, adapter_config):
         yield f"adapter/{name}", content
     tensors: dict[str, torch.Tensor] = {}
-    structure = pack(state.optimizer, tensors)
+    structure, extra = pack(state.optimizer, tensors), pack(state.extra, tensors, "extra")
     yield "optimizer.safetensors", _tensors(tensors)
     yield "random.safetensors", _tensors({"random": state.random})
-    values = {"step": state.step, "progress": state.progress, "optimizer": structure}
+    values = {"step": state.step, "progress": state.progress, "optimizer": structure, "extra": extra}
     yield "state.json", json.dumps(values).encode()
 
 
@@ -181,12 +183,14 @@ def _load(path: Path) -> State:
 
     try:
         values = json.loads((path / "state.json").read_bytes())
+        tensors = load_file(path / "optimizer.safetensors")
         return State(
             step=values["step"],
             adapter=load_file(path / "adapter" / WEIGHTS),
-            optimizer=unpack(values["optimizer"], load_file(path / "optimizer.safetensors")),
+            optimizer=unpack(values["optimizer"], tensors),
             random=load_file(path / "random.safetensors")["random"],
             progress=values["progress"],
+            extra=unpack(values.get("extra", {}), tensors),  # earlier versions had none
         )
     except SafetensorError as error:
         raise ValueError(str(error)) from None

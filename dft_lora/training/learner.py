@@ -11,14 +11,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from ..config import Recipe
-from ..data.batches import Batch, Group, examples_of
+from ..data.batches import Batch, Group, examples_of, ungrouped
+from ..data.templates import Example
 from ..errors import RunError
 from ..loss import REFERENCE_NEEDS, Objective, TokenScores, chunk_rows, token_logps
 from ..model.attention import choose_arrangement
@@ -55,7 +58,9 @@ class Learner:
         shared = recipe.train.shard
         self.model = model if shared else self.accelerator.prepare(model)
         self.no_sync = ranks.together if shared else partial(self.accelerator.no_sync, self.model)
-        self.optimizer = self.accelerator.prepare(make_optimizer(self.trainable, recipe))
+        self.value_head = self._new_value_head() if "value" in objective.signals else None
+        self.optimizer = self.accelerator.prepare(make_optimizer(self._parameter_groups(), recipe))
+        self.references: WeakKeyDictionary[Example, tuple[float, ...]] = WeakKeyDictionary()
         torch.manual_seed(recipe.train.seed + ranks.rank)  # dropout differs between ranks
         size, chunk_mb = recipe.train.micro_batch_size, recipe.train.loss_chunk_mb
         self.layout = Layout(
@@ -87,13 +92,15 @@ class Learner:
         """
         if self.objective.step_signals is not None:
             groups = self.with_signals(groups, self.objective.step_signals, step)
+        if "reference_logp" in self.objective.signals:
+            groups = self.with_reference(groups)
 
         def work(batch: Batch, sums: Sums) -> None:
             with self.no_sync():
                 self.ranks.backward(self.score(batch, sums) / divisor)
 
         sums, values = self.in_pieces(groups, work, lambda: Sums(self.ranks.device), step)
-        self.ranks.sum_gradients(self.trainable)
+        self.ranks.sum_gradients([*self.trainable, *self.value_parameters])
         return Totals(*values), sums.suspects()
 
     def with_signals(
@@ -186,7 +193,9 @@ class Learner:
         scale = scaler.get_scale()
         if math.isfinite(loss):
             scaler.unscale_(self.optimizer)
-            norm = float(self.accelerator.clip_grad_norm_(self.trainable, self.recipe.train.max_grad_norm))
+            norm = self.clip(self.trainable)
+            if self.value_head is not None and not math.isfinite(self.clip(self.value_parameters)):
+                norm = math.nan
             if math.isfinite(norm) and ran_out_of_memory(partial(scaler.step, self.optimizer)):
                 raise RunError(
                     "out of memory in the optimizer: set train.optimizer: adamw8bit, or a smaller adapter.r"
@@ -195,6 +204,10 @@ class Learner:
         self.optimizer.zero_grad()
         changed = math.isfinite(norm)
         return norm, changed, changed or 1 < scale > scaler.get_scale()
+
+    def clip(self, parameters: list[torch.nn.Parameter]) -> float:
+        """Clip the gradients of `parameters`; returns their norm before."""
+        return float(self.accelerator.clip_grad_norm_(parameters, self.recipe.train.max_grad_norm))
 
     def score(self, batch: Batch, sums: Sums) -> torch.Tensor:
         """The objective's sum over a micro-batch, connected to the graph; adds its metrics to `sums`."""
@@ -225,10 +238,51 @@ class Learner:
         finally:
             self.adapter_model.train()
 
+    def with_reference(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups, where this rank's examples have the signal `reference_logp`: log p under the base.
+
+        It is computed once for each example and kept as long as the example is, in a pass over its group
+        alone: so it does not depend on the step in which that happens, and a resumed run finds the same.
+        """
+        found = list(groups)
+        for i in range(self.ranks.rank, len(groups), self.ranks.world):
+            if missing := [example for example in groups[i] if example not in self.references]:
+                for example, (logp_T, _) in zip(missing, self.recall(missing, base=True), strict=True):
+                    self.references[example] = tuple(logp_T.tolist())
+            found[i] = tuple(
+                replace(example, signals={**example.signals, "reference_logp": self.references[example]})
+                for example in groups[i]
+            )
+        return found
+
+    def recall(
+        self, examples: Sequence[Example], base: bool = False
+    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """log p of each example's supervised tokens, and their values with a value head; float32, on the CPU.
+
+        By the policy in training, or by the base; without gradients and without dropout.
+        """
+        found: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self.adapter_model.eval()
+        try:
+            with torch.no_grad(), self.adapter_model.disable_adapter() if base else nullcontext():
+                for batch in self.arrange(ungrouped(examples), self.layout.micro_batch_size, self.pad_id):
+                    scores = self.token_scores(self.adapter_model, batch)
+                    of_M, value_M = scores.need("sequence"), scores.signals.get("value")
+                    for e, name in enumerate(batch.ids):
+                        value_T = None if value_M is None else value_M[of_M == e].cpu()
+                        found[name] = scores.logp[of_M == e].cpu(), value_T
+        finally:
+            self.adapter_model.train()
+        return [found[example.id] for example in examples]
+
     def token_scores(self, model: Any, batch: Batch, **more: Any) -> TokenScores:
         """Forward pass of a micro-batch, scored by the chunked loss engine."""
         device = self.ranks.device
         h_BLD = self.hidden_states(model, **batch.inputs(device))[:, :-1]
+        if self.value_head is not None:
+            value_BL1 = self.value_head(h_BLD.detach().float())
+            more["signals"] = {**more.get("signals", {}), "value": value_BL1.flatten()}
         return token_logps(
             h_BLD.flatten(0, 1).to(self.head.weight_VD.dtype),
             targets=batch.labels_BL[:, 1:].to(device).flatten(),
@@ -238,6 +292,30 @@ class Learner:
             check_values=False,  # `update` checks the loss, once per step
             **more,
         )
+
+    def _new_value_head(self) -> torch.nn.Linear:
+        """D -> 1 in float32, zero at first: it estimates the reward from the policy's last hidden state."""
+        head = torch.nn.Linear(self.head.weight_VD.shape[1], 1, device=self.ranks.device)
+        for parameter in head.parameters():
+            torch.nn.init.zeros_(parameter)
+        return head
+
+    @property
+    def value_parameters(self) -> list[torch.nn.Parameter]:
+        return [] if self.value_head is None else list(self.value_head.parameters())
+
+    def _parameter_groups(self) -> Any:
+        if self.value_head is None:
+            return self.trainable
+        rate = getattr(self.objective, "value_rate", 1.0)
+        return [{"params": self.trainable}, {"params": self.value_parameters, "rate": rate}]
+
+    def value_state(self) -> dict[str, torch.Tensor]:
+        return {} if self.value_head is None else self.value_head.state_dict()
+
+    def restore_value(self, state: dict[str, torch.Tensor]) -> None:
+        if self.value_head is not None:
+            self.value_head.load_state_dict(state)
 
     @property
     def adapter_config(self) -> Any:

@@ -61,9 +61,7 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
         if state is not None:
             trainer.restore(state)
         elif learner.finds_micro_batch:
-            learner.layout = replace(
-                learner.layout, micro_batch_size=auto_micro_batch(learner, plan.examples)
-            )
+            learner.layout = replace(learner.layout, micro_batch_size=auto_micro_batch(learner, plan.sized))
         if ranks.is_main:
             folder.cut_metrics(trainer.done)
             folder.write_run(

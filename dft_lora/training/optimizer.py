@@ -19,8 +19,13 @@ def schedule(step: int, steps: int, warmup: float, kind: str) -> float:
     return {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[kind]
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW over the adapter, with float32 states or bitsandbytes' 8-bit states."""
+def make_optimizer(
+    parameters: list[torch.nn.Parameter] | list[dict[str, Any]], recipe: Recipe
+) -> torch.optim.Optimizer:
+    """AdamW over the adapter, with float32 states or bitsandbytes' 8-bit states.
+
+    A parameter group with a `rate` has that many times the learning rate.
+    """
     settings = recipe.train
     arguments: dict[str, Any] = {
         "lr": settings.learning_rate,

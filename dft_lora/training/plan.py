@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config import Recipe, digest
-from ..data.doctor import Finding, check_data, usable
-from ..data.sources import load_problems
+from ..config import Recipe, RolloutConfig, digest
+from ..data.batches import Group, ungrouped
+from ..data.doctor import Finding, Found, check_data, check_rows, usable
+from ..data.sources import Kind, Rows, judgeable, load_problems
 from ..data.templates import Example, Renderer
 from ..errors import DataError, RecipeError
 from ..loss import objective
 from ..model.limits import caps_logits, positions, refuse_unknown_tokens
 from ..model.load import load_model_config, load_tokenizer
+from ..tasks.base import Problem
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Examples in source order, the renderer that made them, and the objective."""
+    """Examples in source order, the renderer that made them, and the objective.
+
+    With `problems`, the run samples its own answers to them, and `examples` are their prompts alone.
+    """
 
     recipe: Recipe
     renderer: Renderer
@@ -28,10 +34,30 @@ class Plan:
     findings: list[Finding]
     steps: int
     """Optimizer steps: train.max_steps if given, else the number that train.epochs amounts to."""
+    problems: Sequence[Problem] = ()
 
     @property
     def data_hash(self) -> str:
         return digest([example.ids for example in self.examples])
+
+    @property
+    def rollouts(self) -> RolloutConfig:
+        return self.recipe.rollouts or RolloutConfig()
+
+    @property
+    def sized(self) -> list[Example]:
+        """Examples as long as those of the run can be, to measure memory by: the examples themselves, or the
+        longest prompts with stand-ins for the longest answers."""
+        if not self.problems:
+            return self.examples
+        longest = sorted(self.examples, key=lambda example: len(example.ids), reverse=True)
+        answer = (self.renderer.eos_id,) * self.rollouts.max_new_tokens
+        return [replace(e, ids=e.ids + answer) for e in longest[: self.recipe.train.batch_size]]
+
+    @property
+    def groups(self) -> list[Group]:
+        """The groups that steps draw from: preference pairs, or single examples."""
+        return paired(self.sized) if self.objective.learns_from == "pairs" else ungrouped(self.sized)
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -40,6 +66,9 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises a RequestError that names what is wrong.
     """
     chosen = objective(recipe.objective.name, **recipe.objective.numbers)
+    answers_itself = recipe.rollouts is not None or chosen.learns_from == "rollouts"
+    if answers_itself:
+        _check_rollouts(recipe, chosen)
     if recipe.train.skip_rows and chosen.token_weight is None:
         raise RecipeError(
             f"train.skip_rows needs an objective whose weight depends only on the token's probability, "
@@ -52,27 +81,107 @@ def make_plan(recipe: Recipe) -> Plan:
             f"soft-capped logits of {recipe.model.name!r}; use dft or iw-sft, or another model.name"
         )
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
-    rows = load_problems(recipe.data, recipe.train.seed)
+    kind: Kind = "prompts" if answers_itself else "pairs" if chosen.learns_from == "pairs" else "solutions"
+    rows = load_problems(recipe.data, recipe.train.seed, kind)
     limit = recipe.data.max_length
-    rendered = [renderer.render(problem) for problem in rows.problems if problem.solution is not None]
-    counts, findings = check_data(rows, rendered, limit, recipe.evaluate.tasks)
-    examples = usable(rendered, limit)
+    problems: list[Problem] = []
+    if answers_itself:
+        problems, rendered, (counts, findings) = _prompts(recipe, renderer, rows)
+        examples = rendered
+    else:
+        rendered = [renderer.render(problem) for problem in rows.problems if problem.solution is not None]
+        counts, findings = check_data(rows, rendered, limit, recipe.evaluate.tasks)
+        examples = _marked_pairs(rendered, limit) if kind == "pairs" else usable(rendered, limit)
     if not examples:
         raise DataError(
             f"data.source {recipe.data.source!r}: no example is left "
             f"({counts['over_long']} of {len(rendered)} are longer than data.max_length {limit})"
         )
     refuse_unknown_tokens([renderer.pad_id, *(max(e.ids) for e in examples)], base, renderer.tokenizer)
-    _refuse_long_rows(recipe, examples, positions(base))
-    one_pass = math.ceil(len(examples) * recipe.train.epochs / recipe.train.batch_size)
-    steps = recipe.train.max_steps or one_pass
-    return Plan(recipe, renderer, chosen, examples, counts, findings, steps)
+    plan = Plan(
+        recipe, renderer, chosen, examples, counts, findings, _steps(recipe, kind, len(examples)), problems
+    )
+    _refuse_long_rows(plan, positions(base))
+    return plan
 
 
-def _refuse_long_rows(recipe: Recipe, examples: list[Example], most: int | None) -> None:
-    """Raises DataError if a row has more tokens than the model has positions."""
-    longest = max(len(example.ids) for example in examples)
+def _steps(recipe: Recipe, kind: Kind, examples: int) -> int:
+    """Optimizer steps: as given, or the number that takes each example, pair or answer train.epochs times."""
+    answers = (recipe.rollouts or RolloutConfig()).samples
+    count = {"solutions": examples, "pairs": examples // 2, "prompts": examples * answers}[kind]
+    return recipe.train.max_steps or math.ceil(count * recipe.train.epochs / recipe.train.batch_size)
+
+
+def _prompts(recipe: Recipe, renderer: Renderer, rows: Rows) -> tuple[list[Problem], list[Example], Found]:
+    """Problems with a reference answer whose prompts fit, and these prompts."""
+    limit = recipe.data.max_length
+    counts, findings = check_rows(rows, recipe.evaluate.tasks, own_answers=True)
+    asked = [(p, tuple(renderer.prompt_ids(p.messages))) for p in judgeable(rows, recipe.data)]
+    fitting = [(p, Example(p.id, ids, len(ids))) for p, ids in asked if len(ids) <= limit]
+    if over := tuple(p.id for p, ids in asked if len(ids) > limit):
+        findings = [*findings, Finding(f"prompt longer than data.max_length {limit}: left out", over)]
+    problems, prompts = [p for p, _ in fitting], [e for _, e in fitting]
+    return problems, prompts, (counts | {"over_long": len(over), "examples": len(prompts)}, findings)
+
+
+def paired(examples: Sequence[Example]) -> list[Group]:
+    """Neighbours as groups of two."""
+    return list(zip(examples[::2], examples[1::2], strict=True))
+
+
+def _marked_pairs(rendered: list[Example], limit: int) -> list[Example]:
+    """Both sides of each pair that fits, with the signals that say which pair and which side it is."""
+    fitting = [pair for pair in paired(rendered) if len(usable(pair, limit)) == 2]
+    return [example for number, pair in enumerate(fitting) for example in mark_pair(pair, number)]
+
+
+def mark_pair(pair: Group, number: int) -> Group:
+    """The chosen and the rejected example of pair `number`, with the signals of `dpo`."""
+    signs = zip(pair, (1.0, -1.0), strict=True)
+    return tuple(replace(e, signals={"preference": sign, "pair": float(number)}) for e, sign in signs)
+
+
+def _check_rollouts(recipe: Recipe, chosen: Any) -> None:
+    """Raises RecipeError for settings that contradict answers of the model itself."""
+    config, train, name = recipe.rollouts or RolloutConfig(), recipe.train, chosen.name
+    online = chosen.learns_from == "rollouts"
+    if train.shard or recipe.model.backend != "plain":
+        part = "train.shard" if train.shard else f"model.backend {recipe.model.backend!r}"
+        raise RecipeError(
+            f"{part}: not where a run samples its own answers; use model.backend: plain, unsharded"
+        )
+    if config.samples < chosen.least_samples:
+        raise RecipeError(
+            f"rollouts.samples: {name!r} compares answers to a problem; give {chosen.least_samples} or more"
+        )
+    if online and config.rounds > 1:
+        raise RecipeError(f"rollouts.rounds: {name!r} always samples anew; leave it out")
+    if not online and config.updates > 1:
+        raise RecipeError(
+            f"rollouts.updates: {name!r} is not an online objective; give rollouts.rounds instead"
+        )
+    answers = config.updates * train.batch_size
+    if online and answers % config.samples:
+        raise RecipeError(
+            f"train.batch_size: rollouts.updates * train.batch_size = {answers} answers are not a multiple "
+            f"of rollouts.samples {config.samples}"
+        )
+    if not online and train.max_steps is None:
+        raise RecipeError(
+            "train.max_steps: give it, since how many answers will be correct is not known before the run"
+        )
+
+
+def _refuse_long_rows(plan: Plan, most: int | None) -> None:
+    """Raises DataError if the model has too few positions for a row, or a prompt with its longest answer."""
+    recipe = plan.recipe
+    longest = max(len(example.ids) for example in plan.sized)
     if most is not None and longest > most:
+        if plan.problems:
+            raise DataError(
+                f"rollouts.max_new_tokens {plan.rollouts.max_new_tokens}: the longest prompt and answer have "
+                f"{longest} tokens, and {recipe.model.name!r} has {most} positions"
+            )
         raise DataError(
             f"data.max_length {recipe.data.max_length}: a row has {longest} tokens, and "
             f"{recipe.model.name!r} has {most} positions; data.max_length: {most} leaves out longer rows"

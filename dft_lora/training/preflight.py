@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from ..config import Recipe
-from ..data.batches import ungrouped
 from ..errors import RequestError
 from ..model.backends import prepare
 from ..model.hardware import dtype_name
@@ -52,9 +51,9 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
     learner = Learner(recipe, plan.objective, plan.renderer.pad_id, Ranks(recipe))
     device = learner.ranks.device
     choices = (False, True) if learner.set_checkpointing else (learner.checkpointing,)
-    fits = {on: measure(learner, plan.examples, on) for on in choices}
+    fits = {on: measure(learner, plan.sized, on) for on in choices}
     set_checkpointing(learner, learner.checkpointing)
-    worst = longest_batch(learner, plan.examples, learner.layout.micro_batch_size)
+    worst = longest_batch(learner, plan.sized, learner.layout.micro_batch_size)
     real = probe(learner, worst)
     started = time.perf_counter()
     learner.update(0.0)
@@ -133,7 +132,7 @@ def propose(
 def _positions_per_step(learner: Learner, plan: Plan, steps: int = 4) -> float:
     """Tokens and padding of an average step, from the first few steps."""
     settings = plan.recipe.train
-    source = FixedGroups(ungrouped(plan.examples), settings.batch_size, settings.seed)
+    source = FixedGroups(plan.groups, settings.batch_size, settings.seed)
     total = 0
     for step in range(steps):
         mine = source.groups(step)[:: learner.ranks.world]

@@ -137,6 +137,8 @@ def measure(learner: Learner, examples: Sequence[Example], checkpointing: bool) 
 def probe(learner: Learner, batch: Batch, gauged: bool = True) -> ProbePass:
     """One forward and backward pass of the learner's own code, with its memory peaks."""
     device = learner.ranks.device
+    blank = {name: torch.zeros(batch.labels_BL.shape) for name in learner.objective.signals}
+    batch = replace(batch, signals_BL={**blank, **batch.signals_BL})  # memory does not depend on their values
     saved = 0
     with _gauge(device) if gauged else nullcontext(_Nothing()) as memory:
         memory.reset()

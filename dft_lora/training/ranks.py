@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -82,6 +83,16 @@ class Ranks:
         """[ranks, ...] on the CPU, from each rank's own `values`."""
         with self.together():
             return self.accelerator.gather(values[None].to(self.device)).cpu()
+
+    def everyone(self, mine: list[Any]) -> list[Any]:
+        """The items of all ranks, in order, where this one has every `world`-th of them from its own rank."""
+        if self.world == 1:
+            return mine
+        from accelerate.utils import gather_object
+
+        with self.together():
+            parts = gather_object([mine])
+        return [parts[i % self.world][i // self.world] for i in range(sum(map(len, parts)))]
 
     def any(self, *flags: bool) -> list[bool]:
         """Each flag, true on all ranks if it is true on any, so that they decide alike."""

@@ -11,16 +11,28 @@ Shapes: E answers of a rollout, T tokens of one answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..config import SEEDS, RolloutConfig
+from ..data.batches import Group, examples_of, step_indices, ungrouped
 from ..data.templates import Example, Renderer
 from ..errors import RunError
 from ..model.generate import Request, generate
+from ..tasks import judge_of
 from ..tasks.base import Judge, Problem, Verdict
+from .plan import Plan, mark_pair
+from .steps import FixedGroups
 
+if TYPE_CHECKING:
+    from .learner import Learner
+
+ADAPTER = "default"
+"""peft's name of the adapter in training."""
 SAMPLES = 1_000_003
 """More than the samples of a problem: seeds of different rollouts never coincide."""
 
@@ -113,3 +125,174 @@ def _each_text_once(answers: Iterable[Answer]) -> list[Answer]:
     for answer in answers:
         first.setdefault(answer.text, answer)
     return list(first.values())
+
+
+class Rollouts:
+    """A StepSource of answers that the policy in training wrote itself.
+
+    An online objective takes a new batch of answers every `rollouts.updates` steps; each step learns from its
+    own part. Any other objective samples `rollouts.rounds` times in the run, each time for all problems, and
+    learns from the correct answers, or from pairs, in epochs.
+    """
+
+    def __init__(self, plan: Plan, learner: Learner):
+        self.plan, self.learner, self.config = plan, learner, plan.rollouts
+        self.judge = judge_of(plan.recipe.data.source)
+        self.online = plan.objective.learns_from == "rollouts"
+        self.steps_each = self.config.updates if self.online else math.ceil(plan.steps / self.config.rounds)
+        self.rollout = -1
+        self.known: list[Group] = []
+        self.figures: Mapping[str, float] = {}
+
+    def groups(self, step: int) -> list[Group]:
+        """See StepSource. Samples where a new rollout begins."""
+        rollout, within = divmod(step, self.steps_each)
+        if rollout != self.rollout:
+            self._sample(rollout, f"step {step + 1}")
+        settings = self.plan.recipe.train
+        if self.online:
+            return self.known[within * settings.batch_size : (within + 1) * settings.batch_size]
+        return FixedGroups(self.known, settings.batch_size, settings.seed).groups(within)
+
+    def kept(self, step: int) -> dict[str, Any]:
+        """See StepSource. Nothing, where the next step begins a rollout."""
+        rollout, within = divmod(step, self.steps_each)
+        if not within or rollout != self.rollout:
+            return {}
+        return {"rollout": rollout, "figures": dict(self.figures), "groups": pack_groups(self.known)}
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """See StepSource."""
+        if kept:
+            self.rollout, self.figures = kept["rollout"], kept["figures"]
+            self.known = unpack_groups(kept["groups"])
+
+    def _sample(self, rollout: int, what: str) -> None:
+        """Sample, judge, make groups. Raises RunError if there is nothing to learn from."""
+        plan, learner = self.plan, self.learner
+        problems = self._asked(rollout)
+        answers = learner.ranks.everyone(
+            self._marked(self._answers(problems[learner.ranks.rank :: learner.ranks.world], rollout))
+        )
+        refuse_all_truncated(answers, self.config, what)
+        every = [answer for some in answers for answer in some]
+        if self.online:
+            self.known = ungrouped(self._with_signals(answers))
+        elif plan.objective.learns_from == "pairs":
+            pairs = [(a.example, b.example) for some in answers for a, b in pairs_of(some)]
+            self.known = [mark_pair(pair, number) for number, pair in enumerate(pairs)]
+        else:
+            self.known = ungrouped(answer.example for some in answers for answer in correct_ones(some))
+        if not self.known:
+            wanted = (
+                "pair of a correct and a wrong one"
+                if plan.objective.learns_from == "pairs"
+                else "correct one"
+            )
+            raise RunError(f"{what}: there is no {wanted} among {len(every)} answers; nothing to learn from")
+        self.rollout = rollout
+        self.figures = {
+            "reward": sum(answer.reward for answer in every) / len(every),
+            "truncated": sum(answer.truncated for answer in every) / len(every),
+            "answers": len(every),
+            "answers_used": len(examples_of(self.known)),
+            "generated_tokens": sum(answer.example.supervised for answer in every),
+        }
+
+    def _asked(self, rollout: int) -> Sequence[Problem]:
+        """The problems of a rollout: all, or as many as an online objective's steps have answers to."""
+        if not self.online:
+            return self.plan.problems
+        settings = self.plan.recipe.train
+        count = self.config.updates * settings.batch_size // self.config.samples
+        chosen = step_indices(len(self.plan.problems), count, settings.seed, rollout)
+        return [self.plan.problems[i] for i in chosen]
+
+    def _answers(self, problems: Sequence[Problem], rollout: int) -> list[list[Answer]]:
+        model = self.learner.adapter_model.eval()
+        seed = self.plan.recipe.train.seed
+        try:
+            return sample_answers(
+                model,
+                self.plan.renderer,
+                self.judge,
+                problems,
+                self.config,
+                seed=seed,
+                rollout=rollout,
+                adapter=ADAPTER,
+            )
+        finally:
+            model.train()
+
+    def _marked(self, answers: list[list[Answer]]) -> list[list[Answer]]:
+        """The answers with what only the policy that wrote them can say: their log-probabilities and values.
+
+        A rollout for a single step needs no log-probabilities: there the ratio to the old policy is 1.
+        """
+        has_value = "value" in self.plan.objective.signals
+        if not self.online or not (has_value or self.config.updates > 1):
+            return answers
+        scored = iter(self.learner.recall([answer.example for some in answers for answer in some]))
+
+        def marked(answer: Answer) -> Answer:
+            logp_T, value_T = next(scored)
+            signals = {"old_logp": tuple(logp_T.tolist())} if self.config.updates > 1 else {}
+            if has_value and value_T is not None:
+                signals["old_value"] = tuple(value_T.tolist())
+            return replace(answer, example=replace(answer.example, signals=signals))
+
+        return [[marked(answer) for answer in some] for some in answers]
+
+    def _with_signals(self, answers: list[list[Answer]]) -> list[Example]:
+        """The answers' examples, with the signals that the objective makes of all rewards."""
+        every = [answer for some in answers for answer in some]
+        signals = self.plan.objective.rollout_signals(
+            torch.tensor([answer.reward for answer in every], dtype=torch.float64),
+            torch.tensor([i for i, some in enumerate(answers) for _ in some]),
+            [torch.tensor(answer.example.signals.get("old_value", ())) for answer in every],
+        )
+        return [
+            replace(
+                answer.example,
+                signals={**answer.example.signals, **{name: values[i] for name, values in signals.items()}},
+            )
+            for i, answer in enumerate(every)
+        ]
+
+
+def pack_groups(groups: Sequence[Group]) -> dict[str, Any]:
+    """Groups as plain values and a few tensors, for a checkpoint; signals as the float32 that steps read."""
+    examples = examples_of(groups)
+    signals = {}
+    for name, first in examples[0].signals.items():
+        values = [torch.as_tensor(e.signals[name], dtype=torch.float32).reshape(-1) for e in examples]
+        signals[name] = {"per_token": not isinstance(first, float | int), "values": torch.cat(values)}
+    return {
+        "sizes": [len(group) for group in groups],
+        "names": [example.id for example in examples],
+        "prompt_lengths": [example.prompt_length for example in examples],
+        "lengths": [len(example.ids) for example in examples],
+        "ids": torch.tensor([i for example in examples for i in example.ids], dtype=torch.int32),
+        "signals": signals,
+    }
+
+
+def unpack_groups(packed: dict[str, Any]) -> list[Group]:
+    """The reverse of `pack_groups`."""
+    ids = iter(packed["ids"].tolist())
+    signals = {name: (s["per_token"], iter(s["values"].tolist())) for name, s in packed["signals"].items()}
+
+    def example(name: str, length: int, prompt_length: int) -> Example:
+        bare = Example(name, tuple(next(ids) for _ in range(length)), prompt_length)
+        return replace(
+            bare,
+            signals={
+                key: tuple(next(values) for _ in range(bare.supervised)) if per_token else next(values)
+                for key, (per_token, values) in signals.items()
+            },
+        )
+
+    facts = zip(packed["names"], packed["lengths"], packed["prompt_lengths"], strict=True)
+    examples = iter([example(*some) for some in facts])
+    return [tuple(next(examples) for _ in range(size)) for size in packed["sizes"]]

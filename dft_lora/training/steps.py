@@ -6,9 +6,9 @@ contents of a checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 from ..data.batches import Group, step_indices
 
@@ -16,8 +16,18 @@ from ..data.batches import Group, step_indices
 class StepSource(Protocol):
     """Provides the groups of each step: fixed examples, preference pairs, rollouts of the current policy."""
 
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """What the metrics record about the groups of the latest step."""
+
     def groups(self, step: int) -> list[Group]:
         """The groups of optimizer step `step` (from 0), over all ranks."""
+
+    def kept(self, step: int) -> dict[str, Any]:
+        """What a checkpoint must contain for step `step` and those after it; {} for nothing."""
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Continue with what `kept` returned."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,15 @@ class FixedGroups:
     known: Sequence[Group]
     per_step: int
     seed: int
+    figures: ClassVar[Mapping[str, float]] = {}
 
     def groups(self, step: int) -> list[Group]:
         """See StepSource."""
         return [self.known[i] for i in step_indices(len(self.known), self.per_step, self.seed, step)]
+
+    def kept(self, step: int) -> dict[str, Any]:
+        """See StepSource."""
+        return {}
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """See StepSource."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..data.batches import examples_of, ungrouped
+from ..data.batches import examples_of
 from ..errors import RunError
 from ..model.hardware import dtype_name, peak_memory_mb
 from ..model.load import weights_of
@@ -21,7 +21,16 @@ from .metrics import finite
 from .optimizer import schedule
 from .plan import Plan
 from .ranks import Ranks
+from .rollouts import Rollouts
 from .steps import FixedGroups, StepSource
+
+
+def step_source(plan: Plan, learner: Learner) -> StepSource:
+    """Answers of the model in training where the plan has problems for it, else the plan's own examples."""
+    if plan.problems:
+        return Rollouts(plan, learner)
+    settings = plan.recipe.train
+    return FixedGroups(plan.groups, settings.batch_size, settings.seed)
 
 
 class Trainer:
@@ -29,9 +38,8 @@ class Trainer:
 
     def __init__(self, plan: Plan, ranks: Ranks, source: StepSource | None = None):
         self.plan, self.recipe, self.ranks = plan, plan.recipe, ranks
-        settings = plan.recipe.train
-        self.source = source or FixedGroups(ungrouped(plan.examples), settings.batch_size, settings.seed)
         self.learner = Learner(plan.recipe, plan.objective, plan.renderer.pad_id, ranks)
+        self.source = source or step_source(plan, self.learner)
         self.skips = Skips()
         self.done, self.seconds = 0, 0.0
 
@@ -47,7 +55,7 @@ class Trainer:
             step, plan.steps, settings.warmup, settings.schedule
         )
         for group in self.learner.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("rate", 1.0)
 
         sums, suspects = self.learner.accumulate(groups, divisor, step + 1)
         grad_norm, changed, sound = self.learner.update(sums.loss)
@@ -74,6 +82,7 @@ class Trainer:
             "seconds": seconds,
             "tokens_per_second": sums.tokens / seconds,
             "peak_memory_mb": peak_memory_mb(self.ranks.device),
+            **self.source.figures,
             **(skip if settings.skip_rows else {}),
         }
 
@@ -94,6 +103,7 @@ class Trainer:
                 self.learner.optimizer.state_dict(),
                 random,
                 progress,
+                {"source": self.source.kept(self.done), "value_head": self.learner.value_state()},
             )
             checkpoints.save(state, self.learner.adapter_config)
         self.ranks.wait()
@@ -120,6 +130,8 @@ class Trainer:
         set_peft_model_state_dict(learner.adapter_model, state.adapter)
         learner.optimizer.load_state_dict(state.optimizer)
         set_random_state(state.random[self.ranks.rank], self.ranks.device)
+        self.source.restore(state.extra.get("source", {}))
+        learner.restore_value(state.extra.get("value_head", {}))
         progress = state.progress
         learner.layout, learner.retreats = Layout(**progress["layout"]), progress["retreats"]
         self.skips = Skips(**progress["skips"])
