@@ -257,8 +257,9 @@ class Nft(OnRollouts):
         positive_M = -log_ratio_M[is_correct_M]
         q_W = q_M[~is_correct_M]
         implicit_W = (1 - q_W * log_ratio_M[~is_correct_M].exp()) / (1 - q_W)
-        kept_W = implicit_W + (implicit_W.clamp_min(self.floor) - implicit_W).detach()
-        negative_W = -kept_W.log()
+        # Value -log max(x, floor), gradient -grad x / max(x, floor); x + (max(x, floor) - x) would cancel.
+        floored_W = implicit_W.detach().clamp_min(self.floor)
+        negative_W = -(floored_W.log() + (implicit_W - implicit_W.detach()) / floored_W)
         return (weight_M[is_correct_M] * positive_M).sum() + (weight_M[~is_correct_M] * negative_W).sum()
 
 
