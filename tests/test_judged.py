@@ -35,7 +35,7 @@ def signals(name, on_policy=False):
     logp[KEPT] = scores.logp.detach()
     every = {
         "preference": 1.0 - 2.0 * (sequence % 2),
-        "pair": (sequence // 2).double(),
+        "group": (sequence // 2).double(),
         "reference_logp": logp + 0.5 * normal(N),
         "old_logp": logp + 0.4 * normal(N),
         "advantage": normal(N) if name == "ppo" else normal(12)[sequence],
@@ -79,10 +79,10 @@ class Plain:
 
 def dpo(x, beta=0.1, length=0.0, ipo=0.0):
     loss = 0.0
-    for pair in x.pair.unique():
+    for pair in x.group.unique():
         margin = 0.0
         for side in (1, -1):
-            mine = (x.pair == pair) & (x.preference == side)
+            mine = (x.group == pair) & (x.preference == side)
             log_ratio = (x.logp - x.reference_logp)[mine]
             margin = margin + side * log_ratio.sum() / max(1, len(log_ratio)) ** length
         loss = loss - (1 - ipo) * logsigmoid(beta * margin) + ipo * (margin - 1 / (2 * beta)) ** 2

@@ -6,7 +6,7 @@ Shapes (docs/shapes.md): B rows of a micro-batch, L positions of a row, N = B * 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -140,6 +140,14 @@ def by_length(groups: Sequence[Group], size: int) -> list[list[Group]]:
 def ungrouped(examples: Iterable[Example]) -> list[Group]:
     """Each example as a group of its own."""
     return [(example,) for example in examples]
+
+
+def numbered(groups: Sequence[Group]) -> list[Group]:
+    """The groups, whose examples have the signal `group`: the place of their group among these."""
+    return [
+        tuple(replace(example, signals={**example.signals, "group": float(place)}) for example in group)
+        for place, group in enumerate(groups)
+    ]
 
 
 def examples_of(groups: Iterable[Group]) -> list[Example]:

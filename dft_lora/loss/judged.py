@@ -3,7 +3,7 @@
 They are functions of the same `TokenScores` as the others. What they read besides logp are signals of the
 examples:
 
-    preference, pair      +1 for the chosen answer, -1 for the rejected one; which pair it belongs to
+    preference, group     +1 for the chosen answer, -1 for the rejected one; its pair, by place in the step
     reference_logp        per token: log p under the base, the adapter switched off
     old_logp              per token: log p under the policy that wrote the answer; without it, the step is on
                           policy and the ratio is exactly 1
@@ -51,7 +51,7 @@ class Dpo(Objective):
     least_samples = 2
     divided_by = "groups"
     needs = frozenset({"sequence"})
-    signals = frozenset({"preference", "pair", "reference_logp"})
+    signals = frozenset({"preference", "group", "reference_logp"})
     beta: float = 0.1
     length: float = 0.0
     ipo: float = 0.0
@@ -66,7 +66,7 @@ class Dpo(Objective):
         sequences = Sequences(scores)
         count_M = sequences.count_E[sequences.of_M].to(log_ratio_M.dtype)
         share_M = scores.signals["preference"] * log_ratio_M / count_M**self.length
-        pairs, of_M = scores.signals["pair"].unique(return_inverse=True)
+        pairs, of_M = scores.signals["group"].unique(return_inverse=True)
         margin_P = share_M.new_zeros(len(pairs)).index_add(0, of_M, share_M)
         sigmoid, squared = softplus(-self.beta * margin_P), (margin_P - 1 / (2 * self.beta)).square()
         return ((1 - self.ipo) * sigmoid + self.ipo * squared).sum()

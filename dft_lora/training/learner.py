@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..config import Recipe
-from ..data.batches import Batch, Group, examples_of, ungrouped
+from ..data.batches import Batch, Group, examples_of, numbered, ungrouped
 from ..data.templates import Example
 from ..errors import RunError
 from ..loss import REFERENCE_NEEDS, Objective, TokenScores, chunk_rows, token_logps
@@ -94,6 +94,8 @@ class Learner:
             groups = self.with_signals(groups, self.objective.step_signals, step)
         if "reference_logp" in self.objective.signals:
             groups = self.with_reference(groups)
+        if "group" in self.objective.signals:
+            groups = numbered(groups)
 
         def work(batch: Batch, sums: Sums) -> None:
             with self.no_sync():

@@ -130,15 +130,15 @@ def paired(examples: Sequence[Example]) -> list[Group]:
 
 
 def _marked_pairs(rendered: list[Example], limit: int) -> list[Example]:
-    """Both sides of each pair that fits, with the signals that say which pair and which side it is."""
+    """Both sides of each pair that fits, with the signal that says which side it is."""
     fitting = [pair for pair in paired(rendered) if len(usable(pair, limit)) == 2]
-    return [example for number, pair in enumerate(fitting) for example in mark_pair(pair, number)]
+    return [example for pair in fitting for example in mark_pair(pair)]
 
 
-def mark_pair(pair: Group, number: int) -> Group:
-    """The chosen and the rejected example of pair `number`, with the signals of `dpo`."""
+def mark_pair(pair: Group) -> Group:
+    """The chosen and the rejected example, with the signal `preference`."""
     signs = zip(pair, (1.0, -1.0), strict=True)
-    return tuple(replace(e, signals={"preference": sign, "pair": float(number)}) for e, sign in signs)
+    return tuple(replace(example, signals={"preference": sign}) for example, sign in signs)
 
 
 def _check_rollouts(recipe: Recipe, chosen: Any) -> None:

@@ -179,8 +179,7 @@ class Rollouts:
         if self.online:
             self.known = ungrouped(self._with_signals(answers))
         elif plan.objective.learns_from == "pairs":
-            pairs = [(a.example, b.example) for some in answers for a, b in pairs_of(some)]
-            self.known = [mark_pair(pair, number) for number, pair in enumerate(pairs)]
+            self.known = [mark_pair((a.example, b.example)) for some in answers for a, b in pairs_of(some)]
         else:
             self.known = ungrouped(answer.example for some in answers for answer in correct_ones(some))
         if not self.known:

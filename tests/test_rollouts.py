@@ -1,0 +1,364 @@
+"""Runs that learn from judged answers: what a step is, what resumes bit-exactly, what is refused."""
+
+import json
+import shutil
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from fault_runs import adapter, finish, lines, run, start
+from patience import wait_for
+
+from dft_lora.config import load_recipe
+from dft_lora.data.batches import examples_of
+from dft_lora.errors import DataError, RecipeError, RunError
+from dft_lora.tasks import get_task
+from dft_lora.training.loop import train
+from dft_lora.training.plan import make_plan
+from dft_lora.training.ranks import Ranks
+from dft_lora.training.rollouts import pack_groups, stream_seed, unpack_groups
+from dft_lora.training.trainer import Trainer
+
+SMALL = (
+    "data.sample=24",
+    "rollouts.samples=4",
+    "rollouts.max_new_tokens=48",
+    "train.batch_size=16",
+    "train.micro_batch_size=16",
+    "train.max_steps=4",
+)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Twelve preference pairs with the Hub's usual columns, sides of different lengths."""
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [
+        {"prompt": f"What is {i} + {i}?", "chosen": f"{i}+{i}={2 * i}\n#### {2 * i}", "rejected": f"#### {i}"}
+        for i in range(2, 14)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def make_trainer(name, *changes):
+    recipe = load_recipe(f"tiny_{name}", (*SMALL, *changes))
+    trainer = Trainer(make_plan(recipe), Ranks(recipe))
+    torch.manual_seed(1)
+    for key, parameter in trainer.learner.adapter_model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return trainer
+
+
+def gradients(trainer, groups):
+    """Of one step on these groups, and its loss."""
+    learner = trainer.learner
+    totals, _ = learner.accumulate(groups, learner.divisor(groups), 1)
+    parameters = [*learner.trainable, *learner.value_parameters]
+    found = torch.cat([p.grad.flatten() for p in parameters])
+    learner.optimizer.zero_grad()
+    return found, totals.loss / learner.divisor(groups)
+
+
+# --- one step -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dpo", "grpo", "ppo", "nft"])
+def test_a_step_does_not_depend_on_micro_batches(name, pairs):
+    """For dpo, four of the twelve pairs occur in it twice."""
+    changes = [f"data.source={pairs}", "rollouts=null"] if name == "dpo" else ["rollouts.updates=2"]
+    if name in ("grpo", "rloo", "ppo"):
+        changes.append("objective.kl=0.1")
+    trainer = make_trainer(name, *changes)
+    groups = trainer.source.groups(0)
+    whole, loss = gradients(trainer, groups)
+    assert whole.norm() > 0
+    for size in (1, 3):
+        trainer.learner.layout = replace(trainer.learner.layout, micro_batch_size=size)
+        part, theirs = gradients(trainer, groups)
+        assert (part - whole).norm() <= 1e-5 * whole.norm()
+        assert theirs == pytest.approx(loss, rel=1e-5, abs=1e-7)
+
+
+@pytest.fixture(scope="module")
+def grpo():
+    return make_trainer("grpo", "rollouts.updates=2", "objective.kl=0.1")
+
+
+def test_a_rollout_is_what_the_policy_wrote(grpo):
+    """Old log-probabilities are the policy's own; rewards are the task's; a prompt's answers differ."""
+    examples = examples_of(grpo.source.groups(0))
+    assert len(examples) == 16 and grpo.source.figures["answers"] == 32
+    problems = {problem.id: problem for problem in grpo.plan.problems}
+    judge, renderer = get_task("arithmetic"), grpo.plan.renderer
+    recalled = grpo.learner.recall(examples)
+    texts = []
+    for example, (logp_T, _) in zip(examples, recalled, strict=True):
+        name, _, sample = example.id.rpartition("/")
+        problem = problems[name]
+        assert sample.startswith("0.")
+        assert example.ids[: example.prompt_length] == tuple(renderer.prompt_ids(problem.messages))
+        assert torch.allclose(torch.tensor(example.signals["old_logp"]), logp_T, atol=1e-5)
+        assert example.ids[-1] in renderer.stop_ids or example.supervised == 48
+        texts.append((renderer.decode(example.ids[example.prompt_length :]), problem))
+    correct = torch.tensor([float(v.correct) for v in judge.judge_many(texts)]).view(-1, 4)
+    advantage = torch.tensor([e.signals["advantage"] for e in examples]).view(-1, 4)
+    truth = (correct - correct.mean(1, keepdim=True)) / (correct.std(1, keepdim=True) + 1e-4)
+    assert torch.allclose(advantage, truth, atol=1e-5)
+    assert advantage.any() and len({text for text, _ in texts[:4]}) > 1
+
+
+def test_the_reference_is_the_base_and_is_computed_once(grpo, monkeypatch):
+    groups = grpo.source.groups(0)
+    marked = grpo.learner.with_reference(groups)
+    base = grpo.learner.recall(examples_of(groups), base=True)
+    for (example,), (logp_T, _) in zip(marked, base, strict=True):
+        assert torch.allclose(torch.tensor(example.signals["reference_logp"]), logp_T, atol=1e-5)
+    policy = grpo.learner.recall(examples_of(groups))
+    assert not torch.allclose(torch.tensor(marked[0][0].signals["reference_logp"]), policy[0][0], atol=1e-3)
+    monkeypatch.setattr(grpo.learner, "recall", None)  # a second pass would fail
+    assert grpo.learner.with_reference(groups) == marked
+
+
+def test_answers_survive_a_checkpoint(grpo):
+    groups = grpo.source.groups(0)
+    again = unpack_groups(pack_groups(groups))
+    assert pack_groups(again)["signals"].keys() == {"old_logp", "advantage"}
+    for (one,), (other,) in zip(groups, again, strict=True):
+        assert (one.id, one.ids, one.prompt_length) == (other.id, other.ids, other.prompt_length)
+        for name, value in one.signals.items():
+            assert torch.equal(torch.tensor(value), torch.tensor(other.signals[name])), name
+
+
+def test_streams_differ_for_every_seed_rollout_and_sample():
+    every = product((0, 1, 2**32 - 1), range(4), range(4))
+    seeds = [stream_seed(seed, rollout, sample) for seed, rollout, sample in every]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_one_step_for_a_rollout_needs_no_old_log_probabilities(grpo):
+    """On policy the ratio is 1: the same gradient without the pass that scores the answers."""
+    groups = grpo.source.groups(0)
+    bare = [(replace(e, signals={"advantage": e.signals["advantage"]}),) for (e,) in groups]
+    (scored, _), (fresh, _) = gradients(grpo, groups), gradients(grpo, bare)
+    assert (scored - fresh).norm() <= 1e-4 * scored.norm()
+    single = make_trainer("grpo")
+    (example,) = single.source.groups(0)[0]
+    assert example.signals.keys() == {"advantage"}
+
+
+def test_supervised_objectives_learn_from_correct_answers_and_dpo_from_pairs():
+    judge = get_task("arithmetic")
+    for name in ("rft", "dpo"):
+        trainer = make_trainer(name)
+        problems = {problem.id: problem for problem in trainer.plan.problems}
+        groups = trainer.source.groups(0)
+        sides = list(zip(*groups, strict=True))
+        verdicts = []
+        for side in sides:
+            asked = [problems[example.id.rpartition("/")[0]] for example in side]
+            texts = [trainer.plan.renderer.decode(e.ids[e.prompt_length :]) for e in side]
+            found = judge.judge_many(list(zip(texts, asked, strict=True)))
+            verdicts.append([verdict.correct for verdict in found])
+        assert all(verdicts[0]) and len(sides) == (2 if name == "dpo" else 1)
+        if name == "dpo":
+            assert not any(verdicts[1])
+            assert all(a.ids[: a.prompt_length] == b.ids[: b.prompt_length] for a, b in groups)
+            assert [e.signals["preference"] for e in groups[0]] == [1, -1]
+
+
+def test_rounds_sample_anew_from_the_policy():
+    trainer = make_trainer("rft", "rollouts.rounds=2", "train.learning_rate=1e-2")
+    first = {e.ids for e in examples_of(trainer.source.groups(0))}
+    for step in range(2):
+        trainer.step(step)
+    assert trainer.source.rollout == 0
+    trainer.step(2)
+    assert trainer.source.rollout == 1
+    assert first != {e.ids for e in examples_of(trainer.source.groups(3))}
+
+
+def test_a_truncated_answer_counts_as_wrong_or_as_it_is_judged():
+    """Cut before its end token, an answer may have said the right number already."""
+    rewards = {}
+    for kind in ("wrong", "judged"):
+        changes = ("rollouts.max_new_tokens=14", f"rollouts.truncated={kind}", "train.batch_size=64")
+        trainer = make_trainer("grpo", *changes)
+        trainer.source.groups(0)
+        rewards[kind] = trainer.source.figures["reward"]
+        assert 0 < trainer.source.figures["truncated"] < 1
+    assert rewards["wrong"] < rewards["judged"]
+
+
+def test_the_value_head_learns_and_stays_out_of_the_adapter(tmp_path):
+    folder = train(load_recipe("tiny_ppo", [*SMALL, f"output={tmp_path / 'run'}", "train.save_steps=2"]))
+    from safetensors.torch import load_file
+
+    state = load_file(folder.checkpoints / "step-000004" / "optimizer.safetensors")
+    head = state["extra.value_head.weight"]
+    assert head.shape[0] == 1 and head.dtype == torch.float32 and head.any()
+    assert all("lora" in name for name in load_file(folder.adapter / "adapter_model.safetensors"))
+    assert {"reward", "truncated", "generated_tokens"} <= folder.metrics()[0].keys()
+
+
+# --- resuming -------------------------------------------------------------------------------------------
+
+
+RESUMED = {
+    "grpo": {"rollouts": {"updates": 3}, "objective": {"name": "grpo", "kl": 0.05}},
+    "ppo": {"rollouts": {"updates": 3}, "objective": {"name": "ppo"}},
+    "dpo": {"rollouts": {"rounds": 2}, "objective": {"name": "dpo"}},
+}
+
+
+def recipe_file(path, name):
+    """Two rollouts of three steps each, with dropout, accumulation and a checkpoint after every step."""
+    changes = RESUMED[name]
+    recipe = {
+        "model": {"name": "tiny"},
+        "adapter": {"r": 8, "dropout": 0.1},
+        "data": {"source": "arithmetic", "sample": 16, "max_length": 256},
+        "objective": changes["objective"],
+        "rollouts": {"samples": 4, "max_new_tokens": 48, "rows": 16, **changes["rollouts"]},
+        "train": {
+            "learning_rate": 1e-3,
+            "batch_size": 8,
+            "micro_batch_size": 4,
+            "max_steps": 6,
+            "save_steps": 1,
+            "keep_checkpoints": 9,
+        },
+        "output": str(path / "run"),
+    }
+    (path / "r.yaml").write_text(json.dumps(recipe))
+    return path / "r.yaml"
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory):
+    """Undisturbed runs by method: (recipe file, folder)."""
+    made = {}
+
+    def whole(name):
+        if name not in made:
+            path = tmp_path_factory.mktemp(name)
+            file = recipe_file(path, name)
+            code, told = run("train", str(file))
+            assert code == 0, told
+            made[name] = file, (path / "run").rename(path / "whole")
+        return made[name]
+
+    return whole
+
+
+def cut_back(whole, run_dir, step):
+    """`run_dir` as the whole run was after `step`."""
+    shutil.rmtree(run_dir, ignore_errors=True)
+    shutil.copytree(whole, run_dir)
+    shutil.rmtree(run_dir / "adapter")
+    for later in range(step + 1, 7):
+        shutil.rmtree(run_dir / "checkpoints" / f"step-{later:06d}")
+
+
+@pytest.mark.parametrize(("name", "step"), [("grpo", 4), ("ppo", 4), ("dpo", 4)])
+def test_a_run_resumes_bit_exactly_within_a_rollout(name, step, whole_runs):
+    """The answers that steps 5 and 6 learn from are in the checkpoint of step 4."""
+    file, whole = whole_runs(name)
+    run_dir = whole.parent / "run"
+    cut_back(whole, run_dir, step)
+    code, told = run("train", str(file), "--resume")
+    assert code == 0 and f"resuming after step {step}" in told, told
+    assert adapter(run_dir) == adapter(whole) and lines(run_dir) == lines(whole)
+
+
+def kill_and_resume(file, whole, after: int, delay: float) -> bool:
+    """SIGKILL `delay` seconds after step `after` was logged, then resume; whether it came in time."""
+    run_dir = whole.parent / "run"
+    cut_back(whole, run_dir, after - 1)
+    child = start("train", str(file), "--resume")
+    metrics = run_dir / "metrics.jsonl"
+    before = metrics.stat().st_ino, metrics.read_bytes()
+    wait_for(lambda: metrics.read_bytes() != before[1] and metrics.read_bytes().count(b"\n") >= after)
+    child.join(delay)
+    child.kill()
+    killed = finish(child)[0] < 0
+    code, told = run("train", str(file), "--resume")
+    assert code == 0, told
+    assert adapter(run_dir) == adapter(whole) and lines(run_dir) == lines(whole)
+    return killed
+
+
+def test_sigkill_during_a_rollout(whole_runs):
+    """After step 3 a rollout follows."""
+    file, whole = whole_runs("grpo")
+    assert kill_and_resume(file, whole, after=3, delay=0.1)
+
+
+@pytest.mark.slow
+def test_sigkill_at_20_points(whole_runs):
+    """Ten kills within rollouts, ten within updates: after step 3 a rollout follows, after step 4 an update."""
+    file, whole = whole_runs("grpo")
+    seconds = [json.loads(line)["seconds"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    killed = 0
+    for i in range(20):
+        after = 3 + i % 2
+        killed += kill_and_resume(file, whole, after, seconds[after] * (i // 2) / 10)
+        print(f"{i + 1} of 20 resumed bit-exactly, {killed} were killed before their end", flush=True)
+    assert killed >= 16
+
+
+# --- what is refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (["rollouts.samples=1"], RecipeError, "rollouts.samples: 'grpo' compares answers to a problem"),
+        (["rollouts.rounds=2"], RecipeError, "rollouts.rounds: 'grpo' always samples anew"),
+        (["train.batch_size=20", "rollouts.samples=8"], RecipeError, "not a multiple of rollouts.samples 8"),
+        (
+            ["objective={name: sft}", "rollouts.updates=2"],
+            RecipeError,
+            "rollouts.updates: 'sft' is not",
+        ),
+        (["objective={name: sft}", "train.max_steps=null"], RecipeError, "train.max_steps: give it"),
+        (["train.shard=true"], RecipeError, "train.shard: not where a run samples its own answers"),
+        (["model.backend=unsloth"], RecipeError, "model.backend 'unsloth': not where"),
+        (
+            ["rollouts.max_new_tokens=1000"],
+            DataError,
+            "the longest prompt and answer",
+        ),
+        (["objective={name: dpo}", "rollouts=null"], DataError, "a task has no preference pairs"),
+    ],
+)
+def test_contradictions_are_named_before_a_model_is_loaded(changes, error, message):
+    with pytest.raises(error, match=message.replace("(", r"\(")):
+        make_plan(load_recipe("tiny_grpo", [*SMALL, *changes]))
+
+
+def test_problems_without_a_reference_answer_cannot_be_judged(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"problem": "Why?", "solution": "Because."}) + "\n")
+    changes = [f"data.source={file}", "data.sample=null"]
+    with pytest.raises(DataError, match=r"no row has a reference answer.*data\.answer"):
+        make_plan(load_recipe("tiny_grpo", [*SMALL, *changes]))
+    file.write_text(json.dumps({"problem": "What is 2 + 2?", "answer": 4}) + "\n")
+    (problem,) = make_plan(load_recipe("tiny_grpo", [*SMALL, *changes])).problems
+    assert (problem.answer, problem.solution) == ("4", None)
+
+
+def test_rollouts_that_are_all_cut_end_the_run_by_name(tmp_path):
+    recipe = load_recipe("tiny_grpo", [*SMALL, "rollouts.max_new_tokens=2", f"output={tmp_path / 'run'}"])
+    with pytest.raises(RunError, match=r"step 1: all 16 answers were cut at rollouts\.max_new_tokens 2"):
+        train(recipe)
+
+
+@pytest.mark.parametrize("name", ["tiny_dpo", "tiny_ppo"])
+def test_preflight_measures_a_run_with_rollouts(name):
+    from dft_lora.training.preflight import preflight
+
+    found = preflight(load_recipe(name, SMALL))
+    assert found["peak"] > 0 and found["longest_micro_batch"][1] >= 48
