@@ -298,7 +298,7 @@ def test_sigkill_during_a_rollout(whole_runs):
 
 @pytest.mark.slow
 def test_sigkill_at_20_points(whole_runs):
-    """Ten kills within rollouts, ten within updates: after step 3 a rollout follows, after step 4 an update."""
+    """Ten kills within rollouts and ten within updates: a rollout follows step 3, an update step 4."""
     file, whole = whole_runs("grpo")
     seconds = [json.loads(line)["seconds"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
     killed = 0
