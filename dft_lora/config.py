@@ -154,7 +154,7 @@ class RolloutConfig(Part):
 
 
 class TrainConfig(Part):
-    """The optimizer step. `batch_size` counts the examples of one step over all ranks."""
+    """The optimizer step. `batch_size` counts its examples over all ranks; for `dpo`, its pairs."""
 
     learning_rate: float = Field(5e-5, gt=0)
     batch_size: int = Field(256, ge=1, le=1_000_000)
