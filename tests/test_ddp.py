@@ -78,6 +78,31 @@ def test_two_processes_equal_one(tmp_path, objective):
         )
 
 
+def test_two_processes_share_the_answers_of_a_rollout(tmp_path):
+    """Each samples for half of the prompts; rewards, advantages and the adapter are those of one process."""
+    made = {}
+    for name in ("one", "two"):
+        changes = {
+            "objective": {"name": "grpo"},
+            "rollouts": {"samples": 4, "max_new_tokens": 48, "updates": 2},
+            "adapter": {"r": 8, "target_modules": ["q_proj", "v_proj"]},
+            "train": PLAIN | {"batch_size": 6, "max_steps": 2},
+        }
+        path = write_recipe(tmp_path / f"{name}.json", tmp_path, tmp_path / name, **changes)
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {"data": {"sample": 12, "max_length": 256}})
+        )
+        children = start_two("train", str(path)) if name == "two" else [start("train", str(path))]
+        ends = [finish(child) for child in children]
+        assert {code for code, _ in ends} == {0}, ends
+        made[name] = weights(tmp_path / name)
+    for name, weight in made["one"].items():
+        assert (weight - made["two"][name]).abs().max() <= 1e-4, name
+    for a, b in zip(*(RunFolder(tmp_path / name).metrics() for name in made), strict=True):
+        assert a["reward"] == b["reward"] and a["generated_tokens"] == b["generated_tokens"]
+        assert a["answers"] == b["answers"] == 12 and a["supervised_tokens"] == b["supervised_tokens"]
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_is_killed_the_other_ends_with_a_valid_checkpoint(tmp_path, victim):
     path = recipe(tmp_path, "two", max_steps=10_000, save_steps=2)

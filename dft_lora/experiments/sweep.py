@@ -136,11 +136,14 @@ _plans: dict[tuple[Any, ...], Any] = {}
 
 def _plan(recipe: Recipe) -> Any:
     """`make_plan`, with the data rendered only once (a second or two) for all runs that share it."""
-    from ..training.plan import make_plan
+    from ..loss import objective
+    from ..training.plan import data_kind, make_plan
 
     if recipe.train.max_steps is None:
         return make_plan(recipe)
-    key = (recipe.model, recipe.data, recipe.evaluate.tasks, recipe.data.sample and recipe.train.seed)
+    kind = data_kind(recipe, objective(recipe.objective.name))
+    seed = recipe.data.sample and recipe.train.seed
+    key = (recipe.model, recipe.data, recipe.evaluate.tasks, seed, kind)
     if key not in _plans:
         _plans[key] = make_plan(recipe)
     return replace(_plans[key], recipe=recipe, steps=recipe.train.max_steps)

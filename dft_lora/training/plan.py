@@ -66,8 +66,8 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises a RequestError that names what is wrong.
     """
     chosen = objective(recipe.objective.name, **recipe.objective.numbers)
-    answers_itself = recipe.rollouts is not None or chosen.learns_from == "rollouts"
-    if answers_itself:
+    kind = data_kind(recipe, chosen)
+    if kind == "prompts":
         _check_rollouts(recipe, chosen)
     if recipe.train.skip_rows and chosen.token_weight is None:
         raise RecipeError(
@@ -81,11 +81,10 @@ def make_plan(recipe: Recipe) -> Plan:
             f"soft-capped logits of {recipe.model.name!r}; use dft or iw-sft, or another model.name"
         )
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
-    kind: Kind = "prompts" if answers_itself else "pairs" if chosen.learns_from == "pairs" else "solutions"
     rows = load_problems(recipe.data, recipe.train.seed, kind)
     limit = recipe.data.max_length
     problems: list[Problem] = []
-    if answers_itself:
+    if kind == "prompts":
         problems, rendered, (counts, findings) = _prompts(recipe, renderer, rows)
         examples = rendered
     else:
@@ -103,6 +102,13 @@ def make_plan(recipe: Recipe) -> Plan:
     )
     _refuse_long_rows(plan, positions(base))
     return plan
+
+
+def data_kind(recipe: Recipe, chosen: Any) -> Kind:
+    """What the run reads: prompts, where it answers itself; else what its objective learns from."""
+    if recipe.rollouts is not None or chosen.learns_from == "rollouts":
+        return "prompts"
+    return chosen.learns_from
 
 
 def _steps(recipe: Recipe, kind: Kind, examples: int) -> int:
