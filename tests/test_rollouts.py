@@ -356,3 +356,9 @@ def test_preflight_measures_a_run_with_rollouts(name):
 
     found = preflight(load_recipe(name, SMALL))
     assert found["peak"] > 0 and found["longest_micro_batch"][1] >= 48
+
+
+def test_doctor_reads_the_data_of_a_run_with_rollouts():
+    from dft_lora.environment import data_report
+
+    assert data_report(load_recipe("tiny_grpo", SMALL))["without answer"] == "0"
