@@ -15,7 +15,7 @@ examples:
 `rollout_signals` computes them from the rewards of a whole rollout, before it is split into steps. All of it
 is float32.
 
-Shapes (docs/shapes.md): M supervised tokens, E answers, T tokens of one answer; P pairs.
+Shapes (docs/shapes.md): M supervised tokens, W of them in wrong answers; E answers, T tokens of one; P pairs.
 """
 
 from __future__ import annotations
