@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -60,7 +61,7 @@ class Learner:
         self.no_sync = ranks.together if shared else partial(self.accelerator.no_sync, self.model)
         self.value_head = self._new_value_head() if "value" in objective.signals else None
         self.optimizer = self.accelerator.prepare(make_optimizer(self._parameter_groups(), recipe))
-        self.references: WeakKeyDictionary[Example, tuple[float, ...]] = WeakKeyDictionary()
+        self.references: WeakKeyDictionary[Example, array[float]] = WeakKeyDictionary()
         torch.manual_seed(recipe.train.seed + ranks.rank)  # dropout differs between ranks
         size, chunk_mb = recipe.train.micro_batch_size, recipe.train.loss_chunk_mb
         self.layout = Layout(
@@ -250,7 +251,7 @@ class Learner:
         for i in range(self.ranks.rank, len(groups), self.ranks.world):
             if missing := [example for example in groups[i] if example not in self.references]:
                 for example, (logp_T, _) in zip(missing, self.recall(missing, base=True), strict=True):
-                    self.references[example] = tuple(logp_T.tolist())
+                    self.references[example] = array("f", logp_T.tolist())  # 4 bytes per token
             found[i] = tuple(
                 replace(example, signals={**example.signals, "reference_logp": self.references[example]})
                 for example in groups[i]
