@@ -223,6 +223,55 @@ def findings() -> str:
     )
 
 
+def remedies() -> str:
+    """What ends DFT's answers: one table per base, with each kind against SFT and against plain DFT."""
+    bases = json.loads((RESULTS / "real.json").read_text(encoding="utf-8"))["bases"]
+    blocks = []
+    for base, parts in bases.items():
+        if "remedies" not in parts:
+            continue
+        recorded = parts["remedies"]
+        kinds = recorded["found"]
+        columns = list(next(iter(kinds.values()))["accuracy"])
+        head = ["", "rate", *columns, "ended", "p(end)", "minus SFT", "minus plain DFT", "other text, NLL"]
+        lines = [f"### {base}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for kind, found in kinds.items():
+            ended = [f"{100 * share:.0f} %" for share in found["ended"].values()]
+            cells = [
+                kind,
+                f"{found['learning_rate']:g}",
+                *(f"{100 * found['accuracy'][column]:.1f}" for column in columns),
+                ", ".join(ended),
+                f"{found['p_end']:.2f}",
+                "" if kind == "sft" else difference(found["against_sft"]),
+                "" if kind == "plain dft" else difference(found["against_plain"]),
+                f"{found['other_text_nll']:.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        versions = recorded["versions"]
+        lines += ["", f"Made on {recorded['date']}, commit {recorded['commit']}, torch {versions['torch']}."]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def difference(part: dict[str, Any]) -> str:
+    """A recorded contrast in points, with its interval."""
+    low, high = part["ci95"]
+    return f"{100 * part['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def rates() -> str:
+    """Sampled accuracy on the validation set by learning rate, with the first seed."""
+    bases = json.loads((RESULTS / "real.json").read_text(encoding="utf-8"))["bases"]
+    tried = {base: parts["rates"]["found"] for base, parts in bases.items() if "rates" in parts}
+    lines = ["| base | | learning rate: percent correct at T = 1 |", "|---|---|---|"]
+    for base, kinds in tried.items():
+        for kind, by_rate in kinds.items():
+            said = ", ".join(f"{rate}: {100 * share:.1f}" for rate, share in by_rate.items())
+            lines.append(f"| {base} | {kind} | {said} |")
+    return "\n".join(lines)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "demo-training": demo_training,
@@ -230,6 +279,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "cli": cli,
     "findings": findings,
+    "remedies": remedies,
+    "rates": rates,
     "objectives": objectives,
     "hardware": hardware,
     "bench-loss": partial(bench, "loss"),
