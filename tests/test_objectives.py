@@ -7,8 +7,14 @@ import pytest
 import torch
 from loss_cases import HEADS, Case, chunk_bytes, distance
 
-from dft_lora.errors import RecipeError
-from dft_lora.loss import gradient_weights, naive_token_logps, objective, objective_names, token_logps
+from dft_lora.loss import (
+    ObjectiveError,
+    gradient_weights,
+    naive_token_logps,
+    objective,
+    objective_names,
+    token_logps,
+)
 from dft_lora.loss.objectives import starves
 
 OBJECTIVES = {name: objective(name) for name in objective_names()}
@@ -454,6 +460,6 @@ def test_any_function_of_the_scores():
     ],
 )
 def test_wrong_requests_are_named(request_, message):
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(ObjectiveError) as caught:
         objective(**request_)
     assert str(caught.value).startswith(message)

@@ -401,6 +401,8 @@ def test_refused_by_name(model, batch):
         patch(model, "cadft")
     with pytest.raises(RequestError, match=r"asft.*after get_peft_model"):
         patch(tiny(), "asft")
+    with pytest.raises(RequestError, match=r"power.*progress of the run"):
+        patch(model, objective("power", anneal=0.5))
     with pytest.raises(RequestError, match="did you mean 'dft'"):
         patch(model, "dtf")
 

@@ -21,20 +21,24 @@ The value of a weighted loss does not measure progress: it can fall while cross-
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from math import isfinite, log
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import RecipeError, did_you_mean
 from .token_logps import TokenScores
 
 STARVED = 0.05  # a token of less weight than this is learned at less than a twentieth of SFT's rate
 NEARLY_SFT = 1e-6  # the smallest exponent: p^a is 1 to float32's precision
 SAME_NLL = 1e-4  # nats per token: far below the differences between examples, far above float32's rounding
+
+
+class ObjectiveError(ValueError):
+    """An objective that does not exist, or a number it does not have or does not allow; names the field."""
 
 
 @dataclass(frozen=True)
@@ -420,27 +424,34 @@ def objective_names() -> list[str]:
 def objective(name: str | Callable[[TokenScores], Tensor], **numbers: Any) -> Objective:
     """An objective by name with its own numbers, or any function of the scores.
 
-    Raises RecipeError naming the field: unknown objective, unknown number, or a number out of range.
+    Raises ObjectiveError naming the field: unknown objective, unknown number, or a number out of range.
     """
     if isinstance(name, Objective) and not numbers:
         return name
     if not isinstance(name, str):
         if numbers or not callable(name):
-            raise RecipeError("objective.name: must be a name, or a function of the scores without numbers")
+            raise ObjectiveError(
+                "objective.name: must be a name, or a function of the scores without numbers"
+            )
         return Custom(name)
     if name not in _REGISTRY:
-        near = did_you_mean(name, _REGISTRY) or f"; known: {', '.join(_REGISTRY)}"
-        raise RecipeError(f"objective.name: there is no objective {name!r}{near}")
+        near = _did_you_mean(name, _REGISTRY) or f"; known: {', '.join(_REGISTRY)}"
+        raise ObjectiveError(f"objective.name: there is no objective {name!r}{near}")
     kind = _REGISTRY[name]
     known = [field.name for field in fields(kind)]
     for key, value in numbers.items():
         if key not in known:
             owners = [other for other, k in _REGISTRY.items() if key in (f.name for f in fields(k))]
-            hint = did_you_mean(key, known) or (f" ({', '.join(owners)} does)" if owners else "")
-            raise RecipeError(f"objective.{key}: {name!r} has no such number{hint}")
+            hint = _did_you_mean(key, known) or (f" ({', '.join(owners)} does)" if owners else "")
+            raise ObjectiveError(f"objective.{key}: {name!r} has no such number{hint}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
-            raise RecipeError(f"objective.{key}: must be a finite number, got {value!r}")
+            raise ObjectiveError(f"objective.{key}: must be a finite number, got {value!r}")
     return kind(**numbers)
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def gradient_weights(wanted: Objective, scores: TokenScores) -> Tensor:
@@ -492,7 +503,7 @@ def _complement(logp: Tensor) -> Tensor:
 def _check(value: Objective, field: str, fits: Callable[[float], bool], remedy: str) -> None:
     number = getattr(value, field)
     if not fits(number):
-        raise RecipeError(f"objective.{field}: {remedy}, got {number}")
+        raise ObjectiveError(f"objective.{field}: {remedy}, got {number}")
 
 
 def _check_clamp(value: IwSft | IwSftToken) -> None:

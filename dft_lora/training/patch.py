@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ..errors import RequestError
-from ..loss import REFERENCE_NEEDS, Objective, TokenScores, token_logps
+from ..loss import REFERENCE_NEEDS, Objective, ObjectiveError, TokenScores, token_logps
 from ..loss import objective as make_objective
 from ..model.head import bare, catch_hidden, check_head, head_of, refuse_adapted_head
 from ..model.load import keep_differentiable
@@ -50,7 +50,10 @@ def patch(model: Any, objective: str | Objective | Callable = "dft", *, eval_log
     core = bare(model)
     if isinstance(inspect.unwrap(core.forward, stop=lambda f: isinstance(f, Forward)), Forward):
         raise RequestError("model: already patched; undo the first patch before the second")
-    wanted = make_objective(objective)
+    try:
+        wanted = make_objective(objective)
+    except ObjectiveError as error:
+        raise RequestError(str(error)) from None
     _refuse(wanted, model)
     return Patch(model, wanted, eval_logits)
 
@@ -66,6 +69,11 @@ def _refuse(wanted: Objective, model: Any) -> None:
         raise RequestError(
             f"objective {wanted.name!r}: weighs an example by signals of its whole optimizer step, which one "
             "forward pass does not see; use dft-lora train"
+        )
+    if wanted.at(0.0) != wanted:
+        raise RequestError(
+            f"objective {wanted.name!r}: changes with the progress of the run, which a model does not know; "
+            "use dft-lora train"
         )
     if wanted.needs & REFERENCE_NEEDS and not hasattr(_unwrapped(model), "disable_adapter"):
         raise RequestError(

@@ -11,7 +11,7 @@ from ..data.doctor import Finding, check_data, usable
 from ..data.sources import load_problems
 from ..data.templates import Example, Renderer
 from ..errors import DataError, RecipeError
-from ..loss import objective
+from ..loss import ObjectiveError, objective
 from ..model.limits import caps_logits, positions, refuse_unknown_tokens
 from ..model.load import load_model_config, load_tokenizer
 
@@ -39,7 +39,10 @@ def make_plan(recipe: Recipe) -> Plan:
 
     Raises a RequestError that names what is wrong.
     """
-    chosen = objective(recipe.objective.name, **recipe.objective.numbers)
+    try:
+        chosen = objective(recipe.objective.name, **recipe.objective.numbers)
+    except ObjectiveError as error:
+        raise RecipeError(str(error)) from None
     if recipe.train.skip_rows and chosen.token_weight is None:
         raise RecipeError(
             f"train.skip_rows needs an objective whose weight depends only on the token's probability, "
