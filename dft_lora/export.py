@@ -175,7 +175,11 @@ def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = No
             f"is {far['mean_kl']:.2g} nats, and the most probable token is the same at "
             f"{far['same_top1']:.1%} of positions. The results above are those of the 4-bit model."
         ]
-    lines += ["## Use", "```sh\n" + (f"vllm serve {name}" if merged else vllm_command(run)) + "\n```"]
+    if recipe.adapter.dora and not merged:  # vLLM does not serve DoRA
+        command = f"dft-lora merge {name} {name}-merged && vllm serve {name}-merged"
+    else:
+        command = f"vllm serve {name}" if merged else vllm_command(run)
+    lines += ["## Use", f"```sh\n{command}\n```"]
     return "\n\n".join(lines) + "\n"
 
 
@@ -199,12 +203,12 @@ def _results(run: RunFolder) -> str:
 
 def vllm_command(run: RunFolder, base: str | None = None) -> str:
     """The command that serves the adapter with vLLM, over `base` or else the recipe's base, in 16 bits."""
-    from .model.vllm import lora_rank
+    from .model.vllm import lora_rank, vllm_rank
 
     recipe = run.recipe()
     return (
         f"vllm serve {base or recipe.model.name} --enable-lora "
-        f"--max-lora-rank {lora_rank([recipe.adapter.r])} --lora-modules {run.name}={run.adapter}"
+        f"--max-lora-rank {lora_rank([vllm_rank(run.adapter)])} --lora-modules {run.name}={run.adapter}"
     )
 
 

@@ -24,6 +24,7 @@ from ..loss import REFERENCE_NEEDS, Objective, TokenScores, chunk_rows, token_lo
 from ..model.attention import choose_arrangement
 from ..model.backends import build
 from ..model.memory import give_back_large_blocks
+from ..model.starts import config_over_base, from_base, over_base
 from .checkpoints import random_state, set_random_state
 from .faults import RETREATS, Layout, out_of_memory_text, ran_out_of_memory
 from .metrics import ExampleNll, Sums, Totals
@@ -46,7 +47,7 @@ class Learner:
         built = build(recipe, ranks.device)
         self.head, self.hardware, self.checkpointing = built.head, built.hardware, built.checkpointing
         self.hidden_states, model = built.hidden_states, built.model
-        self.set_checkpointing = built.set_checkpointing
+        self.set_checkpointing, self.start = built.set_checkpointing, built.start
         self.arrange = choose_arrangement(recipe.data, model, alike=recipe.train.shard)
         model.train()
         self.adapter_model = model
@@ -55,7 +56,7 @@ class Learner:
         shared = recipe.train.shard
         self.model = model if shared else self.accelerator.prepare(model)
         self.no_sync = ranks.together if shared else partial(self.accelerator.no_sync, self.model)
-        self.optimizer = self.accelerator.prepare(make_optimizer(self.trainable, recipe))
+        self.optimizer = self.accelerator.prepare(make_optimizer(model, self.trainable, recipe))
         torch.manual_seed(recipe.train.seed + ranks.rank)  # dropout differs between ranks
         size, chunk_mb = recipe.train.micro_batch_size, recipe.train.loss_chunk_mb
         self.layout = Layout(
@@ -241,9 +242,17 @@ class Learner:
 
     @property
     def adapter_config(self) -> Any:
-        return self.adapter_model.peft_config["default"]
+        return config_over_base(self.adapter_model.peft_config["default"], self.start)
 
     def adapter_weights(self) -> dict[str, torch.Tensor]:
+        """The adapter by peft's names, as a LoRA over the unchanged base."""
         from peft import get_peft_model_state_dict
 
-        return get_peft_model_state_dict(self.adapter_model, save_embedding_layers=False)
+        weights = get_peft_model_state_dict(self.adapter_model, save_embedding_layers=False)
+        return over_base(weights, self.start)
+
+    def load_adapter(self, saved: dict[str, torch.Tensor]) -> None:
+        """Take over the weights that `adapter_weights` returned."""
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(self.adapter_model, from_base(saved, self.start))

@@ -19,17 +19,34 @@ def schedule(step: int, steps: int, warmup: float, kind: str) -> float:
     return {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[kind]
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW over the adapter, with float32 states or bitsandbytes' 8-bit states."""
+def make_optimizer(model: Any, parameters: list[torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW over the adapter, with float32 states or bitsandbytes' 8-bit states.
+
+    With LoRA+ there are several groups of parameters, each with a `factor` of the learning rate.
+    """
     settings = recipe.train
     arguments: dict[str, Any] = {
         "lr": settings.learning_rate,
         "betas": settings.betas,
         "weight_decay": settings.weight_decay,
     }
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **arguments)
+    kind = _kind(settings.optimizer)
+    ratio = recipe.adapter.lora_plus_ratio
+    if ratio is None:
+        return kind(parameters, **arguments)
+    from peft.optimizers import create_loraplus_optimizer
+
+    decay = {"loraplus_weight_decay": settings.weight_decay}
+    optimizer = create_loraplus_optimizer(model, kind, loraplus_lr_ratio=ratio, **arguments, **decay)
+    for group in optimizer.param_groups:
+        group["factor"] = group["lr"] / settings.learning_rate
+    return optimizer
+
+
+def _kind(name: str) -> Any:
+    if name == "adamw":
+        return torch.optim.AdamW
     import bitsandbytes
 
     kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
-    return kinds[settings.optimizer](parameters, **arguments)
+    return kinds[name]
