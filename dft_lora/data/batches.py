@@ -5,7 +5,7 @@ Shapes (docs/shapes.md): B rows of a micro-batch, L positions of a row, N = B * 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -57,6 +57,14 @@ class Batch:
             return torch.arange(len(self.input_ids_BL))[:, None].expand_as(self.input_ids_BL)
         begins_BL = (self.positions_BL == 0) & (self.attention_mask_BL == 1)
         return begins_BL.flatten().cumsum(0).view_as(begins_BL) - 1
+
+    def examples(self) -> Iterator[Example]:
+        """The examples, in the order of their label tokens, without their signals."""
+        members_BL = torch.where(self.attention_mask_BL == 1, self.examples_BL, -1)
+        for number, name in enumerate(self.ids):
+            mine_BL = members_BL == number
+            prompt = int((self.labels_BL[mine_BL] == IGNORE).sum())
+            yield Example(name, tuple(self.input_ids_BL[mine_BL].tolist()), prompt)
 
     def signals_N(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The signals of every position that has a prediction, [B * (L - 1)], row by row."""

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from math import isfinite, log
+from math import expm1, isfinite, log, log1p
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -259,6 +259,66 @@ class Asft(Weighted):
         return super().__call__(scores) + self.lam * scores.need("reference_kl").sum()
 
 
+class Prift(Weighted):
+    """- sg(p_base) log p, p_base under the frozen base. PriFT-prob, arXiv 2606.09396.
+
+    A training run computes p_base once per token and keeps it. Weakness: a token that the base finds absurd
+    never gains weight, however well the model has learned it.
+    """
+
+    name = "prift"
+    needs = frozenset({"reference_logp"})
+
+    def weight(self, scores: TokenScores) -> Tensor:
+        return scores.need("reference_logp").exp()
+
+
+@dataclass(frozen=True)
+class Gift(Objective):
+    """- (1 - k) log p + k KL(base || model), k = 1 / (1 + (e^beta - 1) p_base). GIFT, arXiv 2601.09233.
+
+    Up to a constant this is the paper's cross-entropy to softmax(log P_base + beta at the target): that
+    distribution is a mixture of the base, of share k, and the target token.
+
+    Costs one more pass of the backbone with the adapter off. Weakness: at the published beta it is SFT
+    except for tokens with p_base below about e^-beta, which it leaves to the base.
+    """
+
+    name = "gift"
+    needs = frozenset({"reference_logp", "reference_kl"})
+    beta: float = 20.0
+
+    def __post_init__(self) -> None:
+        _check(self, "beta", lambda beta: 0 < beta <= 80, "must lie in (0, 80], or exp(beta) overflows")
+
+    def __call__(self, scores: TokenScores) -> Tensor:
+        base_M = scores.need("reference_logp")
+        odds_M = base_M + self.beta + log(-expm1(-self.beta))  # log((e^beta - 1) p_base)
+        loss_M = -torch.sigmoid(odds_M) * scores.logp + torch.sigmoid(-odds_M) * scores.need("reference_kl")
+        return loss_M.sum()
+
+
+@dataclass(frozen=True)
+class Psft(Objective):
+    """- min(p / p_old, 1 + clip): PPO's clipped objective with advantage 1. PSFT, arXiv 2508.17784.
+
+    clip 0.28 and batches of eight steps, with p_old from the start of each, are the official script's. Here
+    p_old is the base for the whole run. Weakness: a token stops learning once it is (1 + clip) times as
+    probable as under the base, so what the base finds absurd stays absurd.
+    """
+
+    name = "psft"
+    needs = frozenset({"reference_logp"})
+    clip: float = 0.28
+
+    def __post_init__(self) -> None:
+        _check(self, "clip", lambda clip: clip > 0, "must be positive")
+
+    def __call__(self, scores: TokenScores) -> Tensor:
+        log_ratio_M = scores.logp - scores.need("reference_logp")
+        return -log_ratio_M.clamp_max(log1p(self.clip)).exp().sum()  # clamped before exp can overflow
+
+
 class Cadft(Weighted):
     """- sg(p * exp(-max(0, z))) log p, z the standard score of the example's mean NLL in its optimizer step.
 
@@ -410,8 +470,8 @@ class Custom(Objective):
 _REGISTRY: dict[str, type[Objective]] = {
     kind.name: kind
     for kind in (
-        Sft, Dft, DftSentence, DftGeometric, IwSft, IwSftToken, Power, Threshold, Asft, Cadft, Eaft, Deft,
-        InfoSft, ChordPhi, Focal,
+        Sft, Dft, DftSentence, DftGeometric, IwSft, IwSftToken, Power, Threshold, Asft, Prift, Gift, Psft,
+        Cadft, Eaft, Deft, InfoSft, ChordPhi, Focal,
     )
 }  # fmt: skip
 

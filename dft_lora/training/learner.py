@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..config import Recipe
-from ..data.batches import Batch, Group, examples_of
+from ..data.batches import IGNORE, Batch, Group, collate, examples_of
 from ..errors import RunError
 from ..loss import REFERENCE_NEEDS, Objective, TokenScores, chunk_rows, token_logps
 from ..model.attention import choose_arrangement
@@ -64,6 +64,8 @@ class Learner:
             chunk_mb and chunk_mb * 2**20,
         )
         self.retreats: list[dict[str, Any]] = []
+        self.base_logps: dict[tuple[int, ...], torch.Tensor] = {}
+        """Log-probabilities of an example's label tokens under the base, by its ids."""
 
     @property
     def finds_micro_batch(self) -> bool:
@@ -203,7 +205,7 @@ class Learner:
         reference = None
         if objective.needs & REFERENCE_NEEDS:  # the base itself, with the adapter off: no second model
             with torch.no_grad(), self.adapter_model.disable_adapter():
-                reference = self.token_scores(self.adapter_model, batch, keep_jacobian=True)
+                reference = self.reference(batch, objective.needs & REFERENCE_NEEDS)
         scores = self.token_scores(
             self.model,
             batch,
@@ -216,6 +218,26 @@ class Learner:
         loss = objective(scores)
         sums.add(loss, scores, batch)
         return loss
+
+    def reference(self, batch: Batch, needs: frozenset[str]) -> TokenScores:
+        """The scores of a micro-batch under the bare base; its log-probabilities are computed only once.
+
+        Each example is scored in a row of its own, so that its values do not depend on the micro-batch in
+        which it comes first, and a resumed run finds the same ones. Over a sharded base every rank must take
+        part in every pass, so there nothing is kept.
+        """
+        if needs != {"reference_logp"} or self.recipe.train.shard:
+            return self.token_scores(self.adapter_model, batch, keep_jacobian=True)
+        logps = []
+        for example in batch.examples():
+            if (found := self.base_logps.get(example.ids)) is None:
+                alone = collate([example], self.pad_id)
+                found = self.token_scores(self.adapter_model, alone).logp.cpu()
+                self.base_logps[example.ids] = found
+            logps.append(found)
+        index = (batch.labels_BL[:, 1:].flatten() != IGNORE).nonzero()[:, 0].to(self.ranks.device)
+        logp = torch.cat(logps).to(self.ranks.device)
+        return TokenScores(logp, lse=logp, entropy=logp, is_top1=logp > 0, index=index)
 
     def look(self, batch: Batch, nll: ExampleNll) -> None:
         """Adds the mean NLL of a micro-batch's examples to `nll`, without gradients and without dropout."""
