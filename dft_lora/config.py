@@ -129,11 +129,13 @@ class DataConfig(Part):
     split: str = "train"
     """The split of a task or a Hub dataset; a file has none."""
     prompt: str = "problem"
+    """A column, or a text with columns in braces: "{instruction}\n\n{input}" for Alpaca's rows."""
     completion: str = "solution"
     answer: str | None = None
     """The column of reference answers, by which own samples are judged; null: `answer`, if rows have it.
     A row with one is used unchanged, even if its completion ends in `#### 42`."""
     template: str = "auto"
+    """A name; a text with {question}, perhaps {system}; or a file with such a text or a chat template."""
     sample: int | None = Field(None, ge=1)
     """At most this many usable rows, drawn at random (with train.seed), instead of all."""
     max_length: int = Field(2048, ge=2)

@@ -137,6 +137,8 @@ def push(run: RunFolder, repository: str, merged: Path | None = None, private: b
 
 def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = None) -> str:
     """The model card, from run.json and, if the run was evaluated, report.json."""
+    from .data.templates import shown
+
     metadata, recipe = run.run(), run.recipe()
     base, name = recipe.model.name, run.name
     header: dict[str, Any] = {
@@ -160,7 +162,7 @@ def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = No
         f"{last['step']} steps of {train.batch_size} examples, AdamW {train.learning_rate:g}, "
         f"{train.schedule}, seed {train.seed}; {metadata['figures']['seconds']:.0f} s on {made['device']} in "
         f"{made['dtype']}. Last step: NLL {last['nll']:.3f}, mean target probability "
-        f"{last['mean_probability']:.3f}. Prompt template: `{metadata['template']}`.",
+        f"{last['mean_probability']:.3f}. Prompt template: {shown(metadata['template'])}.",
         f"Made with dft-lora {made['versions']['dft-lora']} (commit {made['commit']}), "
         f"torch {made['versions']['torch']}, transformers {made['versions']['transformers']}, "
         f"{made['date'][:10]}.",
