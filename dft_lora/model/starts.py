@@ -8,7 +8,7 @@ several of them over one base. So what is saved is a plain LoRA of twice the ran
 
 LoftQ starts with a low-rank part of W - Q(W), what quantization lost, and leaves the base as it is.
 
-Shapes (docs/shapes.md): R rank, D input width, U output width, K = min(U, D).
+Shapes (docs/shapes.md): R rank, O and I outputs and inputs of a layer, K = min(O, I).
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def correct_quantization(model: Any, plain: Any) -> None:
         if "default" not in getattr(layer, "lora_A", ()):
             continue
         packed = layer.get_base_layer().weight
-        W_UD = plain.get_submodule(name).weight.to(packed.device, torch.float32)
-        lost_UD = W_UD - dequantize_4bit(packed.data, packed.quant_state).float()
-        U_UK, S_K, V_KD = torch.linalg.svd(lost_UD, full_matrices=False)
+        W_OI = plain.get_submodule(name).weight.to(packed.device, torch.float32)
+        lost_OI = W_OI - dequantize_4bit(packed.data, packed.quant_state).float()
+        left_OK, S_K, right_KI = torch.linalg.svd(lost_OI, full_matrices=False)
         R = layer.r["default"]
         root_R = (S_K[:R] / layer.scaling["default"]).sqrt()
-        layer.lora_A["default"].weight.copy_(root_R[:, None] * V_KD[:R])
-        layer.lora_B["default"].weight.copy_(U_UK[:, :R] * root_R)
+        layer.lora_A["default"].weight.copy_(root_R[:, None] * right_KI[:R])
+        layer.lora_B["default"].weight.copy_(left_OK[:, :R] * root_R)
 
 
 def start_of(model: Any, config: AdapterConfig) -> Weights | None:
