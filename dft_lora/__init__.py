@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .tasks import get_task, task_names
     from .tasks.judge import judge
     from .training.loop import train
+    from .training.patch import patch
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ _HOMES = {
     "load_recipe": ".config",
     "objective": ".loss",
     "objective_names": ".loss",
+    "patch": ".training.patch",
     "task_names": ".tasks",
     "token_logps": ".loss",
     "train": ".training.loop",
@@ -49,6 +51,7 @@ __all__ = [
     "load_recipe",
     "objective",
     "objective_names",
+    "patch",
     "task_names",
     "token_logps",
     "train",

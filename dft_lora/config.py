@@ -74,7 +74,9 @@ class ModelConfig(Part):
     """The .gguf file to use from a Hub repository or folder with several."""
     revision: str | None = None
     backend: Literal["plain", "unsloth"] = "plain"
-    quantization: Literal["nf4", "none"] = "nf4"
+    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """nf4 and fp4: 4 bits per weight, with the quantization constants quantized too; int8: 8 bits, rows of
+    weights and of activations scaled on their own."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     unpack: Literal["auto"] | bool = "auto"
     """Unpack 4-bit layers once for generation: same answers, more memory; auto: on a CPU, if it fits."""
@@ -95,6 +97,26 @@ class AdapterConfig(Part):
     alpha: float = Field(16, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | tuple[str, ...] = "all-linear"
+    rslora: bool = False
+    """Scale by alpha / sqrt(r), not by alpha / r: larger ranks then keep their effect."""
+    dora: bool = False
+    """Train the length of each weight row beside its direction."""
+    init: Literal["default", "pissa", "olora", "loftq", "eva"] = "default"
+    """How the adapter starts: at zero; from the base's main directions (pissa: singular vectors, olora: QR),
+    which needs model.quantization none; or from what 4 bits lost of the base (loftq)."""
+    lora_plus_ratio: float | None = Field(None, ge=1)
+    """LoRA+: the learning rate of B over that of A, which is train.learning_rate."""
+
+    @model_validator(mode="after")
+    def _one_start(self):
+        if self.init == "eva":
+            raise ValueError(
+                "adapter.init: eva needs activations of the training data before the first step, which is "
+                "not supported; use default, pissa, olora or loftq"
+            )
+        if self.dora and self.init != "default":
+            raise ValueError(f"adapter.init: {self.init} does not go with adapter.dora; use default")
+        return self
 
 
 class DataConfig(Part):
@@ -107,11 +129,13 @@ class DataConfig(Part):
     split: str = "train"
     """The split of a task or a Hub dataset; a file has none."""
     prompt: str = "problem"
+    """A column, or a text with columns in braces: "{instruction}\n\n{input}" for Alpaca's rows."""
     completion: str = "solution"
     answer: str | None = None
     """The column of reference answers, by which own samples are judged; null: `answer`, if rows have it.
     A row with one is used unchanged, even if its completion ends in `#### 42`."""
     template: str = "auto"
+    """A name; a text with {question}, perhaps {system}; or a file with such a text or a chat template."""
     sample: int | None = Field(None, ge=1)
     """At most this many usable rows, drawn at random (with train.seed), instead of all."""
     max_length: int = Field(2048, ge=2)
@@ -234,7 +258,32 @@ class Recipe(Part):
             raise ValueError(f"train.micro_batch_size ({micro}) is larger than train.batch_size ({batch})")
         if self.train.shard and self.model.backend != "plain":
             raise ValueError(f"train.shard: not with model.backend {self.model.backend!r}; use plain")
+        self._fitting_adapter()
         return self
+
+    def _fitting_adapter(self) -> None:
+        """Raises ValueError for an adapter that this base, or its backend, cannot have."""
+        init, held = self.adapter.init, self.model.quantization
+        if init in ("pissa", "olora") and held != "none":
+            raise ValueError(
+                f"adapter.init: {init} moves a part of the base into the adapter, which a quantized base "
+                f"cannot give exactly; set model.quantization: none (it is {held}), or use loftq"
+            )
+        if init == "loftq" and held not in ("nf4", "fp4"):
+            raise ValueError(
+                f"adapter.init: loftq corrects what 4 bits lost; model.quantization is {held}, use nf4 or fp4"
+            )
+        unusual = {"adapter.dora": self.adapter.dora, f"adapter.init: {init}": init != "default"}
+        for setting_, used in unusual.items():
+            if used and self.model.backend != "plain":
+                raise ValueError(f"{setting_}: not with model.backend {self.model.backend!r}; use plain")
+            if used and self.train.shard:
+                raise ValueError(f"{setting_}: not with train.shard; use a plain LoRA")
+        if held == "int8" and (self.train.shard or self.model.backend != "plain"):
+            where = "train.shard" if self.train.shard else f"model.backend {self.model.backend!r}"
+            raise ValueError(f"model.quantization: int8 does not go with {where}; use nf4")
+        if held == "fp4" and self.model.backend != "plain":
+            raise ValueError(f"model.quantization: fp4 does not go with model.backend {self.model.backend!r}")
 
     @field_validator("name")
     @classmethod

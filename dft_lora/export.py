@@ -137,6 +137,8 @@ def push(run: RunFolder, repository: str, merged: Path | None = None, private: b
 
 def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = None) -> str:
     """The model card, from run.json and, if the run was evaluated, report.json."""
+    from .data.templates import shown
+
     metadata, recipe = run.run(), run.recipe()
     base, name = recipe.model.name, run.name
     header: dict[str, Any] = {
@@ -160,7 +162,7 @@ def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = No
         f"{last['step']} steps of {train.batch_size} examples, AdamW {train.learning_rate:g}, "
         f"{train.schedule}, seed {train.seed}; {metadata['figures']['seconds']:.0f} s on {made['device']} in "
         f"{made['dtype']}. Last step: NLL {last['nll']:.3f}, mean target probability "
-        f"{last['mean_probability']:.3f}. Prompt template: `{metadata['template']}`.",
+        f"{last['mean_probability']:.3f}. Prompt template: {shown(metadata['template'])}.",
         f"Made with dft-lora {made['versions']['dft-lora']} (commit {made['commit']}), "
         f"torch {made['versions']['torch']}, transformers {made['versions']['transformers']}, "
         f"{made['date'][:10]}.",
@@ -175,7 +177,11 @@ def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = No
             f"is {far['mean_kl']:.2g} nats, and the most probable token is the same at "
             f"{far['same_top1']:.1%} of positions. The results above are those of the 4-bit model."
         ]
-    lines += ["## Use", "```sh\n" + (f"vllm serve {name}" if merged else vllm_command(run)) + "\n```"]
+    if recipe.adapter.dora and not merged:  # vLLM does not serve DoRA
+        command = f"dft-lora merge {name} {name}-merged && vllm serve {name}-merged"
+    else:
+        command = f"vllm serve {name}" if merged else vllm_command(run)
+    lines += ["## Use", f"```sh\n{command}\n```"]
     return "\n\n".join(lines) + "\n"
 
 
@@ -199,12 +205,12 @@ def _results(run: RunFolder) -> str:
 
 def vllm_command(run: RunFolder, base: str | None = None) -> str:
     """The command that serves the adapter with vLLM, over `base` or else the recipe's base, in 16 bits."""
-    from .model.vllm import lora_rank
+    from .model.vllm import lora_rank, vllm_rank
 
     recipe = run.recipe()
     return (
         f"vllm serve {base or recipe.model.name} --enable-lora "
-        f"--max-lora-rank {lora_rank([recipe.adapter.r])} --lora-modules {run.name}={run.adapter}"
+        f"--max-lora-rank {lora_rank([vllm_rank(run.adapter)])} --lora-modules {run.name}={run.adapter}"
     )
 
 

@@ -62,6 +62,16 @@ def qwen_dir(data_dir, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps one precision per process: forget it before and after a test that asks for another."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
 @pytest.fixture(scope="module")
 def url():
     """The page over the embedded base, served; its address."""

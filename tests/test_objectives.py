@@ -7,8 +7,14 @@ import pytest
 import torch
 from loss_cases import HEADS, Case, chunk_bytes, distance
 
-from dft_lora.errors import RecipeError
-from dft_lora.loss import gradient_weights, naive_token_logps, objective, objective_names, token_logps
+from dft_lora.loss import (
+    ObjectiveError,
+    gradient_weights,
+    naive_token_logps,
+    objective,
+    objective_names,
+    token_logps,
+)
 from dft_lora.loss.objectives import starves
 
 OBJECTIVES = {
@@ -92,6 +98,16 @@ def deft(x, sg):
     return (1 - x.p**a) / a
 
 
+def gift(x, sg, beta=20.0):
+    """The paper's target softmax(log P_base + beta at the target); its cross-entropy, up to a constant."""
+    y_M = (x.p_MV == x.p[:, None]).double().argmax(1)
+    at_y_MV = torch.nn.functional.one_hot(y_M, x.p_MV.shape[1])
+    target_MV = (x.base_MV.log() + beta * at_y_MV).softmax(-1)
+    base_share = 1 / (1 + math.expm1(beta) * x.base)
+    constant = base_share * (x.base_MV * x.base_MV.log()).sum(-1)
+    return -(target_MV * x.p_MV.log()).sum(-1) + constant
+
+
 FORMULAS = {
     "sft": lambda x, sg: -x.p.log(),
     "dft": dft,
@@ -106,6 +122,9 @@ FORMULAS = {
     "asft": lambda x, sg, lam=0.05: (
         -sg(x.p) * x.p.log() + lam * (x.base_MV * (x.base_MV / x.p_MV).log()).sum(-1)
     ),
+    "prift": lambda x, sg: -x.base * x.p.log(),
+    "gift": gift,
+    "psft": lambda x, sg, clip=0.28: -torch.minimum(x.p / x.base, (x.p / x.base).clamp(1 - clip, 1 + clip)),
     "cadft": cadft,
     "eaft": eaft,
     "deft": deft,
@@ -124,6 +143,8 @@ NUMBERS = {
     "power": {"a": 0.4, "anneal": 0.3},
     "threshold": {"tau": 0.4},
     "asft": {"lam": 0.7},
+    "gift": {"beta": 1.5},
+    "psft": {"clip": 0.5},
     "infosft": {"ceiling": 0.6},
     "focal": {"gamma": 0.5},
 }
@@ -217,7 +238,7 @@ def test_the_comparison_sees_a_missing_detach(name, numbers):
     loss, slope = by_formula(name, numbers)
     attached_loss, attached_slope = by_formula(name, numbers, sg=lambda weight_M: weight_M)
     assert attached_loss == loss
-    has_no_weight = name in ("sft", "power", "threshold", "focal")
+    has_no_weight = name in ("sft", "power", "threshold", "focal", "prift", "gift", "psft")
     assert torch.equal(attached_slope, slope) if has_no_weight else distance(attached_slope, slope) > 1e-2
 
 
@@ -315,7 +336,7 @@ def test_every_other_pair_differs():
     case = Case.make(30, 8, 40, "bias", "some")
     needs = frozenset().union(*(wanted.needs for wanted in OBJECTIVES.values()))
     slopes = {name: gradient(*case.score(token_logps, needs=needs), o) for name, o in OBJECTIVES.items()}
-    twins = {("dft", "power")}
+    twins = {("dft", "power"), ("sft", "gift")}  # at beta 20, but for tokens absurd to the base
     for i, a in enumerate(slopes):
         for b in list(slopes)[i + 1 :]:
             assert (distance(slopes[a], slopes[b]) > 1e-3) != ((a, b) in twins), (a, b)
@@ -457,6 +478,6 @@ def test_any_function_of_the_scores():
     ],
 )
 def test_wrong_requests_are_named(request_, message):
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(ObjectiveError) as caught:
         objective(**request_)
     assert str(caught.value).startswith(message)

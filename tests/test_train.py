@@ -58,7 +58,7 @@ def one_step(*changes, prepare=lambda plan: (plan, None)):
     return kept, trainer.step(0)
 
 
-@pytest.mark.parametrize("name", ["sft", "dft", "asft", "iw-sft", "cadft", "infosft"])
+@pytest.mark.parametrize("name", ["sft", "dft", "asft", "iw-sft", "prift", "gift", "cadft", "infosft"])
 def test_micro_batches_of_any_size_give_the_same_step(name):
     change = f"objective.name={name}"
     whole, figures = one_step(change, "train.micro_batch_size=8")
@@ -271,3 +271,43 @@ def test_real_tokenizer_and_gsm8k_nll_falls_and_the_adapter_loads_in_plain_peft(
     assert "| run | gsm8k | 0.0 % (n=1)" in result.stdout  # eight random tokens answer nothing
     attempts = [json.loads(line) for line in run.evaluation("gsm8k").read_text().splitlines()]
     assert len(attempts) == 4 and {attempt["verdict"] for attempt in attempts} <= {"wrong", "unparsable"}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_base_is_asked_once_per_token(packing):
+    """prift over two epochs: each example is scored under the base once, with the values of a batch."""
+    recipe = load_recipe(
+        "tiny_dft",
+        (
+            "objective.name=prift",
+            "data.sample=12",
+            f"data.packing={packing}",
+            "train.batch_size=6",
+            "train.micro_batch_size=3",
+            "train.max_steps=4",
+            "model.dtype=float32",
+        ),
+    )
+    trainer = Trainer(make_plan(recipe), Ranks(recipe))
+    learner = trainer.learner
+    asked, of_batch = [], []
+    token_scores, reference = learner.token_scores, learner.reference
+
+    def counted(model, batch, **more):
+        if not torch.is_grad_enabled():
+            asked.extend(batch.ids)
+        return token_scores(model, batch, **more)
+
+    def compared(batch, needs):
+        kept = reference(batch, needs)
+        of_batch.append((kept, token_scores(learner.adapter_model, batch)))
+        return kept
+
+    learner.token_scores, learner.reference = counted, compared
+    for step in range(4):
+        trainer.step(step)
+    assert sorted(asked) == sorted(example.id for example in trainer.plan.examples)
+    assert len(of_batch) >= 4
+    for kept, direct in of_batch:
+        assert torch.equal(kept.index, direct.index)
+        assert (kept.logp - direct.logp).abs().max() < 1e-4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -88,35 +89,64 @@ def loss(source, tokens, hidden, vocabulary, dtype, device, rounds, threads, onl
     click.echo(loss_table(result))
 
 
-@main.command("train")
-@click.option(
-    "--ladder", is_flag=True, help="our techniques, each on top of the one before, instead of peers"
+STEP_OPTIONS = (
+    click.option("--dtype", default="auto", type=click.Choice(["auto", "bfloat16", "float16", "float32"])),
+    click.option(
+        "--steps", default=3, type=POSITIVE, help="measured steps of a round; one more is thrown away"
+    ),
+    click.option("--rounds", default=3, type=POSITIVE, help="rounds, each in fresh processes"),
+    click.option("--threads", default=2, type=POSITIVE),
+    click.option("--only", default="", help="only variants whose name contains this"),
+    click.option("--hidden", default=512, type=POSITIVE, help="D of the random Qwen2"),
+    click.option("--layers", default=8, type=POSITIVE),
+    click.option("--vocabulary", default=151_936, type=POSITIVE, help="V"),
+    click.option("--batch", default=4, type=POSITIVE, help="examples a step"),
+    click.option("--max-length", default=512, type=POSITIVE, help="longest example, tokens"),
+    out_option,
 )
-@click.option("--dtype", default="auto", type=click.Choice(["auto", "bfloat16", "float16", "float32"]))
-@click.option("--steps", default=3, type=POSITIVE, help="measured steps of a round; one more is thrown away")
-@click.option("--rounds", default=3, type=POSITIVE, help="rounds, each in fresh processes")
-@click.option("--threads", default=2, type=POSITIVE)
-@click.option("--only", default="", help="only variants whose name contains this")
-@click.option("--hidden", default=512, type=POSITIVE, help="D of the random Qwen2")
-@click.option("--layers", default=8, type=POSITIVE)
-@click.option("--vocabulary", default=151_936, type=POSITIVE, help="V")
-@click.option("--batch", default=4, type=POSITIVE, help="examples a step")
-@click.option("--max-length", default=512, type=POSITIVE, help="longest example, tokens")
-@out_option
-def train_step(
-    ladder, dtype, steps, rounds, threads, only, hidden, layers, vocabulary, batch, max_length, out
+
+
+def step_options(command: Any) -> Any:
+    """What every measurement of a training step takes."""
+    for option in reversed(STEP_OPTIONS):
+        command = option(command)
+    return command
+
+
+def measure_steps(
+    variants, kind, dtype, steps, rounds, threads, only, hidden, layers, vocabulary, batch, max_length, out
 ):
-    """Seconds and memory of a whole training step, against TRL's SFTTrainer where it is installed."""
-    from .train import COMPARISON, LADDER, Measurement, Shape, measure
+    """Measure the variants that were asked for; keep the result as `train-KIND-DTYPE` and print it."""
+    from .train import Measurement, Shape, measure
 
     shape = Shape(hidden, layers, vocabulary, hidden * 11 // 2, batch, max_length)
-    variants = LADDER if ladder else COMPARISON
     chosen = tuple(variant for variant in variants if only in variant.name)
     if not chosen:
         raise RequestError(f"--only {only!r}: in none of {', '.join(repr(v.name) for v in variants)}")
     result = measure(chosen, Measurement(shape, dtype, steps, rounds, threads))
-    keep(result, out, f"train-{'ladder' if ladder else 'peers'}-{result['dtype']}")
+    keep(result, out, f"train-{kind}-{result['dtype']}")
     click.echo(train_table(result))
+
+
+@main.command("train")
+@click.option(
+    "--ladder", is_flag=True, help="our techniques, each on top of the one before, instead of peers"
+)
+@step_options
+def train_step(ladder, **options):
+    """Seconds and memory of a whole training step, against TRL's SFTTrainer where it is installed."""
+    from .train import COMPARISON, LADDER
+
+    measure_steps(LADDER if ladder else COMPARISON, "ladder" if ladder else "peers", **options)
+
+
+@main.command("trainer")
+@step_options
+def trainer_step(**options):
+    """Seconds and memory of a step of transformers' and TRL's trainers, with and without `patch`."""
+    from .train import TRAINERS
+
+    measure_steps(TRAINERS, "trainers", **options)
 
 
 @main.command()

@@ -1,4 +1,5 @@
-"""One optimizer step of ours against TRL's `SFTTrainer(loss_type="dft")`, and the memory ladder.
+"""One optimizer step of ours against TRL's `SFTTrainer(loss_type="dft")`, other trainers with and without
+`patch`, and the memory ladder.
 
 All variants train the same LoRA over the same 4-bit base on the same ids in the same order. Each runs in a
 process of its own, the rounds in turn, so that a slow minute of the machine falls on all of them.
@@ -14,7 +15,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -23,14 +26,15 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from ..config import ModelConfig, Recipe, load_recipe, parse_recipe
-from ..data.batches import Batch, step_indices
+from ..config import Recipe, load_recipe, parse_recipe
+from ..data.batches import Batch, collate, step_indices
 from ..data.templates import Example
 from ..loss import TokenScores
 from ..model.hardware import choose, dtype_name
-from ..model.load import load_tokenizer
+from ..model.load import load_base
 from ..model.memory import MIB, LiveTensors, memory_of
 from ..runs.provenance import certificate, versions
+from ..training.patch import patch
 from ..training.plan import Plan, make_plan
 from ..training.ranks import Ranks
 from ..training.trainer import Trainer
@@ -122,67 +126,112 @@ def run_full_logits(plan: Plan, steps: int, watch: Watch) -> float:
     return run_ours(plan, steps, watch, FullLogits)
 
 
-def run_trl(plan: Plan, steps: int, watch: Watch, **settings: Any) -> float:
-    """TRL with its own defaults, but for what `plan.recipe` states, over a base loaded by us."""
+def run_trl(plan: Plan, steps: int, watch: Watch, objective: str | None = None, **settings: Any) -> float:
+    """TRL with its own defaults, but for what `plan.recipe` states, over a base loaded by us.
+
+    `objective`: that of `patch`, instead of TRL's own DFT.
+    """
     from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from ..model.load import load_base
+    model, hardware = load_base(plan.recipe.model)
+    loss = {"loss_type": "dft"} if objective is None else {}
+    with tempfile.TemporaryDirectory() as folder:
+        common = trainer_settings(plan, steps, hardware.device)
+        arguments = SFTConfig(folder, max_length=plan.recipe.data.max_length, **common, **loss, **settings)
+        trainer = SFTTrainer(
+            model,
+            arguments,
+            train_dataset=Dataset.from_list(rows_of(plan, steps)),
+            peft_config=lora_config(plan),
+            processing_class=plan.renderer.tokenizer,
+            callbacks=[clock(watch)],
+        )
+        return first_loss(trainer, objective)
+
+
+def run_hf(plan: Plan, steps: int, watch: Watch, objective: str | None = None) -> float:
+    """transformers' Trainer with its own loss, or patched."""
+    from peft import get_peft_model
+    from transformers import Trainer as HfTrainer
+    from transformers import TrainingArguments
+
+    base, hardware = load_base(plan.recipe.model)
+    model = get_peft_model(base, lora_config(plan))
+    pad_id = plan.renderer.pad_id
+
+    def padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = collate([row["example"] for row in rows], pad_id)
+        return batch.inputs(torch.device("cpu")) | {"labels": batch.labels_BL}
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, remove_unused_columns=False, **trainer_settings(plan, steps, hardware.device)
+        )
+        trainer = HfTrainer(
+            model,
+            arguments,
+            train_dataset=[{"example": example} for example in examples_of(plan, steps)],
+            data_collator=padded,
+            callbacks=[clock(watch)],
+        )
+        return first_loss(trainer, objective)
+
+
+def first_loss(trainer: Any, objective: str | None) -> float:
+    """Train; the loss of the first step."""
+    with nullcontext() if objective is None else patch(trainer.model, objective):
+        trainer.train()
+    return trainer.state.log_history[0]["loss"]
+
+
+def trainer_settings(plan: Plan, steps: int, device: torch.device) -> dict[str, Any]:
+    return {
+        "per_device_train_batch_size": plan.recipe.train.batch_size,
+        "max_steps": steps,
+        "learning_rate": plan.recipe.train.learning_rate,
+        "train_sampling_strategy": "sequential",
+        "use_cpu": device.type == "cpu",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def lora_config(plan: Plan) -> Any:
+    from peft import LoraConfig
+
+    adapter = plan.recipe.adapter
+    alpha: Any = adapter.alpha
+    return LoraConfig(r=adapter.r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def clock(watch: Watch) -> Any:
+    """A trainer's callback that reads the watch."""
+    from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
-        def on_train_begin(self, *_, **__):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
             watch.ready()
 
-        def on_step_end(self, *_, **__):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
             watch.tick()
 
-    recipe = plan.recipe
-    model, hardware = load_base(recipe.model)
-    rows = [
+    return Clock()
+
+
+def rows_of(plan: Plan, steps: int) -> list[dict[str, list[int]]]:
+    return [
         {
             "input_ids": list(e.ids),
             "labels": [-100] * e.prompt_length + list(e.ids[e.prompt_length :]),
         }
         for e in examples_of(plan, steps)
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = SFTConfig(
-            folder,
-            loss_type="dft",
-            per_device_train_batch_size=recipe.train.batch_size,
-            max_steps=steps,
-            max_length=recipe.data.max_length,
-            learning_rate=recipe.train.learning_rate,
-            train_sampling_strategy="sequential",
-            use_cpu=hardware.device.type == "cpu",
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            **settings,
-        )
-        lora = LoraConfig(
-            r=recipe.adapter.r,
-            lora_alpha=recipe.adapter.alpha,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
-        trainer = SFTTrainer(
-            model,
-            arguments,
-            train_dataset=Dataset.from_list(rows),
-            peft_config=lora,
-            processing_class=plan.renderer.tokenizer,
-            callbacks=[Clock()],
-        )
-        trainer.train()
-    return trainer.state.log_history[0]["loss"]
 
 
-def run_trl_plain(plan: Plan, steps: int, watch: Watch) -> float:
-    return run_trl(plan, steps, watch, gradient_checkpointing=False)
+run_trl_plain = partial(run_trl, gradient_checkpointing=False)
 
 
 def examples_of(plan: Plan, steps: int) -> Iterator[Example]:
@@ -215,6 +264,15 @@ COMPARISON = (
     StepVariant("TRL SFTTrainer, dft, without checkpointing", run_trl_plain, package="trl"),
 )
 
+OWN_LOSS = StepVariant("transformers Trainer, its own loss (NLL)", run_hf)
+TRAINERS = (
+    OWN_LOSS,
+    StepVariant("transformers Trainer, patched, sft", partial(run_hf, objective="sft")),
+    StepVariant("transformers Trainer, patched, dft", partial(run_hf, objective="dft")),
+    StepVariant("TRL SFTTrainer, its own dft", run_trl_plain, package="trl"),
+    StepVariant("TRL SFTTrainer, patched, dft", partial(run_trl_plain, objective="dft"), package="trl"),
+)
+
 FULL_16BIT, FULL = ("model.quantization=none", "data.packing=false"), ("data.packing=false",)
 CHECKPOINTED = ("train.gradient_checkpointing=true",)
 ONE_BY_ONE = (*CHECKPOINTED, "train.micro_batch_size=1")
@@ -227,7 +285,7 @@ LADDER = (
     StepVariant("+ micro-batches of one example", run_ours, ONE_BY_ONE),
     StepVariant("+ 8-bit AdamW", run_ours, (*ONE_BY_ONE, "train.optimizer=adamw8bit")),
 )
-VARIANTS = {variant.name: variant for variant in (*COMPARISON, *LADDER)}
+VARIANTS = {variant.name: variant for variant in (*COMPARISON, *TRAINERS, *LADDER)}
 
 
 @dataclass(frozen=True)
@@ -287,10 +345,10 @@ def summary(runs: list[dict[str, Any]], tokens: float) -> dict[str, float]:
 
 def write_inputs(folder: Path, m: Measurement) -> Recipe:
     """A base of random weights with Qwen's tokenizer, and `recipe.json`: GSM8K rows of up to `max_length`."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     text, tokenizer = gsm8k()
-    load_tokenizer(ModelConfig(name=tokenizer)).save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder / "base")
     shape = m.shape
     config = Qwen2Config(
         vocab_size=shape.V,

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -306,10 +307,24 @@ def _own_answer(row: dict[str, Any], data: DataConfig) -> str | None:
 
 
 def _prompt(row: dict[str, Any], column: str) -> tuple[dict[str, str], ...]:
-    """The turns before the completion: the column's text as one user turn, or the column's list of turns."""
+    """The turns before the completion: the column's text as one user turn, or the column's list of turns.
+
+    `column` may also be a text with columns in braces.
+    """
     if isinstance(row.get(column), list):
         return tuple(_turns(row[column], last="user", column=column))
-    return ({"role": "user", "content": _text(row, column)},)
+    text = _filled(row, column) if "{" in column and column not in row else _text(row, column)
+    return ({"role": "user", "content": text},)
+
+
+def _filled(row: dict[str, Any], pattern: str) -> str:
+    """A text with columns in braces; a column may be empty or null in some rows."""
+
+    def content(place: re.Match[str]) -> str:
+        value = row.get(place[1])
+        return "" if value in (None, "") and place[1] in row else _text(row, place[1])
+
+    return _check_text(re.sub(r"\{([^{}]+)\}", content, pattern).strip(), f"the prompt {pattern!r}")
 
 
 def _text(row: dict[str, Any], column: str) -> str:

@@ -8,12 +8,15 @@ ids of one do not depend on the other. The end token is the tokenizer's own eos 
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from ..config import digest
+from ..config import LONGEST_FILE, digest
 from ..errors import DataError, RecipeError, did_you_mean
 from ..tasks.base import Problem
 
@@ -24,16 +27,20 @@ Messages = Sequence[Mapping[str, str]]
 class Template:
     """How a prompt is written.
 
-    `text` contains one `{question}`. Without `text` the tokenizer's own chat template is used; then `suffix`
-    is appended to the last user turn, and `system` becomes the first turn if there is no system turn.
+    `text` contains one `{question}`, and perhaps one `{system}` for the content of a system turn (empty
+    without one). Without `text` a chat template is used: `chat`, in Jinja, or else the tokenizer's own; then
+    `suffix` is appended to the last user turn, and `system` becomes the first turn if there is none.
     """
 
     name: str
+    """Of a person's own template the whole text: a run records it, and needs no file later."""
     text: str | None = None
+    chat: str | None = None
     system: str | None = None
     suffix: str = ""
 
 
+PROBE = ({"role": "user", "content": "What is 2 + 3?"},)
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 
 TEMPLATES = {
@@ -56,21 +63,73 @@ TEMPLATES = {
 
 
 def get_template(name: str, tokenizer: Any) -> Template:
-    """A template by name; `auto` is `chat` if the tokenizer has a chat template, else `plain`.
+    """A template by name, or a person's own; `auto` is `chat` if the tokenizer has one, else `plain`.
 
-    Raises RecipeError for an unknown name, or for `chat` without a chat template.
+    Raises RecipeError for an unknown name, an own template that cannot be used, or for `chat` without a chat
+    template.
     """
     if name == "auto":
         name = "chat" if tokenizer.chat_template else "plain"
     if name not in TEMPLATES:
-        raise RecipeError(
-            f"template {name!r} is unknown{did_you_mean(name, TEMPLATES)}; known: {', '.join(TEMPLATES)}"
-        )
+        return own_template(name)
     if TEMPLATES[name].text is None and not tokenizer.chat_template:
         raise RecipeError(
             f"template {name!r} needs a tokenizer with a chat template; use data.template: plain"
         )
     return TEMPLATES[name]
+
+
+def own_template(given: str) -> Template:
+    """A template from its own text, or from a file: plain text with `{question}`, or a Jinja chat template.
+
+    Raises RecipeError if it is neither.
+    """
+    text = given if _is_written_out(given) else _read_template(given)
+    if _is_jinja(text):
+        return Template(text, chat=text)
+    for place, least in (("{question}", 1), ("{system}", 0)):
+        if not least <= text.count(place) <= 1:
+            raise RecipeError(
+                f"template {shown(text)}: must contain {place} once, not {text.count(place)} times"
+            )
+    return Template(text, text=text)
+
+
+def _is_jinja(text: str) -> bool:
+    return "{%" in text or "{{" in text
+
+
+def _is_written_out(text: str) -> bool:
+    return "{question}" in text or _is_jinja(text)
+
+
+def _read_template(name: str) -> str:
+    """The content of a template file."""
+    if not os.path.isfile(name):
+        known = f"{did_you_mean(name, TEMPLATES)}; known: {', '.join(TEMPLATES)}"
+        raise RecipeError(
+            f"template {shown(name)} is unknown{known}; or give a text with {{question}}, or a file with "
+            "such a text or a chat template"
+        )
+    try:
+        if (size := os.path.getsize(name)) > LONGEST_FILE:
+            raise RecipeError(f"template {name}: {size:,} bytes are too many (at most {LONGEST_FILE:,})")
+        text = Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"template {name}: not UTF-8 text ({error})") from None
+    except OSError as error:
+        raise RecipeError(f"template {name}: {error.strerror}") from None
+    if not _is_written_out(text):
+        raise RecipeError(f"template {name}: has no {{question}}, and is no chat template in Jinja")
+    return text
+
+
+def shown(name: str) -> str:
+    """A template's name in one line: of an own template its beginning, and a digest of the whole."""
+    if not _is_written_out(name):
+        return repr(name)
+    start = " ".join(name.split())
+    return f"{start[:30]!r}... ({digest(name)[:8]})" if len(start) > 30 else repr(start)
 
 
 @dataclass(frozen=True)
@@ -93,7 +152,7 @@ class Example:
 class Renderer:
     """A template bound to a tokenizer.
 
-    Raises ModelError when the tokenizer has no end token.
+    Raises ModelError when the tokenizer has no end token, RecipeError when a template cannot be used.
     """
 
     def __init__(self, tokenizer: Any, template: str = "auto"):
@@ -107,20 +166,48 @@ class Renderer:
             )
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_id
+        if self.template.chat is not None:
+            self._check_chat()
 
     def prompt_text(self, messages: Messages) -> str:
         """The prompt as text, up to the point where the answer begins."""
         template, turns = self.template, [dict(turn) for turn in messages]
         if template.text is not None:
+            parts = {"{system}": ""}
+            if "{system}" in template.text and turns[0]["role"] == "system":
+                parts["{system}"] = turns.pop(0)["content"]
             if len(turns) != 1:
-                raise DataError(
-                    f"template {template.name!r} takes one user turn, not {len(turns)}; use template: chat"
-                )
-            return template.text.replace("{question}", turns[0]["content"])
+                name = shown(template.name)
+                raise DataError(f"template {name} takes one user turn, not {len(turns)}; use template: chat")
+            parts["{question}"] = turns[0]["content"]
+            # In one pass: a question may itself contain the word {system}.
+            return re.sub("|".join(map(re.escape, parts)), lambda found: parts[found[0]], template.text)
         if template.system and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": template.system})
         turns[-1]["content"] += template.suffix
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return self._chat(turns, add_generation_prompt=True)
+
+    def _chat(self, turns: Messages, **more: Any) -> str:
+        """Turns through the chat template. Raises DataError for turns that it refuses."""
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns, chat_template=self.template.chat, tokenize=False, **more
+            )
+        except TemplateError as error:
+            why = " ".join(str(error).split())[:200]
+            raise DataError(f"template {shown(self.template.name)} refuses these turns: {why}") from None
+
+    def _check_chat(self) -> None:
+        """Raises RecipeError for a chat template that does not work, or leaves the question out."""
+        try:
+            text = self.prompt_text(PROBE)
+        except Exception as error:  # a template is a program, and can raise anything
+            why = " ".join(str(error).split())[:200]
+            raise RecipeError(f"template {shown(self.template.name)} is no chat template: {why}") from None
+        if PROBE[0]["content"] not in text:
+            raise RecipeError(f"template {shown(self.template.name)}: leaves out the user's message")
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """The prompt's ids, with the tokenizer's BOS exactly once if it uses one."""
@@ -148,9 +235,13 @@ class Renderer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over a rendered probe and the end tokens; equal fingerprints mean equal prompts."""
-        probe = ({"role": "user", "content": "What is 2 + 3?"},)
-        return digest([self.prompt_ids(probe), self.completion_ids("It is 5."), sorted(self.stop_ids)])
+        """sha256 over a rendered probe and the end tokens; equal fingerprints mean equal prompts.
+
+        Of an own template also over its text: a system turn or a second turn is not in the probe.
+        """
+        own = [] if self.template.name in TEMPLATES else [self.template.name]
+        probe = [self.prompt_ids(PROBE), self.completion_ids("It is 5."), sorted(self.stop_ids)]
+        return digest(probe + own)
 
     @cached_property
     def _bos(self) -> list[int]:
@@ -160,11 +251,11 @@ class Renderer:
 
     @cached_property
     def _turn_end(self) -> set[int]:
-        if not self.tokenizer.chat_template:
+        if not (self.template.chat or self.tokenizer.chat_template):
             return set()
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        closing = self._encode(text[text.rindex("b") + 1 :].lstrip())[:1]
+        text = self._chat(turns)
+        closing = self._encode(text[text.rindex("b") + 1 :].lstrip())[:1] if "b" in text else []
         return {
             i
             for i in closing

@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from ..data.templates import shown
 from ..errors import RequestError
 from ..runs.folder import RunFolder, make_writable, write_json, write_text
 from ..runs.provenance import certificate
@@ -116,8 +117,8 @@ def _differences(left: TaskResults, right: TaskResults, free: Collection[str]) -
     reported_below = {"problems", "problems_hash", "template_hash"}
     known = {f.name for f in fields(Protocol)} - reported_below - {*free, *WEIGHTS}
     found = [
-        f"{k} {left.protocol[k]!r} and {right.protocol[k]!r}"
-        for k in left.protocol
+        f"{k} {show(left.protocol[k])} and {show(right.protocol[k])}"
+        for k, show in ((k, shown if k == "template" else repr) for k in left.protocol)
         if k in known and left.protocol[k] != right.protocol[k]
     ]
     only = [len(set(x.problems) - set(y.problems)) for x, y in ((left, right), (right, left))]
@@ -128,7 +129,7 @@ def _differences(left: TaskResults, right: TaskResults, free: Collection[str]) -
     elif left.protocol["problems_hash"] != right.protocol["problems_hash"]:
         found.append("problems with the same ids have different texts or answers")
     if not found and left.protocol["template_hash"] != right.protocol["template_hash"]:
-        found.append(f"template {left.protocol['template']!r} gives different token ids")
+        found.append(f"template {shown(left.protocol['template'])} gives different token ids")
     return "; ".join(found)
 
 

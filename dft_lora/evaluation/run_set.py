@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from ..config import ModelConfig, Recipe
-from ..data.templates import Renderer
+from ..data.templates import Renderer, shown
 from ..errors import RequestError
 from ..model.fingerprint import base_fingerprint
 from ..model.load import load_tokenizer
@@ -38,8 +38,8 @@ def renderer_of(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> Rend
         renderer = Renderer(tokenizer, trained["template"] if wanted == "same" else wanted)
         if wanted == "same" and renderer.fingerprint != trained["template_hash"]:
             raise RequestError(
-                f"{folder.path}: template {trained['template']!r} gives other token ids now than in training "
-                "(the tokenizer or the template changed); to evaluate anyway, name one with "
+                f"{folder.path}: template {shown(trained['template'])} gives other token ids now than in "
+                "training (the tokenizer or the template changed); to evaluate anyway, name one with "
                 "--set template=NAME"
             )
     return renderer
@@ -58,8 +58,9 @@ def same_base(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> None:
             and folder.run()["template_hash"] != folders[0].run()["template_hash"]
         ):
             raise RequestError(
-                f"{folder.path} was trained with template {folder.run()['template']!r}, "
-                f"{folders[0].path} with {folders[0].run()['template']!r}: name one with --set template=NAME"
+                f"{folder.path} was trained with template {shown(folder.run()['template'])}, "
+                f"{folders[0].path} with {shown(folders[0].run()['template'])}: name one with "
+                "--set template=NAME"
             )
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from ..data.templates import shown
 from .protocol import FORGETTING
 
 
@@ -28,8 +29,8 @@ def report_table(report: dict[str, Any]) -> str:
     text = aligned(head, rows)
     for run, task, r in _results(report):
         if r["template"] != (trained := report["runs"][run]["template"]):
-            text += f"\n\n{run} answered {task} with template {r['template']!r}, "
-            text += f"not with {trained!r} as trained."
+            text += f"\n\n{run} answered {task} with template {shown(r['template'])}, "
+            text += f"not with {shown(trained)} as trained."
     if report["paired"]:
         head = ["difference", "task", "sampled", "95 % interval", "p", "p (Holm)", "detectable", "greedy", ""]
         rows = [

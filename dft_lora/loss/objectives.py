@@ -22,20 +22,24 @@ The value of a weighted loss does not measure progress: it can fall while cross-
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from math import isfinite, log
+from difflib import get_close_matches
+from math import expm1, isfinite, log, log1p
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import RecipeError, did_you_mean
 from .token_logps import TokenScores
 
 STARVED = 0.05  # a token of less weight than this is learned at less than a twentieth of SFT's rate
 NEARLY_SFT = 1e-6  # the smallest exponent: p^a is 1 to float32's precision
 SAME_NLL = 1e-4  # nats per token: far below the differences between examples, far above float32's rounding
+
+
+class ObjectiveError(ValueError):
+    """An objective that does not exist, or a number it does not have or does not allow; names the field."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +270,66 @@ class Asft(Weighted):
         return super().__call__(scores) + self.lam * scores.need("reference_kl").sum()
 
 
+class Prift(Weighted):
+    """- sg(p_base) log p, p_base under the frozen base. PriFT-prob, arXiv 2606.09396.
+
+    A training run computes p_base once per token and keeps it. Weakness: a token that the base finds absurd
+    never gains weight, however well the model has learned it.
+    """
+
+    name = "prift"
+    needs = frozenset({"reference_logp"})
+
+    def weight(self, scores: TokenScores) -> Tensor:
+        return scores.need("reference_logp").exp()
+
+
+@dataclass(frozen=True)
+class Gift(Objective):
+    """- (1 - k) log p + k KL(base || model), k = 1 / (1 + (e^beta - 1) p_base). GIFT, arXiv 2601.09233.
+
+    Up to a constant this is the paper's cross-entropy to softmax(log P_base + beta at the target): that
+    distribution is a mixture of the base, of share k, and the target token.
+
+    Costs one more pass of the backbone with the adapter off. Weakness: at the published beta it is SFT
+    except for tokens with p_base below about e^-beta, which it leaves to the base.
+    """
+
+    name = "gift"
+    needs = frozenset({"reference_logp", "reference_kl"})
+    beta: float = 20.0
+
+    def __post_init__(self) -> None:
+        check_number(self, "beta", lambda beta: 0 < beta <= 80, "must lie in (0, 80], or exp(beta) overflows")
+
+    def __call__(self, scores: TokenScores) -> Tensor:
+        base_M = scores.need("reference_logp")
+        odds_M = base_M + self.beta + log(-expm1(-self.beta))  # log((e^beta - 1) p_base)
+        loss_M = -torch.sigmoid(odds_M) * scores.logp + torch.sigmoid(-odds_M) * scores.need("reference_kl")
+        return loss_M.sum()
+
+
+@dataclass(frozen=True)
+class Psft(Objective):
+    """- min(p / p_old, 1 + clip): PPO's clipped objective with advantage 1. PSFT, arXiv 2508.17784.
+
+    clip 0.28 and batches of eight steps, with p_old from the start of each, are the official script's. Here
+    p_old is the base for the whole run. Weakness: a token stops learning once it is (1 + clip) times as
+    probable as under the base, so what the base finds absurd stays absurd.
+    """
+
+    name = "psft"
+    needs = frozenset({"reference_logp"})
+    clip: float = 0.28
+
+    def __post_init__(self) -> None:
+        check_number(self, "clip", lambda clip: clip > 0, "must be positive")
+
+    def __call__(self, scores: TokenScores) -> Tensor:
+        log_ratio_M = scores.logp - scores.need("reference_logp")
+        return -log_ratio_M.clamp_max(log1p(self.clip)).exp().sum()  # clamped before exp can overflow
+
+
 class Cadft(Weighted):
     """- sg(p * exp(-max(0, z))) log p, z the standard score of the example's mean NLL in its optimizer step.
 
@@ -417,8 +481,8 @@ class Custom(Objective):
 _REGISTRY: dict[str, type[Objective]] = {
     kind.name: kind
     for kind in (
-        Sft, Dft, DftSentence, DftGeometric, IwSft, IwSftToken, Power, Threshold, Asft, Cadft, Eaft, Deft,
-        InfoSft, ChordPhi, Focal,
+        Sft, Dft, DftSentence, DftGeometric, IwSft, IwSftToken, Power, Threshold, Asft, Prift, Gift, Psft,
+        Cadft, Eaft, Deft, InfoSft, ChordPhi, Focal,
     )
 }  # fmt: skip
 
@@ -436,27 +500,34 @@ def objective_names() -> list[str]:
 def objective(name: str | Callable[[TokenScores], Tensor], **numbers: Any) -> Objective:
     """An objective by name with its own numbers, or any function of the scores.
 
-    Raises RecipeError naming the field: unknown objective, unknown number, or a number out of range.
+    Raises ObjectiveError naming the field: unknown objective, unknown number, or a number out of range.
     """
     if isinstance(name, Objective) and not numbers:
         return name
     if not isinstance(name, str):
         if numbers or not callable(name):
-            raise RecipeError("objective.name: must be a name, or a function of the scores without numbers")
+            raise ObjectiveError(
+                "objective.name: must be a name, or a function of the scores without numbers"
+            )
         return Custom(name)
     if name not in _REGISTRY:
-        near = did_you_mean(name, _REGISTRY) or f"; known: {', '.join(_REGISTRY)}"
-        raise RecipeError(f"objective.name: there is no objective {name!r}{near}")
+        near = _did_you_mean(name, _REGISTRY) or f"; known: {', '.join(_REGISTRY)}"
+        raise ObjectiveError(f"objective.name: there is no objective {name!r}{near}")
     kind = _REGISTRY[name]
     known = [field.name for field in fields(kind)]
     for key, value in numbers.items():
         if key not in known:
             owners = [other for other, k in _REGISTRY.items() if key in (f.name for f in fields(k))]
-            hint = did_you_mean(key, known) or (f" ({', '.join(owners)} does)" if owners else "")
-            raise RecipeError(f"objective.{key}: {name!r} has no such number{hint}")
+            hint = _did_you_mean(key, known) or (f" ({', '.join(owners)} does)" if owners else "")
+            raise ObjectiveError(f"objective.{key}: {name!r} has no such number{hint}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
-            raise RecipeError(f"objective.{key}: must be a finite number, got {value!r}")
+            raise ObjectiveError(f"objective.{key}: must be a finite number, got {value!r}")
     return kind(**numbers)
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def gradient_weights(wanted: Objective, scores: TokenScores) -> Tensor:
@@ -508,7 +579,7 @@ def _complement(logp: Tensor) -> Tensor:
 def check_number(value: Objective, field: str, fits: Callable[[float], bool], remedy: str) -> None:
     number = getattr(value, field)
     if not fits(number):
-        raise RecipeError(f"objective.{field}: {remedy}, got {number}")
+        raise ObjectiveError(f"objective.{field}: {remedy}, got {number}")
 
 
 def _check_clamp(value: IwSft | IwSftToken) -> None:

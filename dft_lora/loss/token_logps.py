@@ -132,7 +132,8 @@ def token_logps(
     z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), tanh only with a softcap.
 
     needs: names of optional fields of TokenScores that the objective reads (`objective.needs`).
-    signals: name -> [N], what the objective reads besides the scores (`objective.signals`).
+    signals: name -> [N], what the objective reads besides the scores (`objective.signals`). A signal
+    `reference_logp` stands in for `reference` where only that is needed.
     sequence [N]: the id of each token's sequence. reference: the scores of the same targets under the base
     model; with its `keep_jacobian`, `reference_kl` becomes available for a frozen head without soft-cap.
     chunk_bytes: size of the workspace; an explicit value overrides the floor of 512 rows.
@@ -158,7 +159,8 @@ def token_logps(
     y_M = targets.index_select(0, index).long()
     if check_values:
         _check_values(h_MD, y_M, len(weight))
-    _check_modes(head, needs, skip, token_weight, sequence, reference, index)
+    kept = {"reference_logp"} & signals.keys()
+    _check_modes(head, needs - kept, skip, token_weight, sequence, reference, index)
 
     wants_hidden = torch.is_grad_enabled() and hidden.requires_grad
     wants_grad = wants_hidden or (torch.is_grad_enabled() and head.trainable)
@@ -177,6 +179,7 @@ def token_logps(
         if wants_grad:
             logp, lse = RowJacobian.apply(h_MD, *head.parameters, head, y_M, rows, done)
         kl = _reference_kl(h_MD, logp, reference) if reference and "reference_kl" in needs else None
+    signals_M = {name: values.index_select(0, index).to(logp.dtype) for name, values in signals.items()}
     return TokenScores(
         logp=logp,
         lse=lse.detach() if skip else lse,
@@ -186,8 +189,8 @@ def token_logps(
         sum_p_squared=done.sum_p_squared_M,
         top_k_entropy=done.top_k_entropy_M,
         sequence=None if sequence is None else sequence.index_select(0, index),
-        signals={name: values.index_select(0, index).to(logp.dtype) for name, values in signals.items()},
-        reference_logp=None if reference is None else reference.logp.detach(),
+        signals=signals_M,
+        reference_logp=signals_M.get("reference_logp") if reference is None else reference.logp.detach(),
         reference_kl=kl,
         hidden=h_MD.detach() if keep_jacobian else None,
         jacobian=done.jacobian_MD if keep_jacobian else None,

@@ -6,7 +6,8 @@ the next batch of the same size then silently mixes adapters. And it searches th
 on every call, so at every token (0.9 ms on a model of 28 LoRA layers, 0.05 ms here).
 
 A plain LoRA layer is told that all rows take the base, and its adapters are added to its output here: the
-same sums as peft's, but each adapter's rows are looked up once per forward pass, not once per layer.
+same sums as peft's, but each adapter's rows are looked up once per forward pass, not once per layer. DoRA,
+which peft refuses in a mixed batch, is applied to its rows in the same way.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ def mixed(layers: Sequence[nn.Module], adapter_names: Sequence[str | None]) -> I
 
 
 def _is_plain(layer: Any) -> bool:
-    """A LoRA over a linear layer without variants such as DoRA."""
-    if not getattr(layer, "lora_A", None) or layer.lora_variant:
+    """A LoRA or DoRA over a linear layer; other variants of peft need more than a layer's input."""
+    if not getattr(layer, "lora_A", None) or not all(layer.use_dora.get(name) for name in layer.lora_variant):
         return False
     return hasattr(layer.get_base_layer(), "in_features")
 
@@ -95,6 +96,11 @@ def _add_lora(layer: Any, name: str, rows: Tensor, x: Tensor, output: Tensor) ->
     down, up = layer.lora_A[name], layer.lora_B[name]
     everyone = len(rows) == len(output)
     taken = (x if everyone else x[rows]).to(down.weight.dtype)
+    if name in layer.lora_variant:  # DoRA scales the base's output too
+        base = output if everyone else output[rows]
+        made = layer.lora_variant[name].forward(layer, active_adapter=name, x=taken, result=base)
+        output[rows] = made.to(output.dtype)
+        return
     change = (up(down(taken)) * layer.scaling[name]).to(output.dtype)
     if everyone:
         output += change

@@ -16,6 +16,7 @@ from .head import check_head, refuse_adapted_head
 from .load import add_lora, load_base, set_checkpointing, use_checkpointing
 from .lora_inputs import keep_inputs_narrow
 from .sharding import shard
+from .starts import correct_quantization, start_of
 
 
 def prepare(recipe: Recipe) -> None:
@@ -41,13 +42,17 @@ def _plain(recipe: Recipe, device: torch.device) -> Built:
     head = check_head(base)
     torch.manual_seed(recipe.train.seed)  # the same initial adapter for every objective
     model = add_lora(base, recipe.adapter)
+    if recipe.adapter.init == "loftq":
+        plain = recipe.model.model_copy(update={"quantization": "none"})
+        correct_quantization(model, load_base(plain, torch.device("cpu"))[0])
+    start = start_of(model, recipe.adapter)
     if hardware.dtype != torch.float32:
         keep_inputs_narrow(model)
     if recipe.train.shard:
         shard(model, device)
     checkpointing = use_checkpointing(model, recipe.train.gradient_checkpointing)
     switch = partial(set_checkpointing, model)
-    return Built(model.eval(), head, hardware, checkpointing, set_checkpointing=switch)
+    return Built(model.eval(), head, hardware, checkpointing, set_checkpointing=switch, start=start)
 
 
 def _unsloth(recipe: Recipe, device: torch.device) -> Built:

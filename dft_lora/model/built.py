@@ -11,6 +11,7 @@ import torch
 from ..loss import Head
 from .hardware import Hardware
 from .head import hidden_states
+from .starts import Weights
 
 
 @dataclass(frozen=True)
@@ -26,3 +27,5 @@ class Built:
     """(model, **inputs) -> h_BLD, connected to the graph."""
     set_checkpointing: Callable[[bool], None] | None = None
     """Switches checkpointing on or off; None if the backend decides it when the model is built."""
+    start: Weights | None = None
+    """What the adapter's start took out of the base (`starts.py`)."""

@@ -72,12 +72,17 @@ def refuse_adapted_head(model: Any) -> None:
 
 
 @contextmanager
-def catch_hidden(model: Any) -> Iterator[list[torch.Tensor]]:
-    """While open, the list holds the last hidden state of the latest forward pass of `model`."""
-    caught: list[torch.Tensor] = []
+def catch_hidden(model: Any) -> Iterator[list[Any]]:
+    """While open, the list holds the last hidden state of the latest forward pass of `model`.
+
+    Its second entry is the dtype of the autocast around that pass, None without one.
+    """
+    caught: list[Any] = []
 
     def keep(_module, _arguments, output):
-        caught[:] = [output[0] if isinstance(output, tuple) else output.last_hidden_state]
+        h_BLD = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        kind = h_BLD.device.type
+        caught[:] = [h_BLD, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None]
 
     handle = bare(model).get_decoder().register_forward_hook(keep)
     try:

@@ -1,4 +1,4 @@
-"""A base model in 4-bit (nf4, double quantisation) with LoRA adapters over it.
+"""A base model in 4-bit (nf4 or fp4, double quantisation) or 8-bit, with LoRA adapters over it.
 
 The output head stays in the compute dtype, frozen and never copied to float32: with a vocabulary of 152k that
 copy alone takes 0.9 GB. LoRA weights are float32 from the start, which makes a resumed run bit-exact. Only
@@ -24,6 +24,7 @@ from .head import bare
 from .known import KNOWN, known_file, unpacked_base
 from .limits import refuse_running_state
 from .memory import free_memory
+from .starts import CHANGES_BASE
 from .tiny import TINY_DIR
 
 NO_CODE = {"trust_remote_code": False}
@@ -100,12 +101,13 @@ def gguf_file(config: ModelConfig) -> Path | None:
 def weights_of(config: ModelConfig) -> str:
     """How the weights are stored, in words: `nf4`, or `nf4 over Q4_K_M: quantized twice`."""
     held, origin = config.quantization, gguf.facts(resolve(config))
+    quantized = held != "none"
     if origin is None:
-        return held if held == "nf4" else "not quantized"
+        return held if quantized else "not quantized"
     kind = origin["quantization"]
     if kind in gguf.FLOATS:
-        return f"{held} over {kind}" if held == "nf4" else f"{kind}, not quantized"
-    return f"{held} over {kind}: quantized twice" if held == "nf4" else f"{kind}, unpacked"
+        return f"{held} over {kind}" if quantized else f"{kind}, not quantized"
+    return f"{held} over {kind}: quantized twice" if quantized else f"{kind}, unpacked"
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -162,9 +164,9 @@ def load_base(
     model_config = load_model_config(config)
     hardware = choose(config.dtype, count_parameters(model_config), device)
     arguments: dict[str, Any] = {"dtype": hardware.dtype, **_origin(config)}
-    if config.quantization == "nf4":
+    if config.quantization != "none":
         storage = hardware.dtype if shardable else torch.uint8
-        arguments |= {"quantization_config": _nf4(hardware.dtype, storage)}
+        arguments |= {"quantization_config": _quantized(config.quantization, hardware.dtype, storage)}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             device_map={"": "cpu" if shardable else hardware.device}, **arguments
@@ -230,12 +232,19 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", "`.*gradient_checkpointing", FutureWarning)
 
 
-def _nf4(dtype: torch.dtype, storage: torch.dtype) -> Any:
+def _quantized(kind: str, dtype: torch.dtype, storage: torch.dtype) -> Any:
+    """How bitsandbytes holds the base.
+
+    int8 without outlier columns: they are chosen by the largest activations of a whole batch, so an answer
+    would depend on what else is in its batch.
+    """
     from transformers import BitsAndBytesConfig
 
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=storage,
@@ -263,12 +272,16 @@ def add_lora(base: Any, config: AdapterConfig) -> Any:
 
     targets = config.target_modules
     alpha: Any = config.alpha  # peft's annotation says int, but it takes any number
+    init: Any = config.init if config.init in CHANGES_BASE else True
     lora = LoraConfig(
         r=config.r,
         lora_alpha=alpha,
         lora_dropout=config.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+        init_lora_weights=init,
     )
     try:
         model = get_peft_model(base, lora)

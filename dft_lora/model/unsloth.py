@@ -81,6 +81,7 @@ def build_with_unsloth(recipe: Recipe, device: torch.device) -> Built:
         r=adapter.r,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora,
         target_modules=list(LINEAR if targets == "all-linear" else targets),
         use_gradient_checkpointing="unsloth" if checkpointing and on_gpu else checkpointing,
         random_state=recipe.train.seed,

@@ -59,10 +59,10 @@ class Vllm:
             name: LoRARequest(name, number, str(path.resolve()))
             for number, (name, path) in enumerate(adapters.items(), start=1)
         }
-        ranks = [read_json(path / "adapter_config.json")["r"] for path in adapters.values()]
+        ranks = [vllm_rank(path) for path in adapters.values()]
         use_own_gpu()
         with TemporaryDirectory(prefix="dft-lora-") as folder:
-            unpacked = config.quantization == "nf4"
+            unpacked = config.quantization != "none"
             if unpacked:
                 unpack(config, hardware.dtype, Path(folder))
             self.model = LLM(
@@ -125,3 +125,11 @@ def use_own_gpu() -> None:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         gpus = seen.split(",") if seen else [str(i) for i in range(int(os.environ["LOCAL_WORLD_SIZE"]))]
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)]
+
+
+def vllm_rank(adapter: Path) -> int:
+    """The rank of an adapter. Raises RequestError for DoRA, which vLLM does not serve."""
+    config = read_json(adapter / "adapter_config.json")
+    if config.get("use_dora"):
+        raise RequestError(f"{adapter}: vLLM does not serve DoRA adapters; merge it with dft-lora merge")
+    return config["r"]

@@ -28,6 +28,7 @@ from ..loss import REFERENCE_NEEDS, Objective, TokenScores, chunk_rows, token_lo
 from ..model.attention import choose_arrangement
 from ..model.backends import build
 from ..model.memory import give_back_large_blocks
+from ..model.starts import config_over_base, from_base, over_base
 from .checkpoints import random_state, set_random_state
 from .faults import RETREATS, Layout, out_of_memory_text, ran_out_of_memory
 from .metrics import ExampleNll, Sums, Totals
@@ -50,7 +51,7 @@ class Learner:
         built = build(recipe, ranks.device)
         self.head, self.hardware, self.checkpointing = built.head, built.hardware, built.checkpointing
         self.hidden_states, model = built.hidden_states, built.model
-        self.set_checkpointing = built.set_checkpointing
+        self.set_checkpointing, self.start = built.set_checkpointing, built.start
         self.arrange = choose_arrangement(recipe.data, model, alike=recipe.train.shard)
         model.train()
         self.adapter_model = model
@@ -60,7 +61,8 @@ class Learner:
         self.model = model if shared else self.accelerator.prepare(model)
         self.no_sync = ranks.together if shared else partial(self.accelerator.no_sync, self.model)
         self.value_head = self._new_value_head() if "value" in objective.signals else None
-        self.optimizer = self.accelerator.prepare(make_optimizer(self._parameter_groups(), recipe))
+        optimizer = make_optimizer(model, self.trainable, recipe, self._value_group())
+        self.optimizer = self.accelerator.prepare(optimizer)
         self.references: WeakKeyDictionary[Example, array[float]] = WeakKeyDictionary()
         torch.manual_seed(recipe.train.seed + ranks.rank)  # dropout differs between ranks
         size, chunk_mb = recipe.train.micro_batch_size, recipe.train.loss_chunk_mb
@@ -75,6 +77,17 @@ class Learner:
         """Whether `micro_batch_size: auto` is measured: on a GPU, unless the base is sharded."""
         settings = self.recipe.train
         return settings.micro_batch_size == "auto" and self.ranks.device.type == "cuda" and not settings.shard
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether log p under the base is computed once per example, and no more of the base is needed.
+
+        Over a sharded base every rank must take part in every pass, so there it is computed in each step.
+        """
+        objective = self.objective
+        if "reference_logp" in objective.signals:
+            return True
+        return objective.needs & REFERENCE_NEEDS == {"reference_logp"} and not self.recipe.train.shard
 
     def divisor(self, groups: Sequence[Group]) -> int:
         """What the objective's sum over the whole step is divided by, at least 1."""
@@ -93,7 +106,7 @@ class Learner:
         """
         if self.objective.step_signals is not None:
             groups = self.with_signals(groups, self.objective.step_signals, step)
-        if "reference_logp" in self.objective.signals:
+        if self.keeps_reference:
             groups = self.with_reference(groups)
         if "group" in self.objective.signals:
             groups = numbered(groups)
@@ -216,8 +229,8 @@ class Learner:
         """The objective's sum over a micro-batch, connected to the graph; adds its metrics to `sums`."""
         objective = self.objective
         reference = None
-        if objective.needs & REFERENCE_NEEDS:  # the base itself, with the adapter off: no second model
-            with torch.no_grad(), self.adapter_model.disable_adapter():
+        if objective.needs & REFERENCE_NEEDS and not self.keeps_reference:
+            with torch.no_grad(), self.adapter_model.disable_adapter():  # the base itself: no second model
                 reference = self.token_scores(self.adapter_model, batch, keep_jacobian=True)
         scores = self.token_scores(
             self.model,
@@ -307,11 +320,10 @@ class Learner:
     def value_parameters(self) -> list[torch.nn.Parameter]:
         return [] if self.value_head is None else list(self.value_head.parameters())
 
-    def _parameter_groups(self) -> Any:
+    def _value_group(self) -> list[dict[str, Any]]:
         if self.value_head is None:
-            return self.trainable
-        rate = getattr(self.objective, "value_rate", 1.0)
-        return [{"params": self.trainable}, {"params": self.value_parameters, "rate": rate}]
+            return []
+        return [{"params": self.value_parameters, "rate": getattr(self.objective, "value_rate", 1.0)}]
 
     def value_state(self) -> dict[str, torch.Tensor]:
         return {} if self.value_head is None else self.value_head.state_dict()
@@ -322,9 +334,17 @@ class Learner:
 
     @property
     def adapter_config(self) -> Any:
-        return self.adapter_model.peft_config["default"]
+        return config_over_base(self.adapter_model.peft_config["default"], self.start)
 
     def adapter_weights(self) -> dict[str, torch.Tensor]:
+        """The adapter by peft's names, as a LoRA over the unchanged base."""
         from peft import get_peft_model_state_dict
 
-        return get_peft_model_state_dict(self.adapter_model, save_embedding_layers=False)
+        weights = get_peft_model_state_dict(self.adapter_model, save_embedding_layers=False)
+        return over_base(weights, self.start)
+
+    def load_adapter(self, saved: dict[str, torch.Tensor]) -> None:
+        """Take over the weights that `adapter_weights` returned."""
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(self.adapter_model, from_base(saved, self.start))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,11 +21,11 @@ def schedule(step: int, steps: int, warmup: float, kind: str) -> float:
 
 
 def make_optimizer(
-    parameters: list[torch.nn.Parameter] | list[dict[str, Any]], recipe: Recipe
+    model: Any, parameters: list[torch.nn.Parameter], recipe: Recipe, more: Iterable[dict[str, Any]] = ()
 ) -> torch.optim.Optimizer:
-    """AdamW over the adapter, with float32 states or bitsandbytes' 8-bit states.
+    """AdamW over the adapter and `more` groups of parameters, with float32 or bitsandbytes' 8-bit states.
 
-    A parameter group with a `rate` has that many times the learning rate.
+    A group with a `rate` has that many times the learning rate; LoRA+ makes several groups of the adapter.
     """
     settings = recipe.train
     arguments: dict[str, Any] = {
@@ -32,9 +33,25 @@ def make_optimizer(
         "betas": settings.betas,
         "weight_decay": settings.weight_decay,
     }
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **arguments)
+    kind = _kind(settings.optimizer)
+    if (ratio := recipe.adapter.lora_plus_ratio) is None:
+        optimizer = kind(parameters, **arguments)
+    else:
+        from peft.optimizers import create_loraplus_optimizer
+
+        decay = {"loraplus_weight_decay": settings.weight_decay}
+        optimizer = create_loraplus_optimizer(model, kind, loraplus_lr_ratio=ratio, **arguments, **decay)
+        for group in optimizer.param_groups:
+            group["rate"] = group["lr"] / settings.learning_rate
+    for group in more:
+        optimizer.add_param_group(group)
+    return optimizer
+
+
+def _kind(name: str) -> Any:
+    if name == "adamw":
+        return torch.optim.AdamW
     import bitsandbytes
 
     kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
-    return kinds[settings.optimizer](parameters, **arguments)
+    return kinds[name]

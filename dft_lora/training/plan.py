@@ -13,9 +13,10 @@ from ..data.doctor import Finding, Found, check_data, check_rows, usable
 from ..data.sources import Kind, Rows, judgeable, load_problems
 from ..data.templates import Example, Renderer
 from ..errors import DataError, RecipeError
-from ..loss import objective
+from ..loss import REFERENCE_NEEDS, ObjectiveError, objective
 from ..model.limits import caps_logits, positions, refuse_unknown_tokens
 from ..model.load import load_model_config, load_tokenizer
+from ..model.starts import CHANGES_BASE
 from ..tasks.base import Problem
 
 
@@ -65,7 +66,10 @@ def make_plan(recipe: Recipe) -> Plan:
 
     Raises a RequestError that names what is wrong.
     """
-    chosen = objective(recipe.objective.name, **recipe.objective.numbers)
+    try:
+        chosen = objective(recipe.objective.name, **recipe.objective.numbers)
+    except ObjectiveError as error:
+        raise RecipeError(str(error)) from None
     kind = data_kind(recipe, chosen)
     if kind == "prompts":
         _check_rollouts(recipe, chosen)
@@ -73,6 +77,11 @@ def make_plan(recipe: Recipe) -> Plan:
         raise RecipeError(
             f"train.skip_rows needs an objective whose weight depends only on the token's probability, "
             f"which {chosen.name!r} is not; set it to 0"
+        )
+    if chosen.needs & REFERENCE_NEEDS and recipe.adapter.init in CHANGES_BASE:
+        raise RecipeError(
+            f"adapter.init: {recipe.adapter.init} changes the base that {chosen.name!r} compares with; use "
+            "default, or another objective"
         )
     base = load_model_config(recipe.model)
     if "reference_kl" in chosen.needs and caps_logits(base):

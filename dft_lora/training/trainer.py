@@ -119,15 +119,13 @@ class Trainer:
 
     def restore(self, state: State) -> None:
         """Restore `state`. Raises RunError if it belongs to a different adapter."""
-        from peft import set_peft_model_state_dict
-
         learner = self.learner
         shapes = [
             {name: w.shape for name, w in ws.items()} for ws in (state.adapter, learner.adapter_weights())
         ]
         if shapes[0] != shapes[1]:
             raise RunError(f"the checkpoint of step {state.step} belongs to an adapter of a different shape")
-        set_peft_model_state_dict(learner.adapter_model, state.adapter)
+        learner.load_adapter(state.adapter)
         learner.optimizer.load_state_dict(state.optimizer)
         set_random_state(state.random[self.ranks.rank], self.ranks.device)
         self.source.restore(state.extra.get("source", {}))
