@@ -97,6 +97,7 @@ def loss(source, tokens, hidden, vocabulary, dtype, device, rounds, threads, onl
 @click.option("--rounds", default=3, type=POSITIVE, help="rounds, each in fresh processes")
 @click.option("--threads", default=2, type=POSITIVE)
 @click.option("--only", default="", help="only variants whose name contains this")
+@click.option("--model", default=None, help="a base to train on word problems, instead of a random Qwen2")
 @click.option("--hidden", default=512, type=POSITIVE, help="D of the random Qwen2")
 @click.option("--layers", default=8, type=POSITIVE)
 @click.option("--vocabulary", default=151_936, type=POSITIVE, help="V")
@@ -104,7 +105,7 @@ def loss(source, tokens, hidden, vocabulary, dtype, device, rounds, threads, onl
 @click.option("--max-length", default=512, type=POSITIVE, help="longest example, tokens")
 @out_option
 def train_step(
-    ladder, dtype, steps, rounds, threads, only, hidden, layers, vocabulary, batch, max_length, out
+    ladder, dtype, steps, rounds, threads, only, model, hidden, layers, vocabulary, batch, max_length, out
 ):
     """Seconds and memory of a whole training step, against TRL's SFTTrainer where it is installed."""
     from .train import COMPARISON, LADDER, Measurement, Shape, measure
@@ -114,8 +115,9 @@ def train_step(
     chosen = tuple(variant for variant in variants if only in variant.name)
     if not chosen:
         raise RequestError(f"--only {only!r}: in none of {', '.join(repr(v.name) for v in variants)}")
-    result = measure(chosen, Measurement(shape, dtype, steps, rounds, threads))
-    keep(result, out, f"train-{'ladder' if ladder else 'peers'}-{result['dtype']}")
+    result = measure(chosen, Measurement(shape, dtype, steps, rounds, threads, model))
+    base = f"-{Path(model).name}" if model else ""
+    keep(result, out, f"train-{'ladder' if ladder else 'peers'}{base}-{result['dtype']}")
     click.echo(train_table(result))
 
 
