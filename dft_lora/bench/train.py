@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from ..config import ModelConfig, Recipe, load_recipe, parse_recipe
+from ..config import Recipe, load_recipe, parse_recipe
 from ..data.batches import Batch, step_indices
 from ..data.templates import Example
 from ..loss import TokenScores
 from ..model.hardware import choose, dtype_name
-from ..model.load import load_tokenizer
 from ..model.memory import MIB, LiveTensors, memory_of
 from ..runs.provenance import certificate, versions
 from ..training.plan import Plan, make_plan
@@ -324,9 +323,10 @@ def write_inputs(folder: Path, m: Measurement) -> Recipe:
 
 def _write_random_base(folder: Path, shape: Shape, tokenizer: str) -> None:
     """A Qwen2 of random weights with Qwen's tokenizer."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    load_tokenizer(ModelConfig(name=tokenizer)).save_pretrained(folder)
+    # not `load_tokenizer`, which refuses a folder without a model
+    AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(folder)
     config = Qwen2Config(
         vocab_size=shape.V,
         hidden_size=shape.D,
