@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from itertools import pairwise
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -333,7 +334,7 @@ def _write_random_base(folder: Path, shape: Shape, tokenizer: str) -> None:
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.D // 64,
-        num_key_value_heads=max(1, shape.D // 256),
+        num_key_value_heads=gcd(shape.D // 64, 2),
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=151_643,
