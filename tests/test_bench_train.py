@@ -1,9 +1,12 @@
 """The training bench: a small real run of it, and the tables made from committed results."""
 
 import json
+from collections import Counter
 from importlib.util import find_spec
 
 import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
 
 from dft_lora.bench.table import RESULTS, tables, train_table
 from dft_lora.bench.train import COMPARISON, LADDER, OURS, VARIANTS, Measurement, Shape, measure, summary
@@ -23,7 +26,32 @@ def test_ours_and_the_full_logits_step_compute_the_same_loss(data_dir, monkeypat
     full = result["variants"][LADDER[1].name]
     assert ours["above_loaded_mb"] < full["above_loaded_mb"] and ours["tensors_mb"] < full["tensors_mb"]
     assert len(ours["runs"][0]["seconds"]) == 1
+    assert 0 < ours["products_cpu_seconds"] < ours["cpu_seconds"]
+    assert "times its matrix products alone" in train_table(result)
     assert result["provenance"]["versions"]["torch"]
+
+
+def test_products_are_those_of_forward_and_backward_passes_and_of_packed_layers():
+    from dft_lora.bench.products import products_of
+
+    w = torch.randn(48, 16).requires_grad_()
+    x, packed = torch.randn(8, 16), Linear4bit(64, 32, bias=False, compute_dtype=torch.bfloat16)
+    wide = torch.randn(2, 4, 64, dtype=torch.bfloat16)
+    packed.to("cpu")
+
+    def step():
+        (x @ w.t()).sum().backward()
+        with torch.no_grad():
+            packed(wide)
+
+    found = products_of(step)
+    shapes = Counter((left[0], right[0], left[2]) for left, right in found.counts.elements())
+    assert shapes == {
+        ((8, 16), (16, 48), torch.float32): 1,
+        ((48, 8), (8, 16), torch.float32): 1,
+        ((8, 64), (64, 32), torch.bfloat16): 1,
+    }
+    assert found.cpu_seconds() > 0
 
 
 def test_a_peer_that_is_not_installed_is_named_and_not_replaced(monkeypatch):

@@ -97,6 +97,7 @@ STEP_OPTIONS = (
     click.option("--rounds", default=3, type=POSITIVE, help="rounds, each in fresh processes"),
     click.option("--threads", default=2, type=POSITIVE),
     click.option("--only", default="", help="only variants whose name contains this"),
+    click.option("--model", default=None, help="a base to train on word problems, instead of a random Qwen2"),
     click.option("--hidden", default=512, type=POSITIVE, help="D of the random Qwen2"),
     click.option("--layers", default=8, type=POSITIVE),
     click.option("--vocabulary", default=151_936, type=POSITIVE, help="V"),
@@ -114,7 +115,20 @@ def step_options(command: Any) -> Any:
 
 
 def measure_steps(
-    variants, kind, dtype, steps, rounds, threads, only, hidden, layers, vocabulary, batch, max_length, out
+    variants,
+    kind,
+    dtype,
+    steps,
+    rounds,
+    threads,
+    only,
+    model,
+    hidden,
+    layers,
+    vocabulary,
+    batch,
+    max_length,
+    out,
 ):
     """Measure the variants that were asked for; keep the result as `train-KIND-DTYPE` and print it."""
     from .train import Measurement, Shape, measure
@@ -123,8 +137,9 @@ def measure_steps(
     chosen = tuple(variant for variant in variants if only in variant.name)
     if not chosen:
         raise RequestError(f"--only {only!r}: in none of {', '.join(repr(v.name) for v in variants)}")
-    result = measure(chosen, Measurement(shape, dtype, steps, rounds, threads))
-    keep(result, out, f"train-{kind}-{result['dtype']}")
+    result = measure(chosen, Measurement(shape, dtype, steps, rounds, threads, model))
+    base = f"-{Path(model).name}" if model else ""
+    keep(result, out, f"train-{kind}{base}-{result['dtype']}")
     click.echo(train_table(result))
 
 

@@ -40,10 +40,13 @@ def loss_table(result: dict[str, Any]) -> str:
 def train_table(result: dict[str, Any]) -> str:
     """One result of `bench train` as Markdown; ratios against the first variant that ran."""
     shape, made = result["shape"], result["provenance"]
+    base = result.get("model") or (
+        f"Qwen2 of random weights, D = {shape['D']}, {shape['layers']} layers, V = {shape['V']:,}"
+    )
     lines = [
-        f"A training step: Qwen2 of random weights, D = {shape['D']}, {shape['layers']} layers, "
-        f"V = {shape['V']:,}, nf4, LoRA r 8, {result['dtype']}; {result['data']}, batch {shape['batch']} "
-        f"(up to {shape['max_length']} tokens, {result['tokens_a_step']:.0f} a step); {result['device']}, "
+        f"A training step: {base}, nf4, LoRA r 8, {result['dtype']}; {result['data']}, "
+        f"batch {shape['batch']} (up to {shape['max_length']} tokens, {result['tokens_a_step']:.0f} a step); "
+        f"{result['device']}, "
         f"{result['threads']} threads; torch {made['versions']['torch']}, "
         f"TRL {made['peers']['trl'] or 'not installed'}, {made['date'][:10]}, commit {made['commit']}.",
         "",
@@ -60,6 +63,10 @@ def train_table(result: dict[str, Any]) -> str:
         tensors = f"{row['tensors_mb']:.0f}" if row.get("tensors_mb") else ""
         whole = row["loaded_mb"] + row["above_loaded_mb"]
         lines.append(f"| {name} | {' | '.join(cells)} | {tensors} | {whole:.0f} |")
+    if floor := first.get("products_cpu_seconds"):
+        ours = first["cpu_seconds"]
+        text = f"{ours:.2f} CPU seconds: {ours / floor:.2f} times its matrix products alone ({floor:.2f})"
+        lines += ["", f"The first line takes {text}."]
     return "\n".join(lines)
 
 

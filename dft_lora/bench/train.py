@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from ..training.patch import patch
 from ..training.plan import Plan, make_plan
 from ..training.ranks import Ranks
 from ..training.trainer import Trainer
+from .products import products_of
 
 PEERS = ("trl", "datasets")
 HUB = ({"source": "openai/gsm8k", "subset": "main"}, "Qwen/Qwen2.5-0.5B")
@@ -59,6 +61,7 @@ class Watch:
     """Memory when the model is ready, at most afterwards, and the time of each step but the first.
 
     `tensors`: bytes of the tensors that a step makes, at most, where the variant counts them.
+    `products`: processor seconds of a step's matrix products alone, likewise.
     """
 
     def __init__(self) -> None:
@@ -67,6 +70,7 @@ class Watch:
         self.empty = self.memory.now()
         self.ticks: list[tuple[float, float]] = []
         self.tensors: int | None = None
+        self.products: float | None = None
 
     def ready(self) -> None:
         self.loaded = self.memory.now()
@@ -84,6 +88,7 @@ class Watch:
             "loaded_mb": (self.loaded - self.empty) / MIB,
             "above_loaded_mb": (self.peak - self.loaded) / MIB,
             "tensors_mb": self.tensors and self.tensors / MIB,
+            "products_cpu_seconds": self.products,
             "seconds": [b - a for a, b in pairwise(walls)],
             "cpu_seconds": [b - a for a, b in pairwise(works)],
         }
@@ -104,6 +109,7 @@ def run_ours(plan: Plan, steps: int, watch: Watch, kind: type[Trainer] = Trainer
         with LiveTensors() as alive:
             trainer.step(steps)
         watch.tensors = alive.peak()
+        watch.products = products_of(lambda: trainer.step(steps + 1)).cpu_seconds()
     return losses[0]
 
 
@@ -290,13 +296,14 @@ VARIANTS = {variant.name: variant for variant in (*COMPARISON, *TRAINERS, *LADDE
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured, and how often."""
+    """What is measured, and how often. `model`: a base to train on word problems, instead of a random one."""
 
     shape: Shape = field(default_factory=Shape)
     dtype: str = "auto"
     steps: int = 3
     rounds: int = 3
     threads: int = 2
+    model: str | None = None
 
 
 def measure(chosen: tuple[StepVariant, ...], m: Measurement) -> dict[str, Any]:
@@ -319,6 +326,7 @@ def measure(chosen: tuple[StepVariant, ...], m: Measurement) -> dict[str, Any]:
     return {
         "kind": "train",
         "shape": asdict(m.shape),
+        "model": m.model,
         "data": Path(recipe.data.source).name,
         "dtype": dtype_name(hardware.dtype),
         "device": hardware.name,
@@ -339,38 +347,30 @@ def summary(runs: list[dict[str, Any]], tokens: float) -> dict[str, float]:
         "loaded_mb": statistics.median(run["loaded_mb"] for run in runs),
         "above_loaded_mb": statistics.median(run["above_loaded_mb"] for run in runs),
         "tensors_mb": runs[0]["tensors_mb"],
+        "products_cpu_seconds": runs[0].get("products_cpu_seconds"),
         "first_loss": runs[0]["first_loss"],
     }
 
 
 def write_inputs(folder: Path, m: Measurement) -> Recipe:
-    """A base of random weights with Qwen's tokenizer, and `recipe.json`: GSM8K rows of up to `max_length`."""
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    """`recipe.json` in `folder`: a named base on word problems, or a random one on GSM8K.
 
-    text, tokenizer = gsm8k()
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder / "base")
-    shape = m.shape
-    config = Qwen2Config(
-        vocab_size=shape.V,
-        hidden_size=shape.D,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.D // 64,
-        num_key_value_heads=max(1, shape.D // 256),
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=151_643,
-    )
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "base")
+    Rows have up to `max_length` tokens. The random base is written beside the recipe.
+    """
+    if m.model is None:
+        text, tokenizer = gsm8k()
+        _write_random_base(folder / "base", m.shape, tokenizer)
+        base, text = str(folder / "base"), text | {"template": "qwen-boxed", "sample": 512}
+    else:
+        base, text = m.model, {"source": "word-problems", "template": "plain"}
     recipe = parse_recipe(
         {
             "name": "bench",
-            "model": {"name": str(folder / "base"), "dtype": m.dtype},
-            "data": text | {"template": "qwen-boxed", "max_length": shape.max_length, "sample": 512},
+            "model": {"name": base, "dtype": m.dtype},
+            "data": text | {"max_length": m.shape.max_length},
             "train": {
-                "batch_size": shape.batch,
-                "micro_batch_size": shape.batch,
+                "batch_size": m.shape.batch,
+                "micro_batch_size": m.shape.batch,
                 "max_steps": m.steps + 1,
                 "gradient_checkpointing": False,
             },
@@ -379,6 +379,27 @@ def write_inputs(folder: Path, m: Measurement) -> Recipe:
     )
     (folder / "recipe.json").write_text(json.dumps(recipe.as_dict()))
     return recipe
+
+
+def _write_random_base(folder: Path, shape: Shape, tokenizer: str) -> None:
+    """A Qwen2 of random weights with Qwen's tokenizer."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    # not `load_tokenizer`, which refuses a folder without a model
+    AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(folder)
+    config = Qwen2Config(
+        vocab_size=shape.V,
+        hidden_size=shape.D,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.D // 64,
+        num_key_value_heads=gcd(shape.D // 64, 2),
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=151_643,
+    )
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
 def gsm8k() -> tuple[dict[str, Any], str]:

@@ -15,6 +15,7 @@ from .built import Built
 from .head import check_head, refuse_adapted_head
 from .load import add_lora, load_base, set_checkpointing, use_checkpointing
 from .lora_inputs import keep_inputs_narrow
+from .row_blocks import norms_in_blocks
 from .sharding import shard
 from .starts import correct_quantization, start_of
 
@@ -48,6 +49,8 @@ def _plain(recipe: Recipe, device: torch.device) -> Built:
     start = start_of(model, recipe.adapter)
     if hardware.dtype != torch.float32:
         keep_inputs_narrow(model)
+        if device.type == "cpu":
+            norms_in_blocks(model)
     if recipe.train.shard:
         shard(model, device)
     checkpointing = use_checkpointing(model, recipe.train.gradient_checkpointing)
