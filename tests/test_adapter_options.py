@@ -97,6 +97,20 @@ def logits(model, ids=range(5, 30)):
         return model.eval()(input_ids=torch.tensor([list(ids)])).logits[0]
 
 
+def test_dora_trains_the_length_of_rows_over_a_16_bit_base(tmp_path):
+    """There, plain LoRA layers get a forward pass of their own; DoRA's must stay."""
+    chosen = recipe(tmp_path, "dora", dtype="bfloat16")
+    trainer = Trainer(make_plan(chosen), Ranks(chosen))
+
+    def lengths():
+        weights = trainer.learner.adapter_weights()
+        return torch.cat([w.flatten().clone() for n, w in weights.items() if "magnitude" in n])
+
+    before = lengths()
+    trainer.step(0)
+    assert len(before) and (lengths() != before).float().mean() > 0.9
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_resumes_bit_exactly(trained, option):
     whole = trained(option)

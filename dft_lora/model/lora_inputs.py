@@ -79,11 +79,16 @@ class NarrowLora:
 
 
 def keep_inputs_narrow(model: Any) -> None:
-    """Let the float32 LoRA layers of a peft model keep their 16-bit inputs. The weights are not changed."""
+    """Let the float32 LoRA layers of a peft model keep their 16-bit inputs. The weights are not changed.
+
+    Layers that compute something else than plain LoRA (DoRA) stay as they are.
+    """
     from peft.tuners.lora import LoraLayer
 
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
+        if layer.lora_variant:
+            continue
         layer.cast_input_dtype_enabled = False
         for name in layer.lora_A:
             layer.lora_variant[name] = NarrowLora()
