@@ -125,7 +125,9 @@ SWEEP = [
 
 EXPERIMENT = [
     ("experiment", 2, "Missing argument"),
-    ("experiment nope", 2, "'nope' is not 'findings'"),
+    ("experiment nope", 2, "'nope' is not one of 'findings', 'real'"),
+    ("sample tiny_dft", 2, "Missing option '--out'"),
+    ("sample nope --out own.jsonl", 2, "no recipe file or shipped recipe 'nope'"),
     ("experiment findings --seeds '0, 0'", 2, "--seeds '0, 0': give distinct whole numbers"),
     ("experiment findings --seeds -1", 2, "--seeds '-1': give distinct whole numbers"),
     ("experiment findings --seeds ''", 2, "--seeds '': give distinct whole numbers"),

@@ -7,8 +7,7 @@ import torch
 from loss_cases import Case, chunk_bytes, distance
 from torch.nn.functional import logsigmoid
 
-from dft_lora.errors import RecipeError
-from dft_lora.loss import naive_token_logps, objective, objective_names, token_logps
+from dft_lora.loss import ObjectiveError, naive_token_logps, objective, objective_names, token_logps
 from dft_lora.loss.judged import gae
 
 ONLINE = ("grpo", "rloo", "ppo", "nft")
@@ -360,6 +359,6 @@ def test_improbable_and_certain_tokens_stay_finite(name):
     ],
 )
 def test_wrong_numbers_are_named(request_, message):
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(ObjectiveError) as caught:
         objective(**request_)
     assert str(caught.value).startswith(message.partition(" (")[0])
