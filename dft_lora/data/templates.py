@@ -48,6 +48,7 @@ TEMPLATES = {
     for template in (
         Template("chat"),
         Template("plain", text="Question: {question}\nAnswer:\n"),
+        Template("raw", text="{question}"),
         Template("chat-boxed", suffix=f"\n{BOXED}"),
         # The three protocols of the paper's evaluation, as text, independent of the tokenizer's template.
         Template(

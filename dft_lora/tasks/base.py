@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar, Self
 
 from dft_lora.tasks.judge import Verdict, judge_many
 
@@ -15,7 +16,9 @@ class Problem:
 
     `messages` are the turns before the answer ({"role", "content"}; the last one is the user's). `solution`
     is the worked text that a model is trained on, `answer` the short reference that answers are judged by,
-    and `tags` what a report may group by (level, subject, steps).
+    and `tags` what a report may group by (level, subject, steps). `choices` are the possible answers of a
+    multiple-choice problem; `answer` is then the letter of the right one. With an `ending`, a choice is
+    written after the question and the ending after the choice (a sentence with a gap).
     """
 
     id: str
@@ -23,6 +26,8 @@ class Problem:
     solution: str | None = None
     answer: str | None = None
     tags: Mapping[str, str | int] = field(default_factory=dict)
+    choices: tuple[str, ...] = ()
+    ending: str = ""
 
     @classmethod
     def ask(cls, id: str, question: str, **rest) -> Problem:
@@ -40,7 +45,8 @@ class Attempt:
     """One sampled answer: a line of `evaluation/TASK.jsonl`.
 
     `sample` counts from 0 at the task's temperature; -1 is the greedy answer.
-    `truncated`: generation ended at max_new_tokens, not at an end token.
+    `truncated`: generation ended at max_new_tokens, neither at an end token nor at the task's stop rule.
+    `choice_logps`: the log-probability of each choice's text, if the answer was chosen among them.
     """
 
     problem: str
@@ -49,10 +55,18 @@ class Attempt:
     tokens: int
     truncated: bool
     verdict: Verdict
+    choice_logps: tuple[float, ...] | None = None
 
 
 class Judge:
     """Judges and rewards answers; by default it compares the final answer as mathematics."""
+
+    def allowed(self, code: bool) -> Self:
+        """This judge, ready for use; `code`: whether it may run programs that a model wrote.
+
+        Raises RequestError if it would have to and may not.
+        """
+        return self
 
     def judge_many(self, pairs: Sequence[tuple[str, Problem]]) -> list[Verdict]:
         """The verdicts on (a model's text, its problem) pairs.
@@ -72,6 +86,14 @@ class Task(Judge, ABC):
     name: str
     description: str
     max_new_tokens: int
+    template: ClassVar[str | None] = None
+    """The template of the published prompts, used unless evaluate.template names another; None: the run's."""
+    by_likelihood: ClassVar[bool] = False
+    """Whether a model answers by the choice whose text it finds most probable, without generating text."""
+
+    def cut(self, text: str) -> str:
+        """An answer up to the point where the task's stop rule ends it."""
+        return text
 
     @abstractmethod
     def problems(self, split: str = "test") -> list[Problem]:

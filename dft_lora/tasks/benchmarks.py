@@ -10,9 +10,11 @@ appended.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +53,7 @@ class Benchmark(Task):
         for number, row in enumerate(self._rows(split), start=1):
             try:
                 problems.append(self.problem(f"{self.name}/{split}/{number}", row))
-            except (KeyError, TypeError, ValueError, IndexError) as error:
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError, SyntaxError) as error:
                 reason = f"no field {error}" if isinstance(error, KeyError) else error
                 raise DataError(
                     f"{self.name}: row {number} of split {split!r} is not usable: {reason}"
@@ -84,7 +86,11 @@ class Benchmark(Task):
 
 def _json_lines(path: Path) -> list[Row]:
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    try:
+        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: not readable ({error})") from None
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
