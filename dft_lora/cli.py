@@ -223,9 +223,12 @@ def sample(
 @click.option("--limit", type=click.IntRange(1), help="Use only the first N problems of each task.")
 @click.option("--checkpoints", is_flag=True, help="Also evaluate the kept checkpoints, below RUN_DIR/steps.")
 @click.option("--overwrite", is_flag=True, help="Replace answers made with other settings or weights.")
+@click.option("--allow-code", is_flag=True, help="Let humaneval and mbpp run the programs that models write.")
 @set_option("max_new_tokens=1024", "an evaluate")
 @json_option
-def evaluate(run_dirs, tasks, samples, temperature, limit, checkpoints, overwrite, changes, as_json) -> None:
+def evaluate(
+    run_dirs, tasks, samples, temperature, limit, checkpoints, overwrite, allow_code, changes, as_json
+) -> None:
     """Evaluate one or more runs of the same base on tasks.
 
     Run the command again to continue a stopped evaluation. Answers belong to the exact weights: if the
@@ -242,7 +245,7 @@ def evaluate(run_dirs, tasks, samples, temperature, limit, checkpoints, overwrit
     from .evaluation.run_set import asked_tasks, recipes_of
     from .evaluation.shard import Shard
 
-    given = {"samples": samples, "temperature": temperature}
+    given = {"samples": samples, "temperature": temperature, "allow_code": allow_code or None}
     changes = (*changes, *(f"{name}={value}" for name, value in given.items() if value is not None))
     try:
         folders = run(run_dirs, tasks, limit=limit, changes=changes, overwrite=overwrite)

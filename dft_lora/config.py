@@ -235,6 +235,8 @@ class EvaluateConfig(Part):
     seed: Seed = 0
     engine: Literal["plain", "vllm"] = "plain"
     """What generates the answers; vllm is optional, for large evaluations on a GPU."""
+    allow_code: bool = False
+    """Whether tasks whose answers are programs may run them on this machine."""
 
 
 class Recipe(Part):

@@ -68,13 +68,13 @@ def own_samples(
     written = [out, *([] if pairs is None else [pairs])]
     if all(file.is_file() for file in (*written, record)) and read_json(record)["how"] == how:
         return out
+    judge = judge_of(recipe.data.source).allowed(recipe.evaluate.allow_code)
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
     model, _ = load_base(recipe.model, for_answers=True)
     check_head(model)
     adapter = None if run is None else run.name
     if run is not None:
         model = load_adapters(model, {run.name: run.adapter})
-    judge = judge_of(recipe.data.source)
     answers = sample_answers(
         model, renderer, judge, problems, config, seed=recipe.train.seed, adapter=adapter
     )
