@@ -212,7 +212,11 @@ class Renderer:
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """The prompt's ids, with the tokenizer's BOS exactly once if it uses one."""
-        ids = self._encode(self.prompt_text(messages))
+        return self.text_ids(self.prompt_text(messages))
+
+    def text_ids(self, text: str) -> list[int]:
+        """The ids of a text that begins with a prompt, with the BOS as in `prompt_ids`."""
+        ids = self._encode(text)
         return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
 
     def completion_ids(self, text: str) -> list[int]:

@@ -73,6 +73,7 @@ class Answers:
         if self.shard.is_main and not self.metadata_file.is_file():
             problems = {
                 p.id: {"question": p.question, "answer": p.answer, "tags": dict(p.tags)}
+                | ({"choices": list(p.choices)} if p.choices else {})
                 for p in self.problems
             }
             metadata = {"protocol": asdict(self.protocol), "provenance": provenance, "problems": problems}
@@ -106,6 +107,8 @@ class Answers:
 def attempt_line(attempt: Attempt) -> str:
     """One line of `evaluation/TASK.jsonl`."""
     values = asdict(attempt) | {"verdict": attempt.verdict.status, "extracted": attempt.verdict.extracted}
+    if attempt.choice_logps is None:
+        del values["choice_logps"]
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 
@@ -128,6 +131,7 @@ def read_attempts(file: Path) -> list[Attempt]:
                 line["tokens"],
                 line["truncated"],
                 Verdict(line["verdict"], line["extracted"]),
+                tuple(line["choice_logps"]) if "choice_logps" in line else None,
             )
             for line in read_lines(file)
         ]

@@ -9,6 +9,7 @@ not depend on the number of processes.
     run_set.py       which runs can be evaluated together
     attempts.py      the answers on disk
     engines.py       what generates them
+    choices.py       answers to multiple choice, chosen by log-likelihood instead
     references.py    token-by-token scores of the reference solutions
 """
 
@@ -24,13 +25,15 @@ from ..errors import Interrupted, RequestError
 from ..model.generate import Completion, Request
 from ..runs.folder import RunFolder, open_runs
 from ..runs.provenance import certificate
-from ..tasks import get_task
 from ..tasks.base import Attempt, Problem
 from .attempts import Answers
+from .choices import choose
 from .engines import ENGINES, Engine
 from .protocol import GREEDY, Protocol
 from .references import references_scored, score_references
 from .run_set import (
+    Asked,
+    asked_problems,
     asked_tasks,
     recipes_of,
     renderer_of,
@@ -68,23 +71,24 @@ def evaluate(
     settings, names = recipes[0].evaluate, unique_names(folders)
     same_base(folders, recipes)
     same_settings(folders, recipes, free={"tasks"} if tasks else ())
-    problems = {name: _problems(name, limit) for name in asked_tasks(recipes, tasks)}
-
     renderer = renderer_of(folders, recipes)
+    asked = asked_problems(asked_tasks(recipes, tasks), settings, renderer, limit)
     base = unchanged_base(folders, recipes[0].model)
     shard = Shard.of_this_process()
     work = {}
-    for task, its_problems in problems.items():
+    for title, its in asked.items():
         for name, folder in zip(names, folders, strict=True):
-            protocol = Protocol.of(task, its_problems, settings, renderer, folder.adapter_digest, base)
-            work[task, name] = Answers(folder, protocol, its_problems, overwrite, shard)
+            protocol = Protocol.of(
+                its.task, its.problems, settings, its.renderer, folder.adapter_digest, base
+            )
+            work[title, name] = Answers(folder, protocol, its.problems, overwrite, shard)
     complete = all(answers.missing() == [] for answers in work.values())
     if ENGINES[settings.engine].scores_tokens:
-        complete &= all(references_scored(folder, problems, base) for folder in folders)
+        complete &= all(references_scored(folder, asked, base) for folder in folders)
     shard.wait()  # no process writes before all have read
     if not complete:
         try:
-            _complete(dict(zip(names, folders, strict=True)), recipes[0], renderer, problems, work, base)
+            _complete(dict(zip(names, folders, strict=True)), recipes[0], renderer, asked, work, base)
         except KeyboardInterrupt:
             if any(answers.overwrite for answers in work.values()):
                 raise  # interrupted while the model was loading: nothing has been replaced yet
@@ -96,22 +100,25 @@ def _complete(
     folders: Mapping[str, RunFolder],
     recipe: Recipe,
     renderer: Renderer,
-    problems: Mapping[str, list[Problem]],
+    asked: Mapping[str, Asked],
     work: Mapping[tuple[str, str], Answers],
     base: str,
 ) -> None:
-    """Load the model, generate the missing answers, and score the reference solutions token by token."""
+    """Load the model, give the missing answers, and score the reference solutions token by token."""
     shard = next(iter(work.values())).shard
     adapters = {name: folder.adapter for name, folder in folders.items() if folder.has_adapter}
     engine = ENGINES[recipe.evaluate.engine](recipe, adapters, renderer)
     for answers in work.values():
         answers.begin(certificate(**engine.provenance))
     shard.wait()  # no process adds answers before the old ones are deleted
-    for task in problems:
-        mine = {name: answers for (t, name), answers in work.items() if t == task}
-        _answer(engine, renderer, mine, recipe.evaluate, task)
+    for title, its in asked.items():
+        mine = {name: answers for (t, name), answers in work.items() if t == title}
+        if its.task.by_likelihood:
+            choose(engine.model, its, mine)
+        else:
+            _answer(engine, its, mine, recipe.evaluate)
     if shard.is_main and engine.scores_tokens:
-        score_references(engine.model, renderer, folders, problems, base)
+        score_references(engine.model, renderer, folders, asked, base)
     shard.wait()
     for answers in work.values() if shard.is_main else ():
         answers.gather()
@@ -124,21 +131,11 @@ def _kept(work: Collection[Answers]) -> str:
     return f"evaluation stopped: {kept} of {asked} answers are kept"
 
 
-def _problems(task: str, limit: int | None) -> list[Problem]:
-    if limit is not None and limit < 1:
-        raise RequestError(f"--limit: {limit}; give at least 1")
-    problems = list(get_task(task).problems()[:limit])
-    if not problems:
-        raise RequestError(f"--task {task}: the task has no problems")
-    return problems
-
-
-def _answer(
-    engine: Engine, renderer: Renderer, work: Mapping[str, Answers], settings: EvaluateConfig, task: str
-) -> None:
+def _answer(engine: Engine, asked: Asked, work: Mapping[str, Answers], settings: EvaluateConfig) -> None:
     """Generate, judge and write the missing answers of all runs to one task, in batches across runs."""
     from tqdm import tqdm
 
+    task, renderer = asked.task, asked.renderer
     prompts: dict[str, tuple[int, ...]] = {}
     jobs: list[tuple[str, Problem, int]] = []
     for name, answers in work.items():
@@ -161,16 +158,17 @@ def _answer(
     pending: list[tuple[int, Completion]] = []
 
     def flush() -> None:
-        texts = [renderer.decode(completion.ids) for _, completion in pending]
+        whole = [renderer.decode(completion.ids) for _, completion in pending]
+        texts = [task.cut(text) for text in whole]
         pairs = [(text, jobs[i][1]) for (i, _), text in zip(pending, texts, strict=True)]
-        verdicts = get_task(task).judge_many(pairs)
-        for (i, completion), text, verdict in zip(list(pending), texts, verdicts, strict=True):
+        verdicts = task.judge_many(pairs)
+        for (i, completion), text, all_, verdict in zip(list(pending), texts, whole, verdicts, strict=True):
             name, problem, sample = jobs[i]
-            made = len(completion.ids)
-            work[name].add([Attempt(problem.id, sample, text, made, not completion.finished, verdict)])
+            truncated = not completion.finished and text == all_
+            work[name].add([Attempt(problem.id, sample, text, len(completion.ids), truncated, verdict)])
             pending.pop(0)
 
-    with tqdm(total=len(requests), desc=task, unit="answer") as bar:
+    with tqdm(total=len(requests), desc=task.name, unit="answer") as bar:
 
         def on_progress(i: int, completion: Completion) -> None:
             pending.append((i, completion))

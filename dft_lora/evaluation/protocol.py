@@ -12,7 +12,7 @@ from typing import Any
 from ..config import EvaluateConfig, digest
 from ..data.templates import Renderer
 from ..tasks import get_task
-from ..tasks.base import Problem
+from ..tasks.base import Problem, Task
 
 GREEDY = -1
 """The sample number of the greedy answer."""
@@ -63,29 +63,42 @@ class Protocol:
     @classmethod
     def of(
         cls,
-        task: str,
+        task: Task,
         problems: Sequence[Problem],
         settings: EvaluateConfig,
         renderer: Renderer,
         adapter: str | None,
         base: str,
     ) -> Protocol:
-        """The protocol for a run with these weights on these problems."""
+        """The protocol for a run with these weights on these problems.
+
+        Where answers are chosen by log-likelihood there are no samples, and no setting of sampling counts.
+        """
+        drawn = {
+            "samples": settings.samples,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "max_new_tokens": answer_limit(task.name, settings),
+            "seed": settings.seed,
+        }
         return cls(
-            task=task,
+            task=task.name,
             problems=len(problems),
-            problems_hash=digest([[p.id, [dict(m) for m in p.messages], p.answer] for p in problems]),
-            samples=settings.samples,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            max_new_tokens=answer_limit(task, settings),
+            problems_hash=digest([_identity(problem) for problem in problems]),
+            **(dict.fromkeys(drawn, 0) if task.by_likelihood else drawn),
             template=renderer.template.name,
             template_hash=renderer.fingerprint,
-            seed=settings.seed,
             engine=settings.engine,
             adapter=adapter,
             base=base,
         )
+
+
+def _identity(problem: Problem) -> list[Any]:
+    """What makes two problems the same; of multiple choice also the choices."""
+    turns = [dict(turn) for turn in problem.messages]
+    choices = [list(problem.choices), problem.ending] if problem.choices else []
+    return [problem.id, turns, problem.answer, *choices]
 
 
 def other_weights(recorded: Mapping[str, Any], adapter: str | None, base: str) -> str | None:

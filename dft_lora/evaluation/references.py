@@ -8,8 +8,8 @@ from typing import Any
 
 from ..data.templates import Renderer
 from ..runs.folder import RunFolder
-from ..tasks.base import Problem
 from .protocol import FORGETTING
+from .run_set import Asked
 from .token_table import TokenTable, tokens_file
 from .tokens import score, text_examples
 
@@ -21,13 +21,13 @@ def score_references(
     model: Any,
     renderer: Renderer,
     folders: Mapping[str, RunFolder],
-    problems: Mapping[str, list[Problem]],
+    asked: Mapping[str, Asked],
     base: str,
 ) -> None:
     """Write every run's token table for the reference solutions of each task and for the unrelated text."""
     texts = {
-        task: [renderer.render(p) for p in its_problems if p.solution is not None][:SCORED]
-        for task, its_problems in problems.items()
+        task: [its.renderer.render(p) for p in its.problems if p.solution is not None][:SCORED]
+        for task, its in asked.items()
     } | {FORGETTING: text_examples(renderer, OTHER_TEXT.read_text(encoding="utf-8").split("\n\n"))}
     for name, folder in folders.items():
         adapter = name if folder.has_adapter else None
@@ -38,9 +38,9 @@ def score_references(
                 table.save(file, {"adapter": folder.adapter_digest or "", "base": base})
 
 
-def references_scored(folder: RunFolder, problems: Mapping[str, list[Problem]], base: str) -> bool:
+def references_scored(folder: RunFolder, asked: Mapping[str, Asked], base: str) -> bool:
     """Whether the run has all token tables that `score_references` writes, made with its present weights."""
-    wanted = [task for task, its_problems in problems.items() if any(p.solution for p in its_problems)]
+    wanted = [task for task, its in asked.items() if any(p.solution for p in its.problems)]
     return all(_is_current(folder, title, base) for title in (*wanted, FORGETTING))
 
 

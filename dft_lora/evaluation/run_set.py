@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ..config import ModelConfig, Recipe
+from ..config import EvaluateConfig, ModelConfig, Recipe
 from ..data.templates import Renderer, shown
 from ..errors import RequestError
 from ..model.fingerprint import base_fingerprint
 from ..model.load import load_tokenizer
 from ..runs.folder import RunFolder
+from ..tasks import get_task
+from ..tasks.base import Problem, Task
 
 
 def recipes_of(folders: Sequence[RunFolder], changes: Sequence[str]) -> list[Recipe]:
@@ -24,6 +27,41 @@ def asked_tasks(recipes: Sequence[Recipe], tasks: Sequence[str]) -> tuple[str, .
     if not (tasks or recipes[0].evaluate.tasks):
         raise RequestError("no task: give --task NAME, or evaluate.tasks in the recipe")
     return tuple(tasks) or recipes[0].evaluate.tasks
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task, the problems of it that are asked, and the renderer of their prompts."""
+
+    task: Task
+    problems: list[Problem]
+    renderer: Renderer
+
+
+def asked_problems(
+    names: Sequence[str], settings: EvaluateConfig, renderer: Renderer, limit: int | None = None
+) -> dict[str, Asked]:
+    """The tasks of these names with at most `limit` problems each.
+
+    A task with a template of its own is asked with that one, unless evaluate.template names another. Raises
+    RequestError for a task that needs a permission or an engine that the settings do not give.
+    """
+    if limit is not None and limit < 1:
+        raise RequestError(f"--limit: {limit}; give at least 1")
+    asked = {}
+    for name in names:
+        task = get_task(name).allowed(settings.allow_code)
+        if task.by_likelihood and settings.engine != "plain":
+            raise RequestError(
+                f"--task {name}: scores its choices, which evaluate.engine {settings.engine!r} cannot do; "
+                "use plain"
+            )
+        problems = task.problems()[:limit]
+        if not problems:
+            raise RequestError(f"--task {name}: the task has no problems")
+        own = task.template if settings.template == "same" else None
+        asked[name] = Asked(task, problems, Renderer(renderer.tokenizer, own) if own else renderer)
+    return asked
 
 
 def renderer_of(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> Renderer:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import RequestError
 from ..runs.folder import RunFolder, parsing, read_json
 from ..tasks.base import Attempt
+from ..tasks.choice import LETTERS, normalised
 from . import statistics as st
 from .attempts import read_attempts
 from .protocol import GREEDY, other_weights
@@ -40,6 +41,8 @@ class TaskResults:
     answers_PS: list[list[str | None]]
     """Extracted answers. A correct one is given as the reference answer, if any, so that all are equal."""
     greedy_text_P: list[str]
+    choices: dict[str, Any] | None = None
+    """Where answers are chosen by log-likelihood: accuracy by both rules, how probable the right one is."""
 
     @classmethod
     def read(cls, folder: RunFolder, task: str) -> TaskResults:
@@ -49,7 +52,8 @@ class TaskResults:
 
     @classmethod
     def _of(cls, metadata: dict[str, Any], attempts: list[Attempt]) -> TaskResults:
-        problems, samples = metadata["problems"], range(metadata["protocol"]["samples"])
+        problems = metadata["problems"]
+        samples = range(metadata["protocol"]["samples"]) or (GREEDY,)  # choices are not sampled
         answer = {(attempt.problem, attempt.sample): attempt for attempt in attempts}
         drawn_PS = [[answer[problem, sample] for sample in samples] for problem in problems]
         greedy_P = [answer[problem, GREEDY] for problem in problems]
@@ -71,6 +75,7 @@ class TaskResults:
                 for row in drawn_PS
             ],
             greedy_text_P=[attempt.text for attempt in greedy_P],
+            choices=_choices(problems, greedy_P),
         )
 
     def summary(self) -> dict[str, Any]:
@@ -96,7 +101,7 @@ class TaskResults:
             "timed_out": self.timed_out,
             "mean_tokens": self.mean_tokens,
             "by_tag": self._by_tag(),
-        }
+        } | ({"choices": self.choices} if self.choices else {})
 
     def _by_tag(self) -> dict[str, dict[str, Any]]:
         """Accuracy per value of each tag that has few values: steps, level, subject."""
@@ -163,6 +168,35 @@ def evaluated_tasks(folder: RunFolder) -> list[str]:
     """Tasks with answers in a run folder. A dot in a file's stem marks a part of an unfinished evaluation."""
     files = (folder.path / "evaluation").glob("*.jsonl")
     return sorted(file.stem for file in files if "." not in file.stem)
+
+
+def _choices(problems: Mapping[str, Any], attempts: Sequence[Attempt]) -> dict[str, Any] | None:
+    """Means over problems whose choices were scored; None if there are none.
+
+    `p_right` is the probability of the right choice among the choices, by their summed log-probabilities.
+    """
+    rows = [
+        (attempt.choice_logps, problems[attempt.problem]["choices"], problems[attempt.problem]["answer"])
+        for attempt in attempts
+        if attempt.choice_logps is not None
+    ]
+    if not rows:
+        return None
+    right = [LETTERS.index(answer) for _, _, answer in rows]
+    by_sum = [int(np.argmax(logps)) for logps, _, _ in rows]
+    by_norm = [int(np.argmax(normalised(logps, choices))) for logps, choices, _ in rows]
+    p_right = [choice_probabilities(logps)[place] for (logps, _, _), place in zip(rows, right, strict=True)]
+    return {
+        "sum": _share(a == b for a, b in zip(by_sum, right, strict=True)),
+        "normalised": _share(a == b for a, b in zip(by_norm, right, strict=True)),
+        "p_right": float(np.mean(p_right)),
+    }
+
+
+def choice_probabilities(logps: Sequence[float]) -> list[float]:
+    """The probability of each choice, given that it is one of them."""
+    odds = np.exp(np.array(logps) - max(logps))
+    return (odds / odds.sum()).tolist()
 
 
 def _share(values: Iterable[bool]) -> float:

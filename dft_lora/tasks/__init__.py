@@ -8,7 +8,7 @@ from importlib import import_module
 from dft_lora.errors import DataError, RequestError, did_you_mean
 from dft_lora.tasks.base import Judge, Task
 
-MODULES = ("arithmetic", "word_problems", "codebook", "benchmarks", "code")
+MODULES = ("arithmetic", "word_problems", "codebook", "benchmarks", "choice", "code")
 """Modules of this package that define tasks, each in a tuple TASKS."""
 
 

@@ -91,6 +91,10 @@ class Task(Judge, ABC):
     by_likelihood: ClassVar[bool] = False
     """Whether a model answers by the choice whose text it finds most probable, without generating text."""
 
+    def choose(self, logps: Sequence[float], problem: Problem) -> str:
+        """The choice that the log-probabilities of all choices favour; the first of equals."""
+        return problem.choices[max(range(len(logps)), key=logps.__getitem__)]
+
     def cut(self, text: str) -> str:
         """An answer up to the point where the task's stop rule ends it."""
         return text

@@ -52,7 +52,7 @@ class Programs(Benchmark):
             )
         rights = "without network, in a file system of its own"
         if (why := walls()) is not None:
-            rights = f"WITH your network and WITH your user's files, since this system has no namespaces ({why})"
+            rights = f"WITH your network and your files, since this system gives no namespaces ({why})"
         log.warning(
             "%s: programs that the model writes are run on this machine, each in a process of its own %s, "
             "for at most %d s and %d MB",

@@ -4,9 +4,10 @@
 
 The first line of the input is the job, in JSON; the cell lives until the input ends, its time is used up or
 its work is done, and then prints one line of JSON about it. This process, the warden, raises the walls and
-forks; the child, the inmate, does the work. On Linux the walls are namespaces of its own: no network, no other
-process to be seen, and a file system that holds Python's library, read-only, and an empty folder in memory.
-Everywhere: no new process or thread, little memory, small files, a limit of processor time, no environment.
+forks; the child, the inmate, does the work. On Linux the walls are namespaces of its own: no network, no
+other process in sight, and a file system that holds Python's library, read-only, and an empty folder in
+memory. Everywhere: no new process or thread, little memory, small files, a limit of processor time, no
+environment.
 
 The tests run in another cell than the program, so a program can spoil its own process and nothing else:
 

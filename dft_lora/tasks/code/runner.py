@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 from dft_lora.errors import RequestError, RunError
 from dft_lora.tasks.judge import Status
@@ -50,7 +50,8 @@ def run_all(jobs: Sequence[tuple[str, str]], limits: Limits = DEFAULT) -> list[S
     distinct = list(dict.fromkeys(jobs))
     walled = bool(distinct) and walls() is None
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as threads:
-        found = dict(zip(distinct, threads.map(lambda job: _run(*job, limits, walled), distinct), strict=True))
+        statuses = threads.map(lambda job: _run(*job, limits, walled), distinct)
+        found = dict(zip(distinct, statuses, strict=True))
     return [found[job] for job in jobs]
 
 
@@ -79,8 +80,8 @@ def _run(program: str, tests: str, limits: Limits, walled: bool) -> Status:
         candidate, tester = (
             cells.enter_context(_Cell({**job, **part}))
             for part in (
-                {"role": "program", "source": program, "read": calls_out.fileno(), "write": replies_in.fileno()},
-                {"role": "tests", "source": tests, "read": replies_out.fileno(), "write": calls_in.fileno()},
+                _work("program", program, calls_out, replies_in),
+                _work("tests", tests, replies_out, calls_in),
             )
         )
         ends.close()  # now the end of one cell is the end of the other's input
@@ -91,6 +92,10 @@ def _run(program: str, tests: str, limits: Limits, walled: bool) -> Status:
     if tried["exit"] == DOES_NOT_COMPILE:
         return "unparsable"
     return "timed_out" if tested["late"] or tried["late"] else "wrong"
+
+
+def _work(role: str, source: str, read: IO[bytes], write: IO[bytes]) -> dict[str, Any]:
+    return {"role": role, "source": source, "read": read.fileno(), "write": write.fileno()}
 
 
 class _Cell:
@@ -119,7 +124,8 @@ class _Cell:
         try:
             found = json.loads(said)
         except ValueError:
-            found = {"broken": self.process.stderr.read().decode(errors="replace").strip().rpartition("\n")[2]}
+            lines = self.process.stderr.read().decode(errors="replace").strip().splitlines()
+            found = {"broken": lines[-1] if lines else "its process was killed"}
         if "broken" in found:
             raise RunError(f"a program could not be run: {found['broken']}")
         return found
