@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -132,10 +133,10 @@ def _mbpp(id: str, row: Row) -> Problem:
     """
     code, setup = (row[field].replace("\r\n", "\n").strip() for field in ("code", "test_setup_code"))
     tests = "\n".join(row["test_list"])
-    parts = ast.parse(code).body
+    parts = _parsed(code).body
     imports = [ast.unparse(part) for part in parts if isinstance(part, ast.Import | ast.ImportFrom)]
     defined = {name for part in parts for name in _names(part)}
-    used = {node.id for node in ast.walk(ast.parse(f"{setup}\n{tests}")) if isinstance(node, ast.Name)}
+    used = {node.id for node in ast.walk(_parsed(f"{setup}\n{tests}")) if isinstance(node, ast.Name)}
     if not (asked := sorted(defined & used)):
         raise ValueError("its tests call nothing that its code defines")
     question = (
@@ -144,6 +145,13 @@ def _mbpp(id: str, row: Row) -> Problem:
     )
     checked = [*imports, f"from candidate import {', '.join(asked)}", setup, tests]
     return Problem.ask(id, question, solution=f"{code}\n[DONE]", answer="\n".join(filter(None, checked)))
+
+
+def _parsed(code: str) -> ast.Module:
+    """The syntax tree; published code may have invalid escape sequences, about which Python would warn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(code)
 
 
 def _names(part: ast.stmt) -> list[str]:

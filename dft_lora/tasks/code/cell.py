@@ -23,6 +23,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import resource
 import select
 import signal
 import sys
@@ -257,8 +258,6 @@ def give_up_rights(kernel: _Kernel | None) -> None:
 
 def limit(seconds: int, memory_mb: int, file_mb: int) -> None:
     """The kernel's limits for this process."""
-    import resource
-
     for name, most in {
         "CPU": seconds,
         "AS": memory_mb << 20,

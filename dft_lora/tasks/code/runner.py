@@ -57,14 +57,29 @@ def run_all(jobs: Sequence[tuple[str, str]], limits: Limits = DEFAULT) -> list[S
 
 @cache
 def walls() -> str | None:
-    """Why programs have no namespaces of their own on this system; None if they have."""
+    """Why programs have no namespaces of their own on this system; None if they have.
+
+    Raises RequestError where an ordinary program does not run without them either.
+    """
     if not hasattr(os, "fork"):
         raise RequestError("programs can be run on Linux and macOS only: this system cannot fork a process")
+    why = _obstacle(walled=True)
+    if why and (without := _obstacle(walled=False)):
+        raise RequestError(
+            f"programs cannot be run here: {why}; and without namespaces: {without}. Programs of root run as "
+            "the user nobody, so Python must lie outside of root's folders"
+        )
+    return why
+
+
+def _obstacle(walled: bool) -> str | None:
+    """Why a harmless program does not run."""
     try:
-        status = _run("", "import math", DEFAULT, walled=True)
+        program = "import random, socket\ndef f(): return 1"
+        status = _run(program, "from candidate import f\nassert f() == 1", DEFAULT, walled)
     except RunError as error:
         return str(error)
-    return None if status == "correct" else "Python does not run in a namespace here"
+    return None if status == "correct" else "it cannot read Python's library"
 
 
 def _run(program: str, tests: str, limits: Limits, walled: bool) -> Status:
