@@ -168,6 +168,8 @@ def test_hostile_programs_are_contained(walled, canary, port, monkeypatch):
 
 def test_the_walls_are_what_contains_some(canary, port):
     """Without namespaces a program can read other files, so the test above can fail."""
+    if (why := runner._obstacle(walled=False)) is not None:
+        pytest.skip(f"nothing runs here without namespaces: {why}")
     programs = hostile(canary, port)
     assert runner._run(programs["users"], TESTS, BRIEF, walled=False) == "correct"
     for name in ("fork", "thread", "memory at once", "loop", "environment", "equal to all", "say passed"):
