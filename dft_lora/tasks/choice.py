@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 from dft_lora.tasks.base import Problem
@@ -27,7 +28,6 @@ from dft_lora.tasks.judge import Verdict
 LETTERS = "ABCDEFGHIJ"
 _LISTED = re.compile(r"\b(?:Answer|Solution|Ending|Option)(\d+):", re.I)
 _NAMED = re.compile(r"\b(?:answer|solution|ending|option) ?(\d)\b", re.I)
-_LETTER = re.compile(r"\banswer\s*(?:is|:)?\s*\(?([A-J])\b|\(([A-J])\)|^\W*([A-J])\b")
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,20 @@ def chosen_place(text: str, choices: Sequence[str]) -> int | None:
         return choices.index(said)
     if named := _NAMED.search(said):
         place = int(named[1]) - 1
-    elif letter := _LETTER.search(said):
+    elif letter := _letter(len(choices)).search(said):
         place = LETTERS.index(next(filter(None, letter.groups())))
     else:
         lowered = [choice.lower() for choice in choices]
         word = re.search("|".join(rf"\b{re.escape(choice)}\b" for choice in lowered), said.lower())
         return lowered.index(word[0]) if word else None
     return place if 0 <= place < len(choices) else None
+
+
+@cache
+def _letter(choices: int) -> re.Pattern[str]:
+    """`answer is (C)`, `(C)` anywhere, or a text that begins with `C.` or is `C`."""
+    one = f"([A-{LETTERS[choices - 1]}])"
+    return re.compile(rf"\banswer\s*(?:is|:)?\s*\(?{one}(?=[).:,]|\s*$)|\({one}\)|^\W*{one}(?=[).:]|\s*$)")
 
 
 @dataclass(frozen=True)
@@ -114,8 +121,8 @@ def _adapters(row: Row) -> Question:
     marks = list(_LISTED.finditer(asked))
     text = asked[: marks[0].start()] if marks else asked
     text = re.sub(r"^Please [^:]*: ", "", text).strip()
-    if not marks:  # true or false
-        return Question(text, ("false", "true"), ["false", "true"].index(row["answer"]))
+    if not marks:  # BoolQ, whose passage is not shown
+        return Question(text.rstrip("?"), ("no", "yes"), ["false", "true"].index(row["answer"]))
     ends = [*(mark.start() for mark in marks[1:]), len(asked)]
     choices = tuple(asked[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True))
     number = re.search(r"\d+", row["answer"])
@@ -133,7 +140,9 @@ def _labelled(row: Row, text: str) -> Question:
             for label, text in zip(choices["label"], choices["text"], strict=True)
         ]
     labels = [choice["label"] for choice in choices]
-    return Question(text, tuple(choice["text"] for choice in choices), labels.index(row["answerKey"].strip()))
+    if (key := row["answerKey"].strip()) not in labels:
+        raise ValueError(f"its answerKey {key!r} is not among the labels {', '.join(labels)}")
+    return Question(text, tuple(choice["text"] for choice in choices), labels.index(key))
 
 
 def _arc(row: Row) -> Question:
@@ -200,6 +209,8 @@ def _ask_letters(question: Question) -> str:
 
 
 def _ask_passage(question: Question) -> str:
+    if not question.context:
+        raise ValueError("it has no passage, which the scored form shows; use the Hub's rows")
     return f"{question.context}\nQuestion: {question.text}?\nAnswer:"
 
 
@@ -237,10 +248,11 @@ class _Kind:
         gap = f" _ {question.ending}" if question.ending else ""
         text = f"{question.context} {question.text}{gap}".strip()
         if word == "true":
-            names = ["false", "true"]
+            names, shown = ["false", "true"], "true/false"
             asked = f"Please answer the following question with true or false, question: {question.text}?"
         else:
             names = [f"{word}{i}" for i in range(1, len(question.choices) + 1)]
+            shown = "/".join(names)
             what = {
                 "ending": "ending to complete the given sentence",
                 "option": "answer to fill in the blank to complete the given sentence",
@@ -249,7 +261,7 @@ class _Kind:
             asked = f"Please choose the correct {what}: {text}\n\n{' '.join(listed)}"
         return Problem.ask(
             id,
-            f"{asked}\n\nAnswer format: {'/'.join(names)}",
+            f"{asked}\n\nAnswer format: {shown}",
             solution=f"the correct answer is {names[question.right]}",
             answer=LETTERS[question.right],
             choices=tuple(names) if word == "true" else question.choices,
