@@ -155,6 +155,12 @@ EVALUATE = [
     ("evaluate run --task arithmetic --set max_new_tokens=0", 2, "'evaluate.max_new_tokens'"),
     ("evaluate run --task arithmetic --set train.seed=1", 2, "'evaluate.train.seed' does not exist"),
     ("evaluate run --task arithmetic --set engine=warp", 2, "'evaluate.engine'"),
+    ("evaluate run --task humaneval", 2, "--task humaneval: its answers are programs"),
+    ("evaluate run --task mbpp --set allow_code=no", 2, "add --allow-code or set evaluate.allow_code: true"),
+    ("evaluate run --task arithmetic --set allow_code=7", 2, "'evaluate.allow_code'"),
+    ("evaluate run --task arc-chalenge", 2, "unknown task 'arc-chalenge' (did you mean 'arc-challenge'?)"),
+    ("evaluate run --task piqa", 2, "piqa: DFT_LORA_DATA is not set, and its source 'baber/piqa'"),
+    ("evaluate run --task openbookqa --set engine=vllm", 2, "openbookqa: scores its choices"),
     ("evaluate run --task arithmetic --set template=nope", 2, "template"),
     ("evaluate --help-me run", 2, "No such option '--help-me'"),
 ]

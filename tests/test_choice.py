@@ -76,7 +76,8 @@ WRITTEN = {
     "piqa": "Please choose the correct solution to the question: Open a tin.\n\n"
     "Solution1: Use a spoon. Solution2: Use an opener.\n\nAnswer format: solution1/solution2",
     "hellaswag": "Please choose the correct ending to complete the given sentence: "
-    "Baking: A cake. Take flour. She\n\nEnding1: eats it. No. Ending2: mixes it.\n\nAnswer format: ending1/ending2",
+    "Baking: A cake. Take flour. She\n\nEnding1: eats it. No. Ending2: mixes it.\n\n"
+    "Answer format: ending1/ending2",
     "boolq": "Please answer the following question with true or false, question: is it wet?\n\n"
     "Answer format: true/false",
     "winogrande": "Please choose the correct answer to fill in the blank to complete the given sentence: "
