@@ -159,7 +159,7 @@ EVALUATE = [
     ("evaluate run --task mbpp --set allow_code=no", 2, "add --allow-code or set evaluate.allow_code: true"),
     ("evaluate run --task arithmetic --set allow_code=7", 2, "'evaluate.allow_code'"),
     ("evaluate run --task arc-chalenge", 2, "unknown task 'arc-chalenge' (did you mean 'arc-challenge'?)"),
-    ("evaluate run --task piqa", 2, "piqa: DFT_LORA_DATA is not set, and its source 'baber/piqa'"),
+    ("evaluate run --task piqa", 2, "and its source 'baber/piqa' could not be loaded"),
     ("evaluate run --task openbookqa --set engine=vllm", 2, "openbookqa: scores its choices"),
     ("evaluate run --task arithmetic --set template=nope", 2, "template"),
     ("evaluate --help-me run", 2, "No such option '--help-me'"),

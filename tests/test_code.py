@@ -330,6 +330,9 @@ def test_prompts_are_the_published_ones(local, data_dir):
             "Sure:\n```python\nimport os\n\ndef f():\n    pass\n```",
         ),
         ("mbpp", "def f():\n    pass\n[DONE]\nMore", "def f():\n    pass\n"),
+        ("mbpp", "def f():\n    pass\n[DONE]\n```\nx = 1\n```", "def f():\n    pass\n"),
+        ("humaneval", "    return 1\n```\nfoo\n```\nbar\n#", "    return 1\n```\nfoo\n```\nbar"),
+        ("humaneval", "```py\nx = 1\n#2", "```py\nx = 1\n#2"),
     ],
 )
 def test_stop_rules(name, text, cut):

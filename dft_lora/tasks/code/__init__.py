@@ -30,6 +30,7 @@ from dft_lora.tasks.judge import Verdict
 log = logging.getLogger(__name__)
 
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.S)
+_CODE = re.compile(r"\A\n*[ \t]|^(?:def|class|import|from|@)\b", re.M)
 
 
 @dataclass(frozen=True)
@@ -67,26 +68,26 @@ class Programs(Benchmark):
     def cut(self, text: str) -> str:
         places = [place for stop in self.stops if (place := text.find(stop)) >= 0]
         end = min(places, default=len(text))
-        block = _BLOCK.search(text)
-        if block and block.start() < end and not text.lstrip("\n")[:1].isspace():  # not a bare continuation
-            return text[: block.end()] if text[: block.end()].endswith("```") else text
-        return text[:end]
+        block = _block(text)
+        return text[: block.end()] if block and block.start() < end else text[:end]
 
     def judge_many(self, pairs: Sequence[tuple[str, Problem]]) -> list[Verdict]:
         """Run each program against its tests; `extracted` is the code."""
         if not self.runs_code:
             self.allowed(False)
-        codes = [self._code(self.cut(text)) for text, _ in pairs]
+        cuts = [self.cut(text) for text, _ in pairs]
+        codes = [block[1] if (block := _block(text)) else text for text in cuts]
         jobs = [
             (self.program(code, problem), problem.answer or "")
             for code, (_, problem) in zip(codes, pairs, strict=True)
         ]
         return [Verdict(status, code) for status, code in zip(run_all(jobs), codes, strict=True)]
 
-    @staticmethod
-    def _code(text: str) -> str:
-        block = _BLOCK.search(text)
-        return block[1] if block and not text.lstrip("\n")[:1].isspace() else text
+
+def _block(text: str) -> re.Match[str] | None:
+    """The first code block, if only prose stands before it. Otherwise the text is code by itself."""
+    block = _BLOCK.search(text)
+    return None if block is None or _CODE.search(text[: block.start()]) else block
 
 
 def _humaneval(id: str, row: Row) -> Problem:
