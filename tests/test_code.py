@@ -25,10 +25,11 @@ from dft_lora.evaluation.base_run import base_run
 from dft_lora.evaluation.report import build
 from dft_lora.experiments.own_samples import own_samples
 from dft_lora.runs.folder import RunFolder, read_json, read_lines
-from dft_lora.tasks import get_task, judge_of
+from dft_lora.tasks import code, get_task, judge_of
 from dft_lora.tasks.code import runner
 from dft_lora.tasks.code.cell import packed, unpacked
 from dft_lora.tasks.code.runner import Limits, run_all
+from dft_lora.training.plan import make_plan
 
 TESTS = "from candidate import f\nassert f(2) == 3\n"
 RIGHT = "def f(x):\n    return x + 1\n"
@@ -194,11 +195,12 @@ def test_nothing_outlives_a_killed_parent(walled, tmp_path):
         found = 0
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):  # it has just ended
-                found += str(cell).encode() in path.read_bytes()
+                found += path.read_bytes().rstrip(b"\0").endswith(str(cell).encode())
         return found
 
-    parent = subprocess.Popen([sys.executable, "-c", script])
-    wait_for(lambda: alive() == 4)  # two wardens and their inmates
+    parent = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: parent.poll() is not None or alive() == 4)  # two wardens and their inmates
+    assert parent.poll() is None, parent.stderr.read()
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     wait_for(lambda: alive() == 0)
@@ -384,11 +386,14 @@ def test_no_program_runs_without_permission(local, tmp_path):
     recipe = load_recipe("tiny_dft", ["data.source=mbpp"])
     with pytest.raises(RequestError, match=r"mbpp.*evaluate.allow_code"):
         own_samples(recipe, tmp_path / "own.jsonl")
+    with pytest.raises(RequestError, match=r"mbpp.*evaluate.allow_code"):
+        make_plan(recipe.override(["objective.name=grpo", "rollouts.samples=8"]))
     assert load_problems(recipe.data).total == 374  # training on them runs nothing
 
 
 def test_evaluate_runs_programs_only_with_the_flag(local, tmp_path, caplog):
     base_run(load_recipe("tiny_dft"), tmp_path / "base")
+    code._announce.cache_clear()
     words = ["evaluate", str(tmp_path / "base"), "--task", "humaneval", "--limit", "2", "--samples", "2"]
     words += ["--set", "max_new_tokens=8"]
     refused = CliRunner().invoke(main, words)

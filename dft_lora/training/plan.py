@@ -17,6 +17,7 @@ from ..loss import REFERENCE_NEEDS, ObjectiveError, objective
 from ..model.limits import caps_logits, positions, refuse_unknown_tokens
 from ..model.load import load_model_config, load_tokenizer
 from ..model.starts import CHANGES_BASE
+from ..tasks import judge_of
 from ..tasks.base import Problem
 
 
@@ -159,6 +160,7 @@ def mark_pair(pair: Group) -> Group:
 def _check_rollouts(recipe: Recipe, chosen: Any) -> None:
     """Raises RecipeError for settings that contradict answers of the model itself."""
     config, train, name = recipe.rollouts or RolloutConfig(), recipe.train, chosen.name
+    judge_of(recipe.data.source).allowed(recipe.evaluate.allow_code)
     online = chosen.learns_from == "rollouts"
     if train.shard or recipe.model.backend != "plain":
         part = "train.shard" if train.shard else f"model.backend {recipe.model.backend!r}"

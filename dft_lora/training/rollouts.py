@@ -137,7 +137,7 @@ class Rollouts:
 
     def __init__(self, plan: Plan, learner: Learner):
         self.plan, self.learner, self.config = plan, learner, plan.rollouts
-        self.judge = judge_of(plan.recipe.data.source)
+        self.judge = judge_of(plan.recipe.data.source).allowed(plan.recipe.evaluate.allow_code)
         self.online = plan.objective.learns_from == "rollouts"
         self.steps_each = self.config.updates if self.online else math.ceil(plan.steps / self.config.rounds)
         self.rollout = -1

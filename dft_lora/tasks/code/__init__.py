@@ -19,6 +19,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import ClassVar
 
 from dft_lora.errors import RequestError
@@ -49,20 +50,10 @@ class Programs(Benchmark):
     def allowed(self, code: bool) -> Programs:
         if not code:
             raise RequestError(
-                f"--task {self.name}: its answers are programs, and judging runs them on this machine; "
-                "to allow that, add --allow-code or set evaluate.allow_code: true"
+                f"{self.name}: its answers are programs, and judging runs them on this machine; "
+                "to allow that, set evaluate.allow_code: true or give evaluate --allow-code"
             )
-        rights = "without network, in a file system of its own"
-        if (why := walls()) is not None:
-            rights = f"WITH your network and your files, since this system gives no namespaces ({why})"
-        log.warning(
-            "%s: programs that the model writes are run on this machine, each in a process of its own %s, "
-            "for at most %d s and %d MB",
-            self.name,
-            rights,
-            DEFAULT.seconds,
-            DEFAULT.memory_mb,
-        )
+        _announce(self.name)
         return replace(self, runs_code=True)
 
     def cut(self, text: str) -> str:
@@ -82,6 +73,22 @@ class Programs(Benchmark):
             for code, (_, problem) in zip(codes, pairs, strict=True)
         ]
         return [Verdict(status, code) for status, code in zip(run_all(jobs), codes, strict=True)]
+
+
+@cache
+def _announce(name: str) -> None:
+    """Say what is going to be executed, once."""
+    rights = "without network, in a file system of its own"
+    if (why := walls()) is not None:
+        rights = f"WITH your network and your files, since this system gives no namespaces ({why})"
+    log.warning(
+        "%s: programs that the model writes are run on this machine, each in a process of its own %s, "
+        "for at most %d s and %d MB",
+        name,
+        rights,
+        DEFAULT.seconds,
+        DEFAULT.memory_mb,
+    )
 
 
 def _block(text: str) -> re.Match[str] | None:
