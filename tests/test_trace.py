@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from dft_lora.bench.memory import _trace
 from dft_lora.cli import main
 from dft_lora.config import parse_recipe
 from dft_lora.data.templates import Example
@@ -112,6 +113,18 @@ def test_token_ids_and_masks_have_values(learner):
     index += 1
     assert index.max().item() == 4 and not torch.equal(index, index + 1)
     assert torch.randn(3, device="meta").sum().item() == 0
+
+
+def test_a_sharded_base_is_held_in_parts(base):
+    """All but the packed weights and norms of decoder layers, half of these, and three layers whole."""
+    recipe = recipe_of(base).override(["data.max_length=256", "train.batch_size=8"])
+    alone, half = (_trace(recipe, str(base), (1, 8), processes) for processes in (1, 2))
+    layer = 256 * (256 + 2 * 128 + 256 + 3 * 1024) // 2 + 2 * (256 + 2 * 128) + 2 * 2 * 256
+    assert alone["bytes"]["weights"] - half["bytes"]["weights"] == 4 * layer - 2 * layer - 3 * layer
+    for found in (alone, half):
+        small, large = found["gpus"]
+        assert 1 <= small["rows"] <= large["rows"] == 8
+        assert found["one_row"] < small["peak"] <= large["peak"] < 8 * 2**30
 
 
 def test_preflight_for_a_gpu_that_is_not_here_reads_no_weights(qwen_dir, tmp_path):

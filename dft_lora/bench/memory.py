@@ -62,7 +62,7 @@ GPUS = {
     "t4_dft": (15,),  # what a T4 reports of its 16
     "llama-3.2-3b_dft": (16,),
     "24gb_dft": (16, 24),
-    "qwen2.5-math-7b_dft": (16, 24),
+    "qwen2.5-math-7b_dft": (24,),
     "deepseek-math-7b_dft": (24,),
     "llama-3.1-8b_dft": (24,),
     "2x24gb_dft": (24,),

@@ -120,7 +120,7 @@ def memory_table(result: dict[str, Any]) -> str:
     made, GB = result["provenance"], 2**30
     version = made["versions"]
     lines = [
-        "| recipe | model | tokens | weights | one row at a time | GPU | rows that fit | peak with those |",
+        "| recipe | model | tokens | weights | one row at a time | GPU | rows by the fit | peak with those |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, row in result["recipes"].items():

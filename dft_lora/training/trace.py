@@ -80,7 +80,7 @@ def _attention_on_cuda(
         ]
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+            attn_mask = torch.where(attn_mask, query.new_zeros(()), query.new_full((), -torch.inf))
         attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
     return ops._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
