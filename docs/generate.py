@@ -286,6 +286,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "bench-loss": partial(bench, "loss"),
     "bench-train": partial(bench, "train"),
     "bench-packing": partial(bench, "packing"),
+    "bench-memory": partial(bench, "memory"),
 }
 
 

@@ -3,13 +3,12 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 
+from dft_lora.bench.memory import GPUS, SHAPES
+from dft_lora.bench.table import RESULTS
 from dft_lora.config import load_recipe, shipped_recipes
 from dft_lora.data.templates import TEMPLATES
 from dft_lora.loss import objective
@@ -19,45 +18,7 @@ from dft_lora.model.tiny import TINY_DIR
 from dft_lora.tasks import task_names
 from dft_lora.training.loop import train
 
-
-@dataclass(frozen=True)
-class Shape:
-    """What the architecture of a Hub model is, at full width; depth is one here."""
-
-    family: str
-    tokenizer: str
-    config: Mapping[str, Any]
-
-
-def shape(family, tokenizer, hidden, intermediate, heads, kv_heads, vocabulary, tied):
-    return Shape(
-        family,
-        tokenizer,
-        {
-            "hidden_size": hidden,
-            "intermediate_size": intermediate,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "vocab_size": vocabulary,
-            "tie_word_embeddings": tied,
-        },
-    )
-
-
-SHAPES = {
-    "qwen2.5-math-1.5b": shape("qwen2", "qwen2.5", 1536, 8960, 12, 2, 151_936, True),
-    "qwen2.5-math-7b": shape("qwen2", "qwen2.5", 3584, 18_944, 28, 4, 152_064, False),
-    "qwen2.5-32b": shape("qwen2", "qwen2.5", 5120, 27_648, 40, 8, 152_064, False),
-    "llama-3.2-3b": shape("llama", "phi-3-mini", 3072, 8192, 24, 8, 128_256, True),
-    "llama-3.1-8b": shape("llama", "phi-3-mini", 4096, 14_336, 32, 8, 128_256, False),
-    "deepseek-math-7b": shape("llama", "phi-3-mini", 4096, 11_008, 32, 32, 102_400, False),
-}
-ALIASES = {
-    "lora": "qwen2.5-math-1.5b",
-    "t4": "qwen2.5-math-1.5b",
-    "24gb": "qwen2.5-math-7b",
-    "2x24gb": "qwen2.5-32b",
-}
+TOKENIZERS = {"qwen2": "qwen2.5", "llama": "phi-3-mini"}
 REAL = [name for name in shipped_recipes() if load_recipe(name).model.name in KNOWN]
 OWN = [name for name in shipped_recipes() if load_recipe(name).rollouts]  # a random model answers nothing
 HUB = sorted(name for name in shipped_recipes() if not name.startswith("tiny") and name not in REAL + OWN)
@@ -78,6 +39,19 @@ def test_a_recipe_names_things_that_exist(name):
     assert any(line.startswith("# Hardware:") for line in head)
 
 
+@pytest.mark.parametrize("name", HUB)
+def test_a_large_recipe_states_its_traced_peak(name):
+    traced = json.loads((RESULTS / "memory-recipes.json").read_text())["recipes"]
+    assert traced.keys() == GPUS.keys()
+    found = traced[name.replace("_sft", "_dft")]
+    recipe, path = load_recipe(name), shipped_recipes()[name]
+    (line,) = (line for line in path.read_text().splitlines() if line.startswith("# Hardware:"))
+    assert f"traced peak {found['one_row'] / 2**30:.1f} GB" in line
+    assert found["model"] == recipe.model.name and found["r"] == recipe.adapter.r
+    assert found["max_length"] == recipe.data.max_length and found["optimizer"] == recipe.train.optimizer
+    assert all(gpu["rows"] >= 1 for gpu in found["gpus"]), "it fits the GPUs it is for"
+
+
 @pytest.fixture(autouse=True)
 def benchmarks_from_local_files(monkeypatch, data_dir):
     monkeypatch.setenv("DFT_LORA_DATA", str(data_dir))
@@ -86,22 +60,19 @@ def benchmarks_from_local_files(monkeypatch, data_dir):
 def one_step(name, tmp_path, data_dir, narrow):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    architecture, _, _ = name.rpartition("_")
-    wanted = SHAPES[ALIASES.get(architecture, architecture)]
-    sizes = dict(wanted.config)
+    sizes = SHAPES[load_recipe(name).model.name] | {"num_hidden_layers": 1}
+    family = sizes.pop("model_type")
     if narrow:  # the same family, head layout and tying, narrow
         by = sizes["hidden_size"] // sizes["num_attention_heads"] // 16
         sizes |= {"hidden_size": sizes["hidden_size"] // by, "intermediate_size": 128, "vocab_size": 2048}
     base = tmp_path / "base"
-    config = AutoConfig.for_model(
-        wanted.family, **sizes, num_hidden_layers=1, bos_token_id=None, eos_token_id=1
-    )
+    config = AutoConfig.for_model(family, **sizes, bos_token_id=None, eos_token_id=1)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(base)
     if narrow:
         files = [f for f in TINY_DIR.iterdir() if f.name.startswith(("tokenizer", "chat_template"))]
     else:
-        files = list((data_dir / "tokenizers" / wanted.tokenizer).iterdir())
+        files = list((data_dir / "tokenizers" / TOKENIZERS[family]).iterdir())
     for file in files:
         shutil.copyfile(file, base / file.name)
     rows = (data_dir / "train" / "math_train.jsonl").read_text().splitlines()[:8]

@@ -11,7 +11,16 @@ import click
 from ..cli import Commands, UserPath
 from ..errors import MissingPart, RequestError
 from ..runs.folder import make_writable
-from .table import RESULTS, TABLES, generation_table, loss_table, packing_table, tables, train_table
+from .table import (
+    RESULTS,
+    TABLES,
+    generation_table,
+    loss_table,
+    memory_table,
+    packing_table,
+    tables,
+    train_table,
+)
 
 POSITIVE = click.IntRange(1)
 
@@ -202,6 +211,22 @@ def generation(model, rows, prompts, tokens, rounds, threads, as_is, quick, out)
     result = measure(model, rows=rows, prompts=prompts, tokens=tokens, rounds=rounds, as_is=as_is)
     keep(result, out, f"generation-{result['model']}-{result['dtype']}")
     click.echo(generation_table(result))
+
+
+@main.command()
+@click.option(
+    "--recipe", "names", multiple=True, help="a shipped recipe; may be repeated (default: all large)"
+)
+@out_option
+def memory(names, out) -> None:
+    """Peak memory of the large recipes' training steps, traced on shapes alone, without a GPU."""
+    from .memory import GPUS, measure_recipes
+
+    if unknown := set(names) - set(GPUS):
+        raise RequestError(f"--recipe {min(unknown)!r}: not one of {', '.join(GPUS)}")
+    result = measure_recipes(names or tuple(GPUS))
+    keep(result, out, "memory-recipes")
+    click.echo(memory_table(result))
 
 
 @main.command()

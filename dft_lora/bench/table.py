@@ -115,7 +115,35 @@ def generation_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def memory_table(result: dict[str, Any]) -> str:
+    """One result of `bench memory` as Markdown: a line for each recipe and GPU."""
+    made, GB = result["provenance"], 2**30
+    version = made["versions"]
+    lines = [
+        "| recipe | model | tokens | weights | one row at a time | GPU | rows by the fit | peak with those |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in result["recipes"].items():
+        for gpu in row["gpus"]:
+            cells = [f"`{name}`", row["model"], f"{row['max_length']:,}"]
+            cells += [f"{row['bytes']['weights'] / GB:.1f}", f"{row['one_row'] / GB:.1f}"]
+            peak = f"{gpu['peak'] / GB:.1f}" if gpu["rows"] else "does not fit"
+            each = f"{row['processes']} x " if row["processes"] > 1 else ""
+            lines.append(f"| {' | '.join(cells)} | {each}{gpu['gb']} | {gpu['rows']} | {peak} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "GB of tensors on each GPU, traced on shapes alone (nf4, LoRA in float32, gradient "
+            "checkpointing, every row as long as the longest), not measured on a GPU; 0.6 GB for the CUDA "
+            f"context come on top. torch {version['torch']}, transformers {version['transformers']}, "
+            f"bitsandbytes {version['bitsandbytes']}, {made['date'][:10]}, commit {made['commit']}.",
+        ]
+    )
+
+
 TABLES = {
+    "memory": memory_table,
     "loss": loss_table,
     "train": train_table,
     "packing": packing_table,

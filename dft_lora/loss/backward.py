@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .forward import RowScores, chunk_probabilities_
-from .head import Head, accumulator
+from .head import Head, accumulator, no_autocast
 
 
 class RowJacobian(torch.autograd.Function):
@@ -35,7 +35,7 @@ class RowJacobian(torch.autograd.Function):
         jacobian_MD, y_M, raw_M, h_MD, *_ = ctx.saved_tensors
         head, none = ctx.head, torch.zeros_like(raw_M)
         g_logp_M = none if g_logp_M is None else g_logp_M
-        with torch.autocast(raw_M.device.type, enabled=False):
+        with no_autocast(raw_M.device):
             g_h_MD = None
             if ctx.needs_input_grad[0]:
                 g_h_MD = jacobian_MD * (g_logp_M if g_lse_M is None else g_logp_M - g_lse_M)[:, None]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .head import Head, Target, accumulator
-from .row_statistics import HALF_GAIN, TOP_K, torch_row_sums_
+from .row_statistics import HALF_GAIN, TOP_K, RowSums, row_sums_shapes, torch_row_sums_
 
 
 class OtherEntries(NamedTuple):
@@ -134,10 +134,12 @@ def other_entries_(
     u_CV: Tensor, shift_C: Tensor, y_C: Tensor, head: Head, *, write: bool, needs: frozenset[str]
 ) -> OtherEntries:
     """Statistics of each row of `u_CV`; with `write`, it holds the probabilities afterwards."""
-    if u_CV.is_cuda and u_CV.dtype != torch.float64 and "top_k_entropy" not in needs and not kernel_missing():
-        from .row_kernel import row_sums_
-    else:
-        row_sums_ = torch_row_sums_
+    row_sums_: Callable[..., RowSums] = torch_row_sums_
+    if u_CV.dtype != torch.float64 and "top_k_entropy" not in needs:
+        if u_CV.is_meta:  # memory is traced: what the kernel returns, without its work
+            row_sums_ = row_sums_shapes
+        elif u_CV.is_cuda and not kernel_missing():
+            from .row_kernel import row_sums_
     max_C, sum_C, dot_C, square_C, top_CK = row_sums_(u_CV, shift_C, y_C, head, write=write, needs=needs)
     log_C = sum_C.log()
     return OtherEntries(

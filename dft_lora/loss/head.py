@@ -7,6 +7,7 @@ Shapes (docs/shapes.md): C rows of a chunk, N positions, D hidden width, V vocab
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +19,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Sums, weights and log-probabilities are float32, or float64 where the model is."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context without autocast on `device`. The meta device has no autocast to switch off."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 class Target(NamedTuple):

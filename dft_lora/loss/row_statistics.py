@@ -80,6 +80,14 @@ def torch_row_sums_(
     return RowSums(max_C, sum_C, dot_C, square_C if "sum_p_squared" in needs else None, top_CK)
 
 
+def row_sums_shapes(
+    u_CV: Tensor, shift_C: Tensor, y_C: Tensor, head: Head, *, write: bool, needs: frozenset[str]
+) -> RowSums:
+    """The results of `row_kernel.row_sums_` without contents, for a workspace on the meta device."""
+    max_C, sum_C, dot_C, square_C = u_CV.new_empty(4, len(u_CV), dtype=accumulator(u_CV.dtype))
+    return RowSums(max_C, sum_C, dot_C, square_C if "sum_p_squared" in needs else None, None)
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Along the last dimension."""
     return torch.dot(a, b) if a.ndim == 1 else (a * b).sum(-1)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .backward import RowJacobian
 from .forward import Skip, score_rows
-from .head import Head
+from .head import Head, no_autocast
 
 REFERENCE_NEEDS = frozenset({"reference_logp", "reference_kl"})
 STATISTICS = frozenset({"sum_p_squared", "top_k_entropy"})
@@ -165,7 +165,7 @@ def token_logps(
     wants_hidden = torch.is_grad_enabled() and hidden.requires_grad
     wants_grad = wants_hidden or (torch.is_grad_enabled() and head.trainable)
     rows = chunk_rows(hidden, len(weight), len(index), chunk_bytes)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden.device):
         done = score_rows(
             head,
             h_MD.detach(),

@@ -82,7 +82,8 @@ def catch_hidden(model: Any) -> Iterator[list[Any]]:
     def keep(_module, _arguments, output):
         h_BLD = output[0] if isinstance(output, tuple) else output.last_hidden_state
         kind = h_BLD.device.type
-        caught[:] = [h_BLD, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None]
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        caught[:] = [h_BLD, torch.get_autocast_dtype(kind) if casts else None]
 
     handle = bare(model).get_decoder().register_forward_hook(keep)
     try:

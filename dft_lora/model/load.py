@@ -156,13 +156,16 @@ def load_base(
 
     `shardable`: leave it on the CPU, with 4-bit weights stored as elements of the compute dtype
     (`sharding.py`). `for_answers`: unpack its 4-bit layers once, according to `config.unpack`, and not at
-    every decoding step. Raises ModelError if there is no such model.
+    every decoding step. On the meta device only the shapes of the weights are made, from the model's config.
+    Raises ModelError if there is no such model.
     """
     from transformers import AutoModelForCausalLM
 
     _quieten()
     model_config = load_model_config(config)
     hardware = choose(config.dtype, count_parameters(model_config), device)
+    if hardware.device.type == "meta":
+        return _shapes_alone(model_config, config.quantization, hardware.dtype), hardware
     arguments: dict[str, Any] = {"dtype": hardware.dtype, **_origin(config)}
     if config.quantization != "none":
         storage = hardware.dtype if shardable else torch.uint8
@@ -178,6 +181,24 @@ def load_base(
         _unpack_layers(model)
     model.requires_grad_(False)
     return model.eval(), hardware
+
+
+def _shapes_alone(model_config: Any, quantization: str, dtype: torch.dtype) -> Any:
+    """The model that `load_base` returns, with tensors that have no contents (`TracedTensors`)."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    if quantization != "none":
+        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+        from transformers.quantizers.base import get_keys_to_not_convert
+
+        settings = _quantized(quantization, dtype, torch.uint8)
+        replace_with_bnb_linear(model, get_keys_to_not_convert(model), settings)
+        for _, layer in _4bit_layers(model):
+            layer.weight.data = layer.weight.data.to(dtype)
+            layer.weight._quantize("meta")  # bitsandbytes' own shapes: packed numbers, scales, tables
+    return model.requires_grad_(False).eval()
 
 
 def _wants_unpacked(model: Any, unpack: bool | str) -> bool:
@@ -323,7 +344,7 @@ def use_checkpointing(model: Any, wanted: bool | str) -> bool:
     core = bare(model)
     if wanted == "auto":
         # 4-bit weights have two parameters per element; this count is only compared with a threshold.
-        wanted = core.device.type == "cuda" and core.num_parameters() >= CHECKPOINTING_FROM
+        wanted = core.device.type != "cpu" and core.num_parameters() >= CHECKPOINTING_FROM
     if wanted:
         set_checkpointing(model, True)
     return bool(wanted)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..loss.head import no_autocast
 from .row_blocks import row_blocks
 
 
@@ -34,7 +35,7 @@ class _AddLora(torch.autograd.Function):
     def forward(ctx, y, x, weight_RD, weight_OR, scaling):
         y_NO, x_ND = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         low_NR = weight_RD.new_empty(len(x_ND), len(weight_RD))
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             for rows in row_blocks(len(x_ND), max(x_ND.shape[1], y_NO.shape[1]), x.device):
                 torch.mm(x_ND[rows].to(low_NR.dtype), weight_RD.t(), out=low_NR[rows])
                 y_NO[rows] += (low_NR[rows] @ weight_OR.t()).mul_(scaling).to(y.dtype)
@@ -50,7 +51,7 @@ class _AddLora(torch.autograd.Function):
         g_NO, x_ND = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
         g_x = torch.empty_like(x_ND) if ctx.needs_input_grad[1] else None
         g_RD, g_OR = torch.zeros_like(weight_RD), torch.zeros_like(weight_OR)
-        with torch.autocast(g.device.type, enabled=False):
+        with no_autocast(g.device):
             for rows in row_blocks(len(x_ND), max(x_ND.shape[1], g_NO.shape[1]), x.device):
                 wide_NO = g_NO[rows].to(low_NR.dtype) * ctx.scaling
                 g_OR.addmm_(wide_NO.t(), low_NR[rows])

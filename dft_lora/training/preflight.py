@@ -1,7 +1,8 @@
 """Memory and time of a run, measured before it: `dft-lora preflight RECIPE [--gpu-memory 16GB]`.
 
 It builds the real model and runs it: forward and backward passes of a few small micro-batches with and
-without checkpointing (`probe.py`), the run's longest micro-batch, and one optimizer update.
+without checkpointing (`probe.py`), the run's longest micro-batch, and one optimizer update. For a target GPU
+that is not here, the same passes run on shapes alone (`trace.py`): no weights are loaded, nothing is timed.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from .probe import (
 )
 from .ranks import Ranks
 from .steps import FixedGroups
+from .trace import can_trace, traced
 
 ENOUGH_ROWS = 4
 """From this many rows per micro-batch, more rows hardly help a GPU; checkpointing costs a third."""
@@ -45,11 +47,18 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
     Returns plain values in bytes and seconds. Raises a RequestError like `train`. Writes no file.
     """
     prepare(recipe)
-    if budget is not None and recipe.model.dtype == "auto" and not torch.cuda.is_available():
+    elsewhere = budget is not None and not torch.cuda.is_available()
+    if elsewhere and recipe.model.dtype == "auto":
         recipe = recipe.override(["model.dtype=bfloat16"])  # what the target GPU would use
     plan = make_plan(recipe)
-    learner = Learner(recipe, plan.objective, plan.renderer.pad_id, Ranks(recipe))
-    device = learner.ranks.device
+    if elsewhere and can_trace(recipe):
+        with traced(recipe, plan.objective, plan.renderer.pad_id) as learner:
+            return _measured(learner, plan, budget)
+    return _measured(Learner(recipe, plan.objective, plan.renderer.pad_id, Ranks(recipe)), plan, budget)
+
+
+def _measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any]:
+    device, train = learner.ranks.device, plan.recipe.train
     choices = (False, True) if learner.set_checkpointing else (learner.checkpointing,)
     fits = {on: measure(learner, plan.sized, on) for on in choices}
     set_checkpointing(learner, learner.checkpointing)
@@ -58,16 +67,18 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
     started = time.perf_counter()
     learner.update(0.0)
     update_seconds = time.perf_counter() - started
-    timed = probe(learner, worst, gauged=False)
+    seconds = None
+    if device.type != "meta":
+        timed = probe(learner, worst, gauged=False)
+        seconds = timed.seconds / worst.positions * _positions_per_step(learner, plan) + update_seconds
     learner.optimizer.zero_grad()
     resident = resident_bytes(learner)
     fit = fits[learner.checkpointing]
     available = memory_of_machine(device) if budget is None else budget
-    positions = _positions_per_step(learner, plan)
-    a_step = timed.seconds / worst.positions * positions + update_seconds
+    counted = {"cuda": "CUDA allocator", "meta": "traced tensors"}.get(device.type, "live tensors")
     return {
-        "device": learner.hardware.name,
-        "counted": "CUDA allocator" if device.type == "cuda" else "live tensors",
+        "device": "a GPU that is not here" if device.type == "meta" else learner.hardware.name,
+        "counted": counted,
         "dtype": dtype_name(learner.hardware.dtype),
         "micro_batch_size": learner.layout.micro_batch_size,
         "gradient_checkpointing": learner.checkpointing,
@@ -79,16 +90,16 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
         "predicted_peak": sum(resident.values()) + int(fit.peak(real.N, real.M)),
         "available": available,
         "headroom": int(usable(available, device, budget)) - sum(resident.values()) - real.peak,
-        "seconds_a_step": a_step,
+        "seconds_a_step": seconds,
         "steps": plan.steps,
-        "seconds_in_all": a_step * plan.steps,
+        "seconds_in_all": None if seconds is None else seconds * plan.steps,
         "proposal": propose(
             fits,
             sum(resident.values()),
             usable(available, device, budget),
             real,
             learner.layout.micro_batch_size,
-            recipe.train.batch_size,
+            train.batch_size,
         ),
         "fit": {"checkpointing" if on else "plain": asdict(fits[on]) for on in fits},
     }
@@ -160,8 +171,13 @@ def preflight_table(found: dict[str, Any]) -> str:
     lines += [
         f"{'peak':24} {found['peak'] / MIB:10,.0f} MB   (fit: {found['predicted_peak'] / MIB:,.0f} MB)",
         f"{'headroom':24} {found['headroom'] / MIB:10,.0f} MB   of {found['available'] / MIB:,.0f} MB",
-        f"{'per step':24} {found['seconds_a_step']:10.1f} s",
-        f"{'whole run':24} {found['seconds_in_all'] / 3600:10.2f} h   ({found['steps']} steps)",
+    ]
+    if found["seconds_a_step"] is not None:
+        lines += [
+            f"{'per step':24} {found['seconds_a_step']:10.1f} s",
+            f"{'whole run':24} {found['seconds_in_all'] / 3600:10.2f} h   ({found['steps']} steps)",
+        ]
+    lines += [
         f"{found['counted']} on {found['device']}, {found['dtype']}, longest micro-batch "
         f"{' x '.join(map(str, found['longest_micro_batch']))}",
     ]

@@ -28,10 +28,11 @@ from ..data.batches import Batch, ungrouped
 from ..data.templates import Example
 from ..loss import chunk_rows
 from ..model.head import bare
-from ..model.memory import MIB, DeviceMemory, LiveTensors, Memory
+from ..model.memory import MIB, LiveTensors, Memory
 from .checkpoints import random_state, set_random_state
 from .learner import Learner
 from .metrics import ExampleNll, Sums
+from .ranks import Ranks
 
 CONTEXT = 600 * MIB
 """What CUDA, cuBLAS and the driver take besides tensors."""
@@ -140,7 +141,7 @@ def probe(learner: Learner, batch: Batch, gauged: bool = True) -> ProbePass:
     blank = {name: torch.zeros(batch.labels_BL.shape) for name in learner.objective.signals}
     batch = replace(batch, signals_BL={**blank, **batch.signals_BL})  # memory does not depend on their values
     saved = 0
-    with _gauge(device) if gauged else nullcontext(_Nothing()) as memory:
+    with _gauge(learner.ranks) if gauged else nullcontext(_Nothing()) as memory:
         memory.reset()
         before = memory.now()
 
@@ -176,9 +177,9 @@ class _Nothing:
 
 
 @contextmanager
-def _gauge(device: torch.device) -> Iterator[Memory]:
-    if device.type == "cuda":
-        yield DeviceMemory(device)
+def _gauge(ranks: Ranks) -> Iterator[Memory]:
+    if ranks.gauge is not None:
+        yield ranks.gauge
         return
     with LiveTensors() as memory:
         yield memory
@@ -203,7 +204,7 @@ def _weight_bytes(model: Any) -> int:
     storages = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         for part in (tensor, *_tensors_of(getattr(tensor, "quant_state", None))):
-            storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+            storages[part.untyped_storage()._cdata] = part.untyped_storage().nbytes()
     return sum(storages.values())
 
 

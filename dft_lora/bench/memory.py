@@ -1,0 +1,143 @@
+"""Peak memory of the shipped recipes' training steps, traced on shapes alone: no GPU, no weights.
+
+Each step has rows of about the recipe's longest length, the worst case of a run; several rows are padded.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..config import Recipe, load_recipe
+from ..data.templates import Example
+from ..loss import objective
+from ..model.head import bare
+from ..runs.provenance import certificate
+from ..training.learner import Learner
+from ..training.probe import MOST_ROWS, longest_batch, measure, probe, resident_bytes, usable
+from ..training.trace import traced
+
+GB = 2**30
+PROMPT = 64
+"""Tokens of a row that are not supervised."""
+GATHERED = 3
+"""Layers that FSDP holds whole at a time, at most: the current one, the next one, and a buffer."""
+
+
+def shape(
+    family: str, D: int, intermediate: int, heads: int, kv_heads: int, layers: int, V: int, tied: bool
+) -> dict[str, Any]:
+    return {
+        "model_type": family,
+        "hidden_size": D,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "num_hidden_layers": layers,
+        "vocab_size": V,
+        "tie_word_embeddings": tied,
+    }
+
+
+_QWEN_1_5B = shape("qwen2", 1536, 8960, 12, 2, 28, 151_936, True)
+SHAPES = {
+    "Qwen/Qwen2.5-Math-1.5B": _QWEN_1_5B,
+    "Qwen/Qwen2.5-1.5B-Instruct": _QWEN_1_5B,
+    "Qwen/Qwen2.5-Math-7B": shape("qwen2", 3584, 18_944, 28, 4, 28, 152_064, False),
+    "Qwen/Qwen2.5-32B": shape("qwen2", 5120, 27_648, 40, 8, 64, 152_064, False),
+    "meta-llama/Llama-3.2-3B": shape("llama", 3072, 8192, 24, 8, 28, 128_256, True),
+    "meta-llama/Llama-3.1-8B": shape("llama", 4096, 14_336, 32, 8, 32, 128_256, False),
+    "deepseek-ai/deepseek-math-7b-base": shape("llama", 4096, 11_008, 32, 32, 30, 102_400, False),
+}
+"""What `config.json` states of the models that shipped recipes name by Hub id."""
+
+GPUS = {
+    "lora_dft": (8,),
+    "qwen2.5-math-1.5b_dft": (12,),
+    "t4_dft": (15,),  # what a T4 reports of its 16
+    "llama-3.2-3b_dft": (16,),
+    "24gb_dft": (16, 24),
+    "qwen2.5-math-7b_dft": (24,),
+    "deepseek-math-7b_dft": (24,),
+    "llama-3.1-8b_dft": (24,),
+    "2x24gb_dft": (24,),
+}
+"""Recipes, and GB of the GPUs that they are traced for. The `_sft` twin of each takes the same memory."""
+PROCESSES = {"2x24gb_dft": 2}
+
+
+def measure_recipes(names: Sequence[str]) -> dict[str, Any]:
+    """The named recipes as a JSON value with its provenance; sizes in bytes."""
+    found = {}
+    for name in names:
+        recipe = load_recipe(name, ["model.dtype=float16"] if name.startswith("t4") else [])
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(SHAPES[recipe.model.name]))
+            found[name] = _trace(recipe, folder, GPUS[name], PROCESSES.get(name, 1))
+        print(name, f"{found[name]['one_row'] / GB:.1f} GB", file=sys.stderr, flush=True)
+    return {"kind": "memory", "recipes": found, "provenance": certificate()}
+
+
+def _trace(recipe: Recipe, folder: str, gpus: Sequence[int], processes: int) -> dict[str, Any]:
+    L, batch_size = recipe.data.max_length, recipe.train.batch_size
+    lengths = [L - i % 8 for i in range(min(MOST_ROWS, batch_size))]
+    examples = [Example(str(i), tuple(range(length)), PROMPT) for i, length in enumerate(lengths)]
+    shown = {
+        "model": recipe.model.name,
+        "max_length": L,
+        "r": recipe.adapter.r,
+        "optimizer": recipe.train.optimizer,
+        "processes": processes,
+    }
+    with _learner(recipe, folder) as learner:
+        fit = measure(learner, examples, learner.checkpointing)
+        row = longest_batch(learner, examples, 1)
+
+        def peak(rows: int) -> int:
+            return resident + probe(learner, longest_batch(learner, examples, rows)).peak
+
+        learner.update(0.0)  # makes the optimizer's states
+        parts = resident_bytes(learner)
+        if processes > 1:
+            parts["weights"] -= saved_by_sharding(learner, processes)
+        resident, sizes = sum(parts.values()), range(1, len(examples) + 1)
+        probe(learner, row, gauged=False)  # makes the gradients, which count as resident
+        on_gpu = []
+        for gb in gpus:
+            limit = usable(gb * GB, learner.ranks.device, gb * GB)
+            sizes = range(1, len(examples) + 1)
+            fitting = [
+                m for m in sizes if resident + fit.peak(m * row.positions, m * row.supervised) <= limit
+            ]
+            rows = max(fitting, default=0)
+            on_gpu.append({"gb": gb, "rows": rows, "peak": peak(rows) if rows else None})
+        return shown | {
+            "dtype": str(learner.hardware.dtype).removeprefix("torch."),
+            "checkpointing": learner.checkpointing,
+            "bytes": parts,
+            "one_row": peak(1),
+            "gpus": on_gpu,
+        }
+
+
+@contextmanager
+def _learner(recipe: Recipe, folder: str) -> Iterator[Learner]:
+    there = recipe.override([f"model.name={folder}"])
+    with traced(there, objective(recipe.objective.name, **recipe.objective.numbers), 0) as learner:
+        yield learner
+
+
+def saved_by_sharding(learner: Learner, processes: int) -> int:
+    """Bytes of frozen weights that a process need not hold with `train.shard` (`sharding.py`), computed.
+
+    Packed weights of decoder layers are shared out; quantization scales, embeddings and head are not.
+    """
+    core = bare(learner.model)
+    layers = [m for m in core.modules() if type(m).__name__ in set(core._no_split_modules)]
+    sizes = [sum(p.nbytes for p in layer.parameters() if not p.requires_grad) for layer in layers]
+    return sum(sizes) - sum(sizes) // processes - GATHERED * max(sizes)
