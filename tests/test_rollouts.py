@@ -246,7 +246,9 @@ def cut_back(whole, run_dir, step):
         shutil.rmtree(run_dir / "checkpoints" / f"step-{later:06d}")
 
 
-@pytest.mark.parametrize("name", ["grpo", "ppo", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["ppo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grpo", "dpo"))]
+)
 def test_a_run_resumes_bit_exactly_within_a_rollout(name, whole_runs):
     """The answers that steps 5 and 6 learn from are in the checkpoint of step 4."""
     step = 4

@@ -120,6 +120,7 @@ def accelerate_loop(plan, rank=0, world=1):
     return adapter_of(model)
 
 
+@pytest.mark.slow
 def test_accelerate_in_two_processes(plan, own, tmp_path):
     """The shares differ in length: a mean of the processes' means would be off."""
     code = (
