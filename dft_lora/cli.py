@@ -215,7 +215,13 @@ def sample(
 
 @main.command()
 @runs_argument
-@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Task to evaluate; may be repeated.")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="NAME|FILE",
+    help="Task to evaluate, or a .jsonl, .json or .parquet file with your own test set; may be repeated.",
+)
 @click.option(
     "--samples", type=click.IntRange(1), help="Sampled answers per problem, in addition to the greedy one."
 )
@@ -236,10 +242,14 @@ def evaluate(
     answers. The run must have finished. RUN_DIR/checkpoints/step-N evaluates a checkpoint instead; its
     results go to RUN_DIR/steps/step-N. The run's report.json covers all tasks evaluated so far.
 
+    A file's rows have the columns of the recipe's data, or problem, solution and answer, or messages. Rows
+    with an answer are judged; of others the solution is scored token by token, and nothing is sampled.
+
     Several GPUs: accelerate launch -m dft_lora evaluate ...
 
     Example: dft-lora evaluate runs/tiny_dft --task arithmetic --samples 4
     """
+    from .data.own_tasks import task_title
     from .evaluation.evaluate import evaluate as run
     from .evaluation.report import write_own_report, write_report
     from .evaluation.run_set import asked_tasks, recipes_of
@@ -259,7 +269,7 @@ def evaluate(
     for folder in folders:
         write_own_report(folder)
     asked = asked_tasks(recipes_of(folders, changes), tasks)
-    show_report(write_report(folders, None, tasks=asked), as_json)
+    show_report(write_report(folders, None, tasks=[task_title(name) for name in asked]), as_json)
 
 
 @main.command()

@@ -72,7 +72,7 @@ def evaluate(
     same_base(folders, recipes)
     same_settings(folders, recipes, free={"tasks"} if tasks else ())
     renderer = renderer_of(folders, recipes)
-    asked = asked_problems(asked_tasks(recipes, tasks), settings, renderer, limit)
+    asked = asked_problems(asked_tasks(recipes, tasks), recipes[0], renderer, limit)
     base = unchanged_base(folders, recipes[0].model)
     shard = Shard.of_this_process()
     work = {}
@@ -81,7 +81,7 @@ def evaluate(
             protocol = Protocol.of(
                 its.task, its.problems, settings, its.renderer, folder.adapter_digest, base
             )
-            work[title, name] = Answers(folder, protocol, its.problems, overwrite, shard)
+            work[title, name] = Answers(folder, protocol, its.task, its.problems, overwrite, shard)
     complete = all(answers.missing() == [] for answers in work.values())
     if ENGINES[settings.engine].scores_tokens:
         complete &= all(references_scored(folder, asked, base) for folder in folders)
@@ -121,6 +121,7 @@ def _complete(
         score_references(engine.model, renderer, folders, asked, base)
     shard.wait()
     for answers in work.values() if shard.is_main else ():
+        answers.add(())  # a file, even if nothing was sampled
         answers.gather()
     shard.wait()
 

@@ -50,6 +50,7 @@ def _metrics(tables: Mapping[str, TokenTable]) -> dict[str, Any]:
             "nll_ci95": list(st.unbounded_interval(table.nll_E)),
             "mean_probability": float(table.p_M.mean()),
             "p_end": float(table.end_E.mean()),
+            **({} if table.top1_M is None else {"token_accuracy": float(table.top1_M.mean())}),
             "entropy": float(table.entropy_M.mean()),
             "share_below_0.1": float((table.p_M < 0.1).mean()),
             "share_above_0.9": float((table.p_M > 0.9).mean()),

@@ -99,7 +99,7 @@ def make_plan(recipe: Recipe) -> Plan:
         examples = rendered
     else:
         rendered = [renderer.render(problem) for problem in rows.problems if problem.solution is not None]
-        counts, findings = check_data(rows, rendered, limit, recipe.evaluate.tasks)
+        counts, findings = check_data(rows, rendered, limit, recipe.evaluate.tasks, recipe.data)
         examples = _marked_pairs(rendered, limit) if kind == "pairs" else usable(rendered, limit)
     if not examples:
         raise DataError(
@@ -131,7 +131,7 @@ def _steps(recipe: Recipe, kind: Kind, examples: int) -> int:
 def _prompts(recipe: Recipe, renderer: Renderer, rows: Rows) -> tuple[list[Problem], list[Example], Found]:
     """Problems with a reference answer whose prompts fit, and these prompts."""
     limit = recipe.data.max_length
-    counts, findings = check_rows(rows, recipe.evaluate.tasks, own_answers=True)
+    counts, findings = check_rows(rows, recipe.evaluate.tasks, recipe.data, own_answers=True)
     asked = [(p, tuple(renderer.prompt_ids(p.messages))) for p in judgeable(rows, recipe.data)]
     fitting = [(p, Example(p.id, ids, len(ids))) for p, ids in asked if len(ids) <= limit]
     if over := tuple(p.id for p, ids in asked if len(ids) > limit):
