@@ -141,6 +141,8 @@ def _answer(engine: Engine, asked: Asked, work: Mapping[str, Answers], settings:
     jobs: list[tuple[str, Problem, int]] = []
     for name, answers in work.items():
         jobs += [(name, problem, sample) for problem, sample in answers.missing()]
+    if not jobs:
+        return
     for _, problem, _ in jobs:
         if problem.id not in prompts:
             prompts[problem.id] = tuple(renderer.prompt_ids(problem.messages))

@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from ..config import EvaluateConfig, digest
-from ..data.templates import Renderer
+from ..data.templates import Renderer, shown
 from ..tasks.base import Problem, Task
 
 GREEDY = -1
@@ -60,7 +60,7 @@ class Protocol:
         """The differences from a recorded protocol, each as text for an error message."""
         mine = self.recorded()
         found = [
-            f"{f.name}: {other.get(f.name)!r} -> {mine.get(f.name)!r}"
+            f"{f.name}: {said(f.name, other)} -> {said(f.name, mine)}"
             for f in fields(self)
             if f.name not in (*WEIGHTS, "engine") and other.get(f.name) != mine.get(f.name)
         ]
@@ -105,6 +105,14 @@ class Protocol:
             base=base,
             file=task.file,
         )
+
+
+def said(field: str, protocol: Mapping[str, Any]) -> str:
+    """A field of a recorded protocol in an error message."""
+    value = protocol.get(field)
+    if field == "template":
+        return shown(str(value))
+    return str(value)[:8] if field == "file" else repr(value)
 
 
 def _identity(problem: Problem) -> list[Any]:

@@ -17,7 +17,7 @@ from ..errors import RequestError
 from ..runs.folder import RunFolder, make_writable, write_json, write_text
 from ..runs.provenance import certificate
 from . import statistics as st
-from .protocol import FORGETTING, WEIGHTS, Protocol
+from .protocol import FORGETTING, WEIGHTS, Protocol, said
 from .task_results import TaskResults, complete_tasks, evaluated_tasks
 from .text import report_markdown
 from .token_metrics import token_metrics
@@ -138,9 +138,9 @@ def _differences(left: TaskResults, right: TaskResults, free: Collection[str]) -
     reported_below = {"problems", "problems_hash", "template_hash"}
     known = [f.name for f in fields(Protocol) if f.name not in reported_below | {*free, *WEIGHTS}]
     found = [
-        f"{k} {' and '.join(shown(v) if k == 'template' else repr(v) for v in values)}"
-        for k, values in ((k, [side.protocol.get(k) for side in (left, right)]) for k in known)
-        if values[0] != values[1]
+        f"{k} {said(k, left.protocol)} and {said(k, right.protocol)}"
+        for k in known
+        if left.protocol.get(k) != right.protocol.get(k)
     ]
     only = [len(set(x.problems) - set(y.problems)) for x, y in ((left, right), (right, left))]
     if any(only):

@@ -57,22 +57,25 @@ def asked_problems(
             raise RequestError(
                 f"--task {name}: two test sets are named {task.name!r}; rename one of the files"
             )
+        if task.by_likelihood:
+            _needs_plain(name, "its choices", settings.engine)
         problems = task.problems()[:limit]
         if not problems:
             raise RequestError(f"--task {name}: the task has no problems")
-        scored = "its choices" if task.by_likelihood else None
         if not all(map(task.judges, problems)):
-            scored = "solutions of rows without a reference answer"
-        if scored and settings.engine != "plain":
-            raise RequestError(
-                f"--task {name}: scores {scored}, which evaluate.engine {settings.engine!r} cannot do; "
-                "use plain"
-            )
+            _needs_plain(name, "solutions of rows without a reference answer", settings.engine)
         own = task.template if settings.template == "same" else None
         asked[task.name] = Asked(task, problems, Renderer(renderer.tokenizer, own) if own else renderer)
         if task.file is not None:
             _check_prompts(name, asked[task.name])
     return asked
+
+
+def _needs_plain(name: str, scored: str, engine: str) -> None:
+    if engine != "plain":
+        raise RequestError(
+            f"--task {name}: scores {scored}, which evaluate.engine {engine!r} cannot do; use plain"
+        )
 
 
 def _check_prompts(name: str, asked: Asked) -> None:

@@ -20,6 +20,7 @@ from ..tasks.choice import LETTERS, normalised
 from . import statistics as st
 from .attempts import read_attempts
 from .protocol import GREEDY, other_weights
+from .token_metrics import summary
 from .token_table import TokenTable, tokens_file
 
 log = logging.getLogger(__name__)
@@ -114,16 +115,7 @@ class TaskResults:
         """Metrics of the solutions without a reference answer; None if there are none."""
         if self.texts is None:
             return None
-        return {
-            "rows": len(self.texts.nll_E),
-            "nll": float(self.texts.nll_E.mean()),
-            "nll_ci95": list(st.unbounded_interval(self.texts.nll_E)),
-            "token_accuracy": _share(self.texts.top1_M) if self.texts.top1_M is not None else None,
-            "mean_probability": float(self.texts.p_M.mean()),
-            "p_end": float(self.texts.end_E.mean()),
-            "tokens": len(self.texts.ids_M),
-            "template": self.protocol["template"],
-        }
+        return {"rows": len(self.texts.nll_E), **summary(self.texts), "template": self.protocol["template"]}
 
     def _by_tag(self) -> dict[str, dict[str, Any]]:
         """Accuracy per value of each tag that has few values: steps, level, subject."""

@@ -13,7 +13,7 @@ from ..events import FRAME, MODEL, on_gpu, one_line_errors, validate
 from ..session import Answer, Question, Session
 from ..text import DELIMITERS
 from ..views import answers_view
-from .picker import connect_picker, picker
+from .picker import ProblemSets, connect_picker, picker
 
 EXAMPLE = 20  # in the test set; at the page's default settings the demo's runs answer it differently
 
@@ -41,7 +41,7 @@ class CompareInputs:
     comparison: gr.State
 
 
-def compare_tab(session: Session) -> CompareInputs:
+def compare_tab(session: Session, sets: ProblemSets) -> CompareInputs:
     example = get_task("arithmetic").problems()[EXAMPLE]
     with gr.Tab("Compare", id="compare"):
         comparison = gr.State(None)
@@ -70,7 +70,7 @@ def compare_tab(session: Session) -> CompareInputs:
                     stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
         with gr.Row(elem_classes="more"):
             with gr.Column(min_width=280), gr.Accordion("Pick a problem", open=False):
-                task, level, pick = picker()
+                task, level, pick = picker(sets)
             with gr.Column(min_width=280), gr.Accordion("Sampling", open=False):
                 temperature = gr.Slider(0, 1.5, 1.0, step=0.1, label="Temperature", info="0 means greedy")
                 samples = gr.Slider(1, 8, 1, step=1, label="Samples per run")
@@ -127,5 +127,5 @@ def compare_tab(session: Session) -> CompareInputs:
     stop.click(None, cancels=[run], api_visibility="private").then(
         stopped, comparison, answers, show_progress="hidden", api_visibility="private"
     )
-    connect_picker(task, level, pick, [problem, reference, solution])
+    connect_picker(sets, task, level, pick, [problem, reference, solution])
     return CompareInputs(problem, reference, solution, max_new_tokens, seed, comparison)
