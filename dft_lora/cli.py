@@ -381,6 +381,35 @@ def app(run_dirs, **options) -> None:
     serve(run_dirs, **options)
 
 
+@main.command()
+@click.argument("run_dir", type=UserPath())
+@click.option("--base", is_flag=True, help="Show the untouched base's answers beside the run's.")
+@click.option("--system", metavar="TEXT", help="A system turn at the start of the conversation.")
+@click.option("--temperature", default=0.0, show_default=True, help="Sampling temperature; 0 is greedy.")
+@click.option(
+    "--max-new-tokens",
+    default=512,
+    show_default=True,
+    type=click.IntRange(1),
+    help="The longest answer.",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, SEEDS - 1), help="Of sampling.")
+def chat(run_dir: str, temperature: float, **options) -> None:
+    """Talk to a run in the terminal.
+
+    Each line is a message; /new starts over. Ctrl-C stops an answer, Ctrl-D ends. Lines from a pipe are
+    answered in order.
+
+    Example: dft-lora chat runs/tiny_dft --base
+    """
+    if not 0 <= temperature < float("inf"):
+        raise RequestError(f"--temperature: {temperature}; give 0 (greedy) or more")
+    from .chat import chat as run
+    from .runs.folder import open_runs
+
+    run(open_runs([run_dir])[0], temperature=temperature, **options)
+
+
 @main.group(cls=Commands)
 def recipes() -> None:
     """The recipes that come with the package."""
