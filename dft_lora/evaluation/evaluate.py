@@ -132,6 +132,11 @@ def _kept(work: Collection[Answers]) -> str:
     return f"evaluation stopped: {kept} of {asked} answers are kept"
 
 
+def before(text: str, stop: Collection[str]) -> str:
+    """A text up to the first of the stop texts in it."""
+    return text[: min((place for stop_ in stop if (place := text.find(stop_)) >= 0), default=len(text))]
+
+
 def _answer(engine: Engine, asked: Asked, work: Mapping[str, Answers], settings: EvaluateConfig) -> None:
     """Generate, judge and write the missing answers of all runs to one task, in batches across runs."""
     from tqdm import tqdm
@@ -162,7 +167,7 @@ def _answer(engine: Engine, asked: Asked, work: Mapping[str, Answers], settings:
 
     def flush() -> None:
         whole = [renderer.decode(completion.ids) for _, completion in pending]
-        texts = [task.cut(text) for text in whole]
+        texts = [task.cut(before(text, settings.stop)) for text in whole]
         pairs = [(text, jobs[i][1]) for (i, _), text in zip(pending, texts, strict=True)]
         verdicts = task.judge_many(pairs)
         for (i, completion), text, all_, verdict in zip(list(pending), texts, whole, verdicts, strict=True):

@@ -47,6 +47,8 @@ class Protocol:
     """The fingerprint of the base's weights."""
     file: str | None = None
     """sha256 of the content of an own test set."""
+    shots: int = 0
+    stop: tuple[str, ...] = ()
 
     def recorded(self) -> dict[str, Any]:
         """The protocol as JSON values. Fields at their defaults are left out, as earlier versions did."""
@@ -104,12 +106,14 @@ class Protocol:
             adapter=adapter,
             base=base,
             file=task.file,
+            shots=settings.shots,
+            stop=settings.stop if sampled else (),
         )
 
 
 def said(field: str, protocol: Mapping[str, Any]) -> str:
     """A field of a recorded protocol in an error message."""
-    value = protocol.get(field)
+    value = protocol.get(field, {"shots": 0, "stop": []}.get(field))
     if field == "template":
         return shown(str(value))
     return str(value)[:8] if field == "file" else repr(value)

@@ -14,6 +14,7 @@ from ..model.fingerprint import base_fingerprint
 from ..model.load import load_tokenizer
 from ..runs.folder import RunFolder
 from ..tasks.base import Problem, Task
+from .shots import shots_for
 
 
 def recipes_of(folders: Sequence[RunFolder], changes: Sequence[str]) -> list[Recipe]:
@@ -65,7 +66,8 @@ def asked_problems(
         if not all(map(task.judges, problems)):
             _needs_plain(name, "solutions of rows without a reference answer", settings.engine)
         own = task.template if settings.template == "same" else None
-        asked[task.name] = Asked(task, problems, Renderer(renderer.tokenizer, own) if own else renderer)
+        its = Renderer(renderer.tokenizer, own) if own else renderer
+        asked[task.name] = Asked(task, problems, its.after(shots_for(task, recipe)))
         if task.file is not None:
             _check_prompts(name, asked[task.name])
     return asked
