@@ -116,15 +116,15 @@ def base(tmp_path):
 
 def test_an_evaluation_with_shots_and_stop(base):
     """Its protocol is another one; by default nothing of it is recorded, as in earlier versions."""
-    asked = {"limit": 4, "changes": ["samples=1"]}
+    asked = {"limit": 2, "changes": ["samples=1"]}
     evaluate([base.path], ["arithmetic"], **asked)
     file = base.evaluation("arithmetic")
     plain, answers = read_json(file.with_suffix(".json"))["protocol"], read_attempts(file)
     assert not {"shots", "stop", "file"} & set(plain)
-    changed = {"limit": 4, "changes": ["samples=1", "shots=2", 'stop=["####"]']}
+    changed = {"limit": 2, "changes": ["samples=1", "shots=2", 'stop=["####"]']}
     with pytest.raises(RequestError, match=r"template_hash: .*; shots: 0 -> 2; stop: \[\] -> \['####'\]"):
         evaluate([base.path], ["arithmetic"], **changed)
-    stopped = {"limit": 4, "changes": ["samples=1", 'stop=["####"]'], "overwrite": True}
+    stopped = {"limit": 2, "changes": ["samples=1", 'stop=["####"]'], "overwrite": True}
     evaluate([base.path], ["arithmetic"], **stopped)
     for whole, cut in zip(answers, read_attempts(file), strict=True):
         assert cut.text == before(whole.text, ["####"]) and cut.tokens <= whole.tokens
