@@ -149,6 +149,8 @@ class ObjectiveConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
     name: str = "dft"
+    teacher: str | None = None
+    """A run folder over the same base, for `target-sft`."""
 
     @property
     def numbers(self) -> dict[str, Any]:

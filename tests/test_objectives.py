@@ -108,6 +108,16 @@ def gift(x, sg, beta=20.0):
     return -(target_MV * x.p_MV.log()).sum(-1) + constant
 
 
+def target_sft(x, sg, eta=0.5):
+    """Cross-entropy to the target distribution, less its constant; q is the reference here."""
+    y_M = (x.p_MV == x.p[:, None]).double().argmax(1)
+    at_y_MV = torch.nn.functional.one_hot(y_M, x.p_MV.shape[1])
+    p_M1 = sg(x.p)[:, None]
+    target_MV = p_M1 * at_y_MV + (1 - p_M1) * x.base_MV
+    constant = (1 - sg(x.p)) * (x.base_MV * x.base_MV.log()).sum(-1)
+    return -(target_MV * x.p_MV.log()).sum(-1) + constant
+
+
 FORMULAS = {
     "sft": lambda x, sg: -x.p.log(),
     "dft": dft,
@@ -125,6 +135,7 @@ FORMULAS = {
     "prift": lambda x, sg: -x.base * x.p.log(),
     "gift": gift,
     "psft": lambda x, sg, clip=0.28: -torch.minimum(x.p / x.base, (x.p / x.base).clamp(1 - clip, 1 + clip)),
+    "target-sft": target_sft,
     "cadft": cadft,
     "eaft": eaft,
     "deft": deft,
@@ -145,6 +156,7 @@ NUMBERS = {
     "asft": {"lam": 0.7},
     "gift": {"beta": 1.5},
     "psft": {"clip": 0.5},
+    "target-sft": {"eta": 0.3},
     "infosft": {"ceiling": 0.6},
     "focal": {"gamma": 0.5},
 }
@@ -340,6 +352,35 @@ def test_every_other_pair_differs():
     for i, a in enumerate(slopes):
         for b in list(slopes)[i + 1 :]:
             assert (distance(slopes[a], slopes[b]) > 1e-3) != ((a, b) in twins), (a, b)
+
+
+@pytest.mark.parametrize("eta", [0.2, 1.0])
+def test_target_sft_is_cross_entropy_to_its_target(eta):
+    """As a training step computes it: q is proportional to model^(1 - eta) teacher^eta, with no such tensor.
+
+    Where the teacher is the model itself, that is DFT.
+    """
+    wanted = objective("target-sft", eta=eta)
+    hidden, weight, bias, teacher = UNEVEN.tensors
+    targets, kept = UNEVEN.targets, UNEVEN.targets != -100
+
+    def by_engine(teacher):
+        h = hidden.clone().requires_grad_()
+        mixture = (1 - eta) * hidden + eta * teacher
+        assert distance(wanted.toward(hidden, teacher), mixture) < 1e-6
+        reference = token_logps(mixture, weight, targets, bias, keep_jacobian=True)
+        scores = token_logps(h, weight, targets, bias, needs=wanted.needs, reference=reference)
+        return torch.autograd.grad(wanted(scores), h)[0]
+
+    h = hidden.clone().requires_grad_()
+    logp_MV = (h[kept] @ weight.T + bias).log_softmax(-1)
+    teacher_MV = (teacher[kept] @ weight.T + bias).log_softmax(-1)
+    q_MV = ((1 - eta) * logp_MV + eta * teacher_MV).softmax(-1).detach()
+    at_y_MV = torch.nn.functional.one_hot(targets[kept], len(weight))
+    p_M1 = logp_MV.detach().exp().gather(1, targets[kept, None])
+    loss = -((p_M1 * at_y_MV + (1 - p_M1) * q_MV) * logp_MV).sum()
+    assert distance(by_engine(teacher), torch.autograd.grad(loss, h)[0]) < 1e-12
+    assert distance(by_engine(hidden), by_formula("dft", {})[1]) < 1e-12
 
 
 def step_signals(wanted, case) -> dict[str, torch.Tensor]:

@@ -14,9 +14,11 @@ from ..data.sources import Kind, Rows, judgeable, load_problems
 from ..data.templates import Example, Renderer
 from ..errors import DataError, RecipeError
 from ..loss import REFERENCE_NEEDS, ObjectiveError, objective
+from ..model.fingerprint import base_fingerprint
 from ..model.limits import caps_logits, positions, refuse_unknown_tokens
 from ..model.load import load_model_config, load_tokenizer
 from ..model.starts import CHANGES_BASE
+from ..runs.folder import RunFolder
 from ..tasks import judge_of
 from ..tasks.base import Problem
 
@@ -84,6 +86,7 @@ def make_plan(recipe: Recipe) -> Plan:
             f"adapter.init: {recipe.adapter.init} changes the base that {chosen.name!r} compares with; use "
             "default, or another objective"
         )
+    _check_teacher(recipe, chosen)
     base = load_model_config(recipe.model)
     if "reference_kl" in chosen.needs and caps_logits(base):
         raise RecipeError(
@@ -112,6 +115,29 @@ def make_plan(recipe: Recipe) -> Plan:
     )
     _refuse_long_rows(plan, positions(base))
     return plan
+
+
+def _check_teacher(recipe: Recipe, chosen: Any) -> None:
+    """Raises RecipeError for a missing or needless teacher, RequestError for one that cannot be used."""
+    teacher = recipe.objective.teacher
+    if teacher is None and chosen.toward is None:
+        return
+    if chosen.toward is None:
+        raise RecipeError(f"objective.teacher: {chosen.name!r} has no teacher; leave it out")
+    if teacher is None:
+        raise RecipeError(
+            f"objective.teacher: {chosen.name!r} needs one; name a finished run over the same base"
+        )
+    if recipe.train.shard or recipe.model.backend != "plain":
+        where = "train.shard" if recipe.train.shard else f"model.backend {recipe.model.backend!r}"
+        raise RecipeError(f"objective.teacher: not with {where}")
+    run = RunFolder.open(teacher)
+    if not (run.finished and run.has_adapter):
+        raise RecipeError(f"objective.teacher: {teacher} has no adapter of a finished run")
+    if run.base_fingerprint != base_fingerprint(recipe.model):
+        raise RecipeError(
+            f"objective.teacher: {teacher} has another base ({run.recipe().model.name}) than this recipe"
+        )
 
 
 def data_kind(recipe: Recipe, chosen: Any) -> Kind:
