@@ -15,7 +15,7 @@ SMALL = {"train.batch_size": 2, "train.micro_batch_size": 2, "train.max_steps": 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """The folder of the part "tiny", and the lines that two runs of it printed."""
+    """The folder of the part "tiny", and the lines that two runs of it printed; then it runs with two seeds."""
     out = tmp_path_factory.mktemp("real")
     study = replace(
         STUDY,
@@ -30,7 +30,8 @@ def recorded(tmp_path_factory):
         first = list(real.run(out, [0], ["tiny"]))
         times = {file: file.stat().st_mtime_ns for file in out.rglob("*.json")}
         again = list(real.run(out, [0], ["tiny"]))
-    assert times == {file: file.stat().st_mtime_ns for file in times}
+        assert times == {file: file.stat().st_mtime_ns for file in times}
+        list(real.run(out, [0, 1], ["tiny"]))
     return out, first, again
 
 
@@ -50,6 +51,13 @@ def test_each_remedy_is_compared_with_sft_and_with_plain_dft(recorded):
 def test_finished_parts_are_kept(recorded):
     _, first, again = recorded
     assert first == again and len(first) == 2
+
+
+def test_more_seeds_are_added_to_what_is_recorded(recorded):
+    out, _, _ = recorded
+    remedies = json.loads((out / "real.json").read_text())["bases"]["tiny"]["remedies"]
+    assert remedies["seeds"] == [0, 1]
+    assert len(remedies["found"]["dft"]["against_sft"]["seeds"]) == 2
 
 
 def test_the_runs_differ_in_their_objective(recorded):
