@@ -62,7 +62,9 @@ def tile_mlps(model: Any, tokens: int) -> None:
     """
     mlps = [module for name, module in bare(model).named_modules() if name.endswith(".mlp")]
     if not mlps or not all(hasattr(mlp, "down_proj") for mlp in mlps):
-        raise ModelError("train.mlp_tile: the layers of this model have no MLP with a down_proj; leave it out")
+        raise ModelError(
+            "train.mlp_tile: the layers of this model have no MLP with a down_proj; leave it out"
+        )
     for mlp in mlps:
         mlp.forward = partial(_in_tiles, mlp.forward, tokens)
 
