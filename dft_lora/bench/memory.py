@@ -1,6 +1,6 @@
 """Peak memory of training steps, traced on shapes alone: no GPU, no weights.
 
-`measure_recipes` takes the shipped recipes: each step has rows of about the recipe's longest length, the worst
+`measure_recipes` takes the shipped recipes: each step has rows of about the longest length, the worst
 case of a run; several rows are padded. `measure_longest` asks how long a single row may be.
 """
 
