@@ -158,8 +158,8 @@ def longest_table(result: dict[str, Any]) -> str:
             *lines,
             "",
             "GB of tensors and tokens of a single row, traced on shapes alone (nf4, LoRA r 16 in float32, "
-            "each line with what the line before has), not measured on a GPU; 0.6 GB for the CUDA context and "
-            f"6 % for fragmentation are kept free. torch {version['torch']}, transformers "
+            "each line with what the line before has), not measured on a GPU; 0.6 GB for the CUDA context and"
+            f" 6 % for fragmentation are kept free. torch {version['torch']}, transformers "
             f"{version['transformers']}, bitsandbytes {version['bitsandbytes']}, {made['date'][:10]}, commit "
             f"{made['commit']}.",
         ]
