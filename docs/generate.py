@@ -323,6 +323,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "bench-train": partial(bench, "train"),
     "bench-packing": partial(bench, "packing"),
     "bench-memory": partial(bench, "memory"),
+    "bench-longest": partial(bench, "longest"),
 }
 
 
