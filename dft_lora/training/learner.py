@@ -27,6 +27,7 @@ from ..errors import RunError
 from ..loss import REFERENCE_NEEDS, Objective, TokenScores, chunk_rows, token_logps
 from ..model.attention import choose_arrangement
 from ..model.backends import build
+from ..model.long_rows import offloaded
 from ..model.memory import give_back_large_blocks
 from ..model.starts import config_over_base, from_base, over_base
 from ..model.teacher import as_teacher
@@ -197,7 +198,8 @@ class Learner:
 
     def out_of_memory(self, batches: Sequence[Batch], passed: int) -> str:
         sizes = [(len(batch.input_ids_BL), batch.input_ids_BL.shape[1]) for batch in batches]
-        return out_of_memory_text(self.layout, sizes, passed, self.checkpointing)
+        tile = self.recipe.train.mlp_tile
+        return out_of_memory_text(self.layout, sizes, passed, self.checkpointing, tile)
 
     def update(self, loss: float) -> tuple[float, bool, bool]:
         """Clip and step. Returns the gradient norm, whether weights changed, and whether the step was sound.
@@ -315,7 +317,8 @@ class Learner:
 
     def hidden(self, model: Any, batch: Batch) -> torch.Tensor:
         """The last hidden states of a micro-batch, but for its last position, which predicts nothing."""
-        return self.hidden_states(model, **batch.inputs(self.ranks.device))[:, :-1]
+        with offloaded() if self.recipe.train.offload_activations else nullcontext():
+            return self.hidden_states(model, **batch.inputs(self.ranks.device))[:, :-1]
 
     def scores_at(self, h_BLD: torch.Tensor, batch: Batch, **more: Any) -> TokenScores:
         """The scores of a micro-batch whose hidden states are these."""
