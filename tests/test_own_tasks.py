@@ -178,6 +178,12 @@ def test_training_data_is_checked_against_an_own_test_set(tmp_path):
     assert any(set(finding.rows) == {p.id for p in asked} for finding in findings)
 
 
+def test_a_file_does_not_hide_a_task_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "arithmetic").write_text("not a test set")
+    assert find_task("arithmetic", DataConfig()) is get_task("arithmetic")
+
+
 def test_a_table_of_chosen_examples():
     number_M = np.array([0, 0, 1, 2, 2])
     column_M = np.arange(5, dtype=np.float32)

@@ -43,7 +43,7 @@ class OwnTask(Task):
 
 def is_file(name: str) -> bool:
     """Whether the name of a task is meant as a file."""
-    return name.endswith(SUFFIXES) or os.path.isfile(name)
+    return name.endswith(SUFFIXES) or (name not in task_names() and os.path.isfile(name))
 
 
 def task_title(name: str) -> str:
