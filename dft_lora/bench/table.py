@@ -142,7 +142,52 @@ def memory_table(result: dict[str, Any]) -> str:
     )
 
 
+def choices_table(result: dict[str, Any]) -> str:
+    """One result of `bench choices` as Markdown: ours, what was published, and the difference in points."""
+    made = result["provenance"]
+    lines = [
+        "| base | held as | set | problems | rule | ours, % (95 % interval) | chance | published | difference |",
+        "|---|---|---|---:|---|---:|---:|---:|---:|",
+    ]
+    sources = []
+    for row in result["rows"]:
+        share, (low, high) = row["accuracy"][row["rule"]], row["ci95"]
+        cells = [row["base"], row["quantization"], row["set"], str(row["problems"]), f"`{row['rule']}`"]
+        cells += [f"{100 * share:.1f} ({100 * low:.1f} to {100 * high:.1f})", f"{100 * row['chance']:.0f}"]
+        if row["published"]:
+            figure, source = row["published"]
+            sources += [] if source in sources else [source]
+            cells += [f"{100 * figure:.1f} [{sources.index(source) + 1}]"]
+            cells += [
+                f"{100 * (share - figure):+.1f} ({100 * (low - figure):+.1f} to {100 * (high - figure):+.1f})"
+            ]
+        else:
+            cells += ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    compared = [
+        f"{row['equal_choices'][row['rule']]} of {row['problems']} ({row['base']}, {row['set']})"
+        for row in result["rows"]
+        if "equal_choices" in row
+    ]
+    said = (
+        f" lm-evaluation-harness {made['peers']['lm-eval']}, its own tasks on the same unpacked weights and "
+    )
+    same = f"{said}rows, chose the same: {', '.join(compared)}." if compared else ""
+    notes = "; ".join(f"[{number}] {source}" for number, source in enumerate(sources, start=1))
+    versions = made["versions"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Published: {notes}. The first problems of each set, no examples in the prompt. Made by "
+            f"`{made['command']}` on {made['date'][:10]}, commit {made['commit']}, torch {versions['torch']}, "
+            f"transformers {versions['transformers']}.{same}",
+        ]
+    )
+
+
 TABLES = {
+    "choices": choices_table,
     "memory": memory_table,
     "loss": loss_table,
     "train": train_table,
