@@ -257,7 +257,7 @@ def choices(bases, names, limit, harness, threads, out) -> None:
         raise MissingPart("--harness: lm-evaluation-harness is not installed; pip install lm-eval")
     torch.set_num_threads(threads)
     result = measure(bases, names or SETS, limit, harness=harness)
-    keep(result, out, "choices-real")
+    keep(result, out, f"choices-{'-'.join(bases)}")
     click.echo(choices_table(result))
 
 

@@ -146,7 +146,7 @@ def choices_table(result: dict[str, Any]) -> str:
     """One result of `bench choices` as Markdown: ours, what was published, and the difference in points."""
     made = result["provenance"]
     lines = [
-        "| base | held as | set | problems | rule | ours, % (95 % interval) | chance | published | difference |",
+        "| base | held as | set | problems | rule | ours, % (interval) | chance | published | difference |",
         "|---|---|---|---:|---|---:|---:|---:|---:|",
     ]
     sources = []
@@ -179,9 +179,9 @@ def choices_table(result: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"Published: {notes}. The first problems of each set, no examples in the prompt. Made by "
-            f"`{made['command']}` on {made['date'][:10]}, commit {made['commit']}, torch {versions['torch']}, "
-            f"transformers {versions['transformers']}.{same}",
+            f"Published: {notes}. 95 % intervals over our problems, the first of each set, without examples in "
+            f"the prompt. Made by `{made['command']}` on {made['date'][:10]}, commit {made['commit']}, torch "
+            f"{versions['torch']}, transformers {versions['transformers']}.{same}",
         ]
     )
 

@@ -10,6 +10,7 @@ from ...errors import RequestError
 from ...tasks import get_task, task_names
 from ...tasks.base import Problem
 from ..events import one_line_errors
+from ..session import Picked, Question
 
 ANY = "any"
 
@@ -40,7 +41,7 @@ def random_problem(name: str, level: str) -> Problem:
 
 
 def connect_picker(task, level, pick, fields) -> None:
-    """A picked problem goes into `fields`: problem, reference answer and reference solution."""
+    """A picked problem goes into `fields`: problem, reference answer, reference solution, and the Picked."""
 
     @one_line_errors
     def levels(name: str):
@@ -49,7 +50,11 @@ def connect_picker(task, level, pick, fields) -> None:
     @one_line_errors
     def choose(name: str, wanted: str):
         problem = random_problem(name, wanted)
-        return problem.question, problem.answer or "", problem.solution or ""
+        picked, reference = Picked(name, problem), problem.answer or ""
+        if Question(problem.question, picked=picked).judge is None:
+            gr.Info(f"{name}: answers are programs; the page does not run them, so they get no verdict.")
+            reference = ""
+        return problem.question, reference, problem.solution or "", picked
 
     task.change(levels, task, level, show_progress="hidden", api_visibility="private")
     pick.click(choose, [task, level], fields, show_progress="minimal", api_visibility="private")

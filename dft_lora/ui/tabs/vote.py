@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import gradio as gr
 
 from ...errors import RequestError
-from ...tasks import task_names
+from ...tasks import get_task, task_names
 from ..events import MODEL, on_gpu, one_line_errors
 from ..session import Question, Session
 from ..text import DELIMITERS
@@ -21,7 +21,8 @@ def vote_tab(session: Session, ballot: Ballot) -> None:
     with gr.Tab("Vote", id="vote") as tab:
         held = gr.State(None)  # the pair stays on the server: the browser learns the names after the vote
         with gr.Row(elem_classes="controls"):
-            task = gr.Dropdown(task_names(), value="arithmetic-long", label="Problem set", min_width=160)
+            written = [name for name in task_names() if not get_task(name).by_likelihood]
+            task = gr.Dropdown(written, value="arithmetic-long", label="Problem set", min_width=160)
             new = gr.Button("New pair", variant="primary", elem_id="new-pair", min_width=120)
         pair_shown = gr.Markdown(pair_view(None), latex_delimiters=[*DELIMITERS], elem_id="pair")
         with gr.Row(elem_classes="choices", equal_height=True):
