@@ -25,7 +25,7 @@ from ..model.fingerprint import base_fingerprint
 from ..runs.folder import RunFolder, read_json, write_json
 from ..runs.provenance import certificate
 from ..tasks import available
-from .claims import FINDINGS, accuracy, contrast, greedy, kinds, sampled
+from .claims import FINDINGS, RIVALS, accuracy, contrast, greedy, kinds, sampled
 from .findings import STUDY as EMBEDDED
 from .study import Fields, Runs, Study
 
@@ -45,20 +45,22 @@ def real_study(base: str) -> Study:
     return Study(
         recipe=f"{base}_sft",
         settings={"train.save_steps": 10, "train.keep_checkpoints": 4, "evaluate.samples": 4},
-        rates=(5e-5, 2e-4, 5e-4, 1e-3),
+        rates=(5e-5, 3e-4, 1e-3, 2e-3),
         tasks=tuple(task for task in TASKS if available(task)),
         validation="word-problems-validation",
-        problems=100,
+        problems=60,
+        validation_problems=60,
         groups={
             "main": {},
             "facts": {"data.source": "codebook", "train.max_steps": 120, "train.save_steps": 60},
         },
-        own_problems=480,
+        own_problems=240,
         own_tokens=48,
         objectives=REMEDIES,
         swept=("sft", "dft", "iw-sft"),
         facts_rate=1e-3,
         seeds_per_rate=1,
+        once=(*RIVALS[1:], "facts", "checkpoints"),
     )
 
 
