@@ -179,7 +179,7 @@ def choices_table(result: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"Published: {notes}. 95 % intervals over our problems, the first of each set, without examples in "
+            f"Published: {notes}. 95 % intervals over our problems, the first of each set; no examples in "
             f"the prompt. Made by `{made['command']}` on {made['date'][:10]}, commit {made['commit']}, torch "
             f"{versions['torch']}, transformers {versions['transformers']}.{same}",
         ]

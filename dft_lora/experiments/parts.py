@@ -1,0 +1,62 @@
+"""An experiment in parts: each finding is written as soon as it is made, and a finished one is kept.
+
+OUT/parts/BASE PART.json     one finding, with its own provenance
+OUT/NAME.json                all of them: base -> part -> finding
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError, did_you_mean
+from ..model.fingerprint import base_fingerprint
+from ..runs.folder import read_json, write_json
+from ..runs.provenance import certificate
+from .study import Runs, Study
+
+Parts = Iterable[tuple[str, Callable[[], Any]]]
+"""(name of a part, what finds it out)."""
+
+
+def in_parts(
+    report: str,
+    out: Path,
+    seeds: Sequence[int],
+    only: Sequence[str],
+    studies: Mapping[str, Callable[[], Study]],
+    parts_of: Callable[[str, Runs], Parts],
+) -> Iterator[str]:
+    """Write OUT/`report`.json and yield the verdicts, one line each. `only` names studies; default: all.
+
+    Raises RequestError for an unknown study.
+    """
+    for name in only:
+        if name not in studies:
+            raise RequestError(f"--only {name!r}: no such part{did_you_mean(name, studies)}")
+    for name in only or studies:
+        study = studies[name]()
+        runs = Runs(study, out / name.replace(", ", "-").replace(" ", "-"), seeds)
+        base = base_fingerprint(runs.recipe("main", "sft", study.rates[0], seeds[0]).model)
+        for part, find in parts_of(name, runs):
+            file = out / "parts" / f"{name} {part}.json".replace("/", " ")
+            if not file.is_file():
+                write_json(
+                    file, {"base": name, "part": part, "found": find(), **certificate(fingerprint=base)}
+                )
+                write_together(out, report)
+            yield f"{name:22} {part:24} {_verdict(read_json(file)['found'])}"
+
+
+def write_together(out: Path, report: str) -> None:
+    """Put all finished parts together: OUT/`report`.json, base -> part -> what was found."""
+    bases: dict[str, Any] = {}
+    for file in sorted((out / "parts").glob("*.json")):
+        entry = read_json(file)
+        bases.setdefault(entry.pop("base"), {})[entry.pop("part")] = entry
+    write_json(out / f"{report}.json", {"bases": bases})
+
+
+def _verdict(found: Any) -> str:
+    return found.get("verdict", "done") if isinstance(found, dict) else "done"
