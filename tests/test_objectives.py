@@ -259,7 +259,7 @@ def test_the_uneven_batch_meets_every_bound_on_both_sides():
 
 
 def test_relative_tells_a_new_fact_from_a_contradiction():
-    """A tenth among ten equal digits has SFT's weight; the same tenth against a sure model has about DFT's."""
+    """p = 0.1 has SFT's weight among ten equal digits, and about DFT's where the model is sure."""
     wanted = objective("relative")
 
     def weight(other):

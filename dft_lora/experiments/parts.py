@@ -1,4 +1,4 @@
-"""An experiment in parts: each finding is written as soon as it is made, and a finished one is kept.
+"""An experiment in parts: each finding is written as soon as it is made, and kept for the same seeds.
 
 OUT/parts/BASE PART.json     one finding, with its own provenance
 OUT/NAME.json                all of them: base -> part -> finding
@@ -26,7 +26,8 @@ def in_parts(
     seeds: Sequence[int],
     only: Sequence[str],
     studies: Mapping[str, Callable[[], Study]],
-    parts_of: Callable[[str, Runs], Parts],
+    parts_of: Callable[[str, Any], Parts],
+    runs_of: Callable[[Study, Path, Sequence[int]], Runs] = Runs,
 ) -> Iterator[str]:
     """Write OUT/`report`.json and yield the verdicts, one line each. `only` names studies; default: all.
 
@@ -37,14 +38,13 @@ def in_parts(
             raise RequestError(f"--only {name!r}: no such part{did_you_mean(name, studies)}")
     for name in only or studies:
         study = studies[name]()
-        runs = Runs(study, out / name.replace(", ", "-").replace(" ", "-"), seeds)
+        runs = runs_of(study, out / name.replace(", ", "-").replace(" ", "-"), seeds)
         base = base_fingerprint(runs.recipe("main", "sft", study.rates[0], seeds[0]).model)
         for part, find in parts_of(name, runs):
             file = out / "parts" / f"{name} {part}.json".replace("/", " ")
-            if not file.is_file():
-                write_json(
-                    file, {"base": name, "part": part, "found": find(), **certificate(fingerprint=base)}
-                )
+            if not file.is_file() or read_json(file)["seeds"] != list(seeds):
+                made = {"base": name, "part": part, "seeds": list(seeds), "problems": study.problems}
+                write_json(file, {**made, "found": find(), **certificate(fingerprint=base)})
                 write_together(out, report)
             yield f"{name:22} {part:24} {_verdict(read_json(file)['found'])}"
 

@@ -5,7 +5,8 @@ token of a base model, or the words of a foreign format. Each remedy of REMEDIES
 plain DFT on both real bases, and on the embedded base with a foreign and with a known format.
 
 A part (`--only NAME`) is one base. OUT/real.json is written after each claim, so a stopped experiment shows
-what it has; run it again to continue. Two parts may run at the same time, with OMP_NUM_THREADS=1 each.
+what it has; run it again to continue, or with more seeds: the runs that are there are used again. Two parts
+may run at the same time, with OMP_NUM_THREADS=1 each.
 """
 
 from __future__ import annotations
@@ -110,8 +111,8 @@ def other_text_nll(folders: Sequence[RunFolder]) -> float:
 
 def parts_of(name: str, runs: Runs) -> Iterator[tuple[str, Callable[[], Any]]]:
     """What is found out about a base, in the order of its cost."""
-    yield "rates", lambda: {kind: _by_rate(runs.tried(kind)) for kind in runs.study.swept}
     yield "remedies", lambda: remedies(runs)
+    yield "rates", lambda: {kind: _by_rate(runs.tried(kind)) for kind in runs.study.swept}
     if name.startswith("tiny"):  # its claims are those of `experiment findings`
         return
     for claim, find in FINDINGS.items():

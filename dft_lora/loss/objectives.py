@@ -444,7 +444,7 @@ class Focal(Objective):
 
 @dataclass(frozen=True)
 class Knee(TokenWeighted):
-    """- sg(min(1, p / tau)) log p: SFT down to a probability of tau, DFT's slope below it. From this kit's lab.
+    """- sg(min(1, p / tau)) log p: SFT down to p = tau, DFT's slope below. From this kit's lab.
 
     DFT does two things at once: it mutes the least probable tokens, and it learns half-known ones more slowly
     than SFT. Only the first protects against wrong labels. This keeps SFT's full weight above tau, and unlike
@@ -469,9 +469,9 @@ class Relative(Weighted):
     """- sg(min(1, p e^H)) log p, H the entropy of the predicted distribution. From this kit's lab.
 
     e^-H is the probability of a typical token of that distribution. A target as probable as that is no
-    surprise, even at p = 0.1: the model does not know (a new fact: ten digits, all alike), and SFT's weight is
-    right. A target far below it contradicts a model that is sure (a wrong label), and DFT's caution is right.
-    DFT itself cannot tell the two apart, since it looks at p alone.
+    surprise, even at p = 0.1: the model does not know (a new fact: ten digits, all alike), and SFT's weight
+    is right. A target far below it contradicts a model that is sure (a wrong label), and DFT's caution is
+    right. DFT itself cannot tell the two apart, since it looks at p alone.
 
     Weakness: the base may be sure and wrong. A foreign format is such a case: its tokens starve as in DFT.
     """
