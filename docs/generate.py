@@ -272,6 +272,23 @@ def rates() -> str:
     return "\n".join(lines)
 
 
+def advice() -> str:
+    """What `diagnose` advised against what came out, over the recorded experiments."""
+    from dft_lora.experiments.advice import advice_table
+
+    return advice_table(RESULTS)
+
+
+def lab() -> str:
+    """The report of the recorded lab."""
+    from dft_lora.experiments.lab_report import markdown
+
+    file = RESULTS / "lab.json"
+    if not file.is_file():
+        return "The lab has not been run in full yet."
+    return markdown(json.loads(file.read_text(encoding="utf-8")))
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "demo-training": demo_training,
@@ -283,6 +300,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "rates": rates,
     "objectives": objectives,
     "hardware": hardware,
+    "advice": advice,
+    "lab": lab,
+    "bench-choices": partial(bench, "choices"),
     "bench-loss": partial(bench, "loss"),
     "bench-train": partial(bench, "train"),
     "bench-packing": partial(bench, "packing"),

@@ -236,6 +236,7 @@ def memory(names, out) -> None:
     "--base",
     "bases",
     multiple=True,
+    type=click.Choice(["smollm2-135m", "gemma-3-270m", "tiny"]),
     default=("smollm2-135m", "gemma-3-270m"),
     show_default=True,
     help="may be repeated",

@@ -94,7 +94,7 @@ def harness_chosen(model: Any, renderer: Renderer, name: str, limit: int) -> dic
     lettered, with_texts = (get_task(n).problems()[:limit] for n in (name, f"{name}-generative"))
     rows = [
         {
-            field: _question(p),
+            field: question_of(p),
             "choices": {"text": list(q.choices), "label": list(LETTERS[: len(q.choices)])},
             "answerKey": p.answer,
         }
@@ -125,7 +125,8 @@ def harness_chosen(model: Any, renderer: Renderer, name: str, limit: int) -> dic
     return {rule: chosen(logps, lettered, rule == "acc_norm") for rule in ("acc", "acc_norm")}
 
 
-def _question(problem: Problem) -> str:
+def question_of(problem: Problem) -> str:
+    """The bare question of a scored problem: a field of the rows that lm-evaluation-harness reads."""
     return problem.question.removeprefix("Question: ").split("\nA. ")[0].removesuffix("\nAnswer:")
 
 
@@ -140,14 +141,14 @@ def measure(
 
     `harness`: also how many of our choices lm-evaluation-harness makes on the same unpacked weights.
     """
+    asked = {name: problems_of(name, limit) for name in names}  # a missing set is an error at once
     rows = []
     for base in bases:
         for quantization in quantizations:
             config = ModelConfig(name=base, quantization=quantization)  # type: ignore[arg-type]
             model, hardware = load_base(config, for_answers=True)
             renderer = Renderer(load_tokenizer(config), "raw")
-            for name in names:
-                problems, by_length = problems_of(name, limit)
+            for name, (problems, by_length) in asked.items():
                 began = time.perf_counter()
                 logps = scored(model, renderer, problems)
                 seconds = time.perf_counter() - began

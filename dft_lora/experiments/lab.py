@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +217,14 @@ class OwnRuns(LabRuns):
     own = True
 
 
+def tried(runs: LabRuns, label: str) -> list[dict[str, Any]]:
+    """Every setting that was tried, with its accuracy on the validation set."""
+    return [
+        {"kind": kind, "learning_rate": rate, "accuracy": share}
+        for (kind, rate), share in runs.tried_settings(label).items()
+    ]
+
+
 def tested(runs: LabRuns, label: str) -> dict[str, Any]:
     """A label's line in a regime: its setting, results, contrasts with SFT and DFT, and cost."""
     folders, tasks = runs.final(label), runs.study.tasks
@@ -260,14 +268,8 @@ def parts_of(name: str, runs: LabRuns) -> Iterator[tuple[str, Callable[[], Any]]
     source = {"data.source": str(runs.own_samples)} if runs.own else {}
     yield "diagnosis", lambda: before_training(runs.recipe("main", "sft", first, runs.seeds[0], **source))
     for label in REGIMES[name].labels:
-        yield (
-            f"tries/{label}",
-            lambda label=label: [
-                {"kind": kind, "learning_rate": rate, "accuracy": share}
-                for (kind, rate), share in runs.tried_settings(label).items()
-            ],
-        )
-        yield f"test/{label}", lambda label=label: tested(runs, label)
+        yield f"tries/{label}", partial(tried, runs, label)
+        yield f"test/{label}", partial(tested, runs, label)
 
 
 def run(out: Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[str]:

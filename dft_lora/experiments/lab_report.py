@@ -83,7 +83,7 @@ def _points(part: Mapping[str, Any], clear: bool = False) -> str:
     return f"{f'**{said}**' if clear else said} ({low:+.1f} to {high:+.1f})"
 
 
-def ranks(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+def ranks(scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """Regime -> label -> score (higher is better) becomes label -> ranks over the regimes, best first.
 
     Only labels that every regime has are ranked, 1 the best, ties shared. The interval of the mean rank is a
@@ -96,7 +96,7 @@ def ranks(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]
     gap_WQ = score_WQ.max(1, keepdims=True) - score_WQ
     drawn = np.random.default_rng(0).integers(len(regimes), size=(RESAMPLES, len(regimes)))
     low_Q, high_Q = np.percentile(rank_WQ[drawn].mean(1), (2.5, 97.5), axis=0)
-    found = {
+    found: dict[str, Any] = {
         label: {
             "mean_rank": float(rank_WQ[:, q].mean()),
             "ci95": [float(low_Q[q]), float(high_Q[q])],

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import RequestError, did_you_mean
 from ..model.fingerprint import base_fingerprint
-from ..runs.folder import read_json, write_json
+from ..runs.folder import make_writable, read_json, write_json
 from ..runs.provenance import certificate
 from .study import Runs, Study
 
@@ -31,11 +31,12 @@ def in_parts(
 ) -> Iterator[str]:
     """Write OUT/`report`.json and yield the verdicts, one line each. `only` names studies; default: all.
 
-    Raises RequestError for an unknown study.
+    Raises RequestError for an unknown study, or where `out` cannot be written.
     """
     for name in only:
         if name not in studies:
             raise RequestError(f"--only {name!r}: no such part{did_you_mean(name, studies)}")
+    make_writable(out, "--out")
     for name in only or studies:
         study = studies[name]()
         runs = runs_of(study, out / name.replace(", ", "-").replace(" ", "-"), seeds)
