@@ -169,10 +169,10 @@ def choices_table(result: dict[str, Any]) -> str:
         for row in result["rows"]
         if "equal_choices" in row
     ]
-    said = (
-        f" lm-evaluation-harness {made['peers']['lm-eval']}, its own tasks on the same unpacked weights and "
-    )
-    same = f"{said}rows, chose the same: {', '.join(compared)}." if compared else ""
+    same = ""
+    if compared:
+        same = f" lm-evaluation-harness {made['peers']['lm-eval']}, with its own tasks on the same rows and "
+        same += f"unpacked weights, chose the same: {', '.join(compared)}."
     notes = "; ".join(f"[{number}] {source}" for number, source in enumerate(sources, start=1))
     versions = made["versions"]
     return "\n".join(
