@@ -17,6 +17,7 @@ from .table import (
     TABLES,
     choices_table,
     generation_table,
+    longest_table,
     loss_table,
     memory_table,
     packing_table,
@@ -260,6 +261,17 @@ def choices(bases, names, limit, harness, threads, out) -> None:
     result = measure(bases, names or SETS, limit, harness=harness)
     keep(result, out, f"choices-{'-'.join(bases)}")
     click.echo(choices_table(result))
+
+
+@main.command()
+@out_option
+def longest(out) -> None:
+    """The longest row that GPUs of several sizes can train on, traced on shapes alone, without a GPU."""
+    from .memory import measure_longest
+
+    result = measure_longest()
+    keep(result, out, "longest-rows")
+    click.echo(longest_table(result))
 
 
 @main.command()
