@@ -148,11 +148,11 @@ def step() -> None:
 
 def lab() -> None:
     """Each objective's mean rank over the regimes that all have, best at the top, with its interval."""
-    from dft_lora.experiments.lab_report import lines_of, ranks, scores_of
+    from dft_lora.experiments.lab_report import complete, ranks, scores_of
 
     if not (RESULTS / "lab.json").is_file():
         return
-    lines = {regime: some for regime, some in lines_of(read(RESULTS / "lab.json")).items() if some}
+    lines = complete(read(RESULTS / "lab.json"))
     found = list(ranks(scores_of(lines)).items())
     figure, axis = plt.subplots(figsize=(7, 0.32 * len(found) + 1.1), layout="constrained")
     for y, (label, row) in enumerate(reversed(found)):

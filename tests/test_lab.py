@@ -8,6 +8,7 @@ import pytest
 
 from dft_lora.errors import RequestError
 from dft_lora.experiments import lab, lab_report
+from dft_lora.experiments.advice import cases
 from dft_lora.loss import objective, objective_names
 
 SMALL = {
@@ -65,6 +66,8 @@ def test_a_regime_is_recorded_and_resumes(tmp_path, monkeypatch):
     assert set(lines["knee"]["against"]) == {"sft", "dft"} and "at_equal_entropy" not in lines["sft"]
     tried = result["bases"]["strong prior"]["tries/knee"]["found"]
     assert len(tried) == lab.TRIES and {try_["kind"] for try_ in tried} == {"knee tau=0.1", "knee tau=0.3"}
+    (case,) = cases(tmp_path)
+    assert case.compared == "plain DFT - SFT" and case.end_verdict
     text = lab_report.markdown(result)
     assert "| knee tau=0." in text and "Ranks over" in text and "advised" in text
 
@@ -105,3 +108,62 @@ def test_p_values_are_corrected_over_the_labels_of_a_regime():
     lines["sft"] = {"against": {}}
     assert lab_report.corrected(lines, "sft", "sampled") == {"a": 0.02, "b": 0.04}
     assert lab_report.corrected(lines, "dft", "sampled") == {}
+
+
+def part(difference: float) -> dict:
+    return {"difference": difference, "ci95": [difference - 0.02, difference + 0.02], "p_value": 0.01}
+
+
+def recorded(shares: dict[str, dict[str, float]]) -> dict:
+    """A lab.json: regime -> label -> accuracy. DFT is advised in every regime."""
+    bases: dict = {}
+    for regime, some in shares.items():
+        said = dict.fromkeys(lab_report.MEASURED, some["dft"])
+        bases[regime] = {"diagnosis": {"found": said | {"favours": "dft", "learns_to_end": True}}}
+        for label, share in some.items():
+            bases[regime][f"test/{label}"] = {
+                "found": {
+                    "kind": label,
+                    "learning_rate": 1e-3,
+                    "accuracy": {"arithmetic": share, "arithmetic greedy": share},
+                    "pass@4": share,
+                    "ended": {"arithmetic": 1.0},
+                    "other_text_nll": 3.0,
+                    "seconds_per_step": 0.1,
+                    "against": {
+                        rival: {mode: part(share - some[rival]) for mode in lab.MODES}
+                        for rival in ("sft", "dft")
+                        if rival != label
+                    },
+                }
+            }
+    return {"bases": bases}
+
+
+def shares(regime: str, dft: float) -> dict[str, float]:
+    return dict.fromkeys(lab.REGIMES[regime].labels, 0.5) | {"dft": dft}
+
+
+def test_only_complete_regimes_are_ranked_and_every_regime_is_shown(tmp_path):
+    whole = recorded({name: shares(name, 0.6) for name in ("strong prior", "own samples")})
+    begun = recorded({"no prior": {"sft": 0.5, "dft": 0.3}})
+    result = {"bases": whole["bases"] | begun["bases"]}
+    assert list(lab_report.lines_of(result)) == ["strong prior", "no prior", "own samples"]
+    assert list(lab_report.complete(result)) == ["strong prior", "own samples"]
+    text = lab_report.markdown(result)
+    assert "| dft | 1.0 | 1.0 to 1.0 | 0.0 | strong prior | 1.0 | 1.0 |" in text
+    assert "### no prior" in text and "2 regimes: strong prior, own samples." in text
+
+
+def test_the_advice_is_right_where_it_names_the_winner():
+    p = {
+        "strong prior": 0.7,
+        "8 % wrong steps": 0.6,
+        "own samples": 0.65,
+        "no prior": 0.3,
+        "50 examples": 0.2,
+    }
+    found = lab_report.advice(recorded({name: shares(name, dft) for name, dft in p.items()}))
+    assert [row["winner"] for row in found["regimes"].values()].count("dft") == 3
+    assert found["now"] == pytest.approx(3 / 5) and found["majority"] == pytest.approx(3 / 5)
+    assert found["by_quantity"]["mean_probability"] == 1.0

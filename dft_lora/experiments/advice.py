@@ -24,6 +24,7 @@ from ..evaluation.diagnosis import diagnose
 
 MEASURED = ("mean_probability", "share_below_0.1", "share_above_0.9", "nll", "p_end", "p_first")
 ENDED = 0.5
+VERDICTS = ("right", "wrong", "open", "undecided")
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ def before_training(recipe: Recipe, examples: int = 128) -> dict[str, Any]:
 
 
 def cases(results: Path) -> list[Case]:
-    """The cases of all recorded experiments in a folder: findings.json, real.json, tasks.json."""
-    readers = {"findings": _findings, "real": _real, "tasks": _tasks}
+    """The cases of all recorded experiments in a folder: findings, real, tasks and lab."""
+    readers = {"findings": _findings, "real": _real, "tasks": _tasks, "lab": _lab}
     files = {name: results / f"{name}.json" for name in readers}
     return [
         case
@@ -96,9 +97,6 @@ def advice_table(results: Path) -> str:
     counts = {verdict: [case.verdict for case in found].count(verdict) for verdict in VERDICTS}
     said = ", ".join(f"{verdict} {count}" for verdict, count in counts.items())
     return "\n".join([*lines, "", f"{len(found)} cases: {said}. Intervals are paired, 95 %."])
-
-
-VERDICTS = ("right", "wrong", "open", "undecided")
 
 
 def _findings(result: Mapping[str, Any]) -> Iterator[Case]:
@@ -140,9 +138,22 @@ def _tasks(result: Mapping[str, Any]) -> Iterator[Case]:
             continue
         said, found = parts["diagnosis"]["found"], parts["objectives"]["found"]
         for kind, compared in (("plain dft", "plain DFT - SFT"), ("dft", "DFT with floor 0.1 - SFT")):
-            ended = list(found[kind]["ended"].values())
-            ends = (said["learns_to_end"], sum(ended) / len(ended)) if kind == "plain dft" else None
+            ends = _ends(said, found[kind]) if kind == "plain dft" else None
             yield _case("tasks", base, "openbookqa", compared, said, found[kind]["against_sft"], ends)
+
+
+def _lab(result: Mapping[str, Any]) -> Iterator[Case]:
+    for regime, parts in result["bases"].items():
+        if {"diagnosis", "test/dft"} <= set(parts):
+            said, found = parts["diagnosis"]["found"], parts["test/dft"]["found"]
+            part = found["against"]["sft"]["sampled"]
+            yield _case("lab", regime, "as named", "plain DFT - SFT", said, part, _ends(said, found))
+
+
+def _ends(said: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[bool, float]:
+    """Whether plain DFT was said to end its answers, and the share that it ended."""
+    ended = list(found["ended"].values())
+    return said["learns_to_end"], sum(ended) / len(ended)
 
 
 def _case(

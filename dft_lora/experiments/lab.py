@@ -134,7 +134,7 @@ def few(examples: int, why: str) -> Regime:
 
 REGIMES: dict[str, Regime] = {
     "strong prior": tiny(
-        "arithmetic that the base half writes already, no wrong steps",
+        "arithmetic that the base mostly writes already, no wrong steps",
         settings={"data.split": "train-clean"},
     ),
     "8 % wrong steps": tiny("the same with some wrong labels", settings={"data.split": "train"}),
@@ -150,7 +150,7 @@ REGIMES: dict[str, Regime] = {
     ),
     "half-known": Regime(
         "a real base, word problems that it solves at times",
-        {"train.max_steps": 24, "evaluate.samples": 4},
+        {"train.max_steps": 24},
         recipe="smollm2-135m_sft",
         tasks=("word-problems",),
         validation="word-problems-validation",

@@ -36,6 +36,12 @@ def lines_of(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def complete(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`lines_of` the regimes in which every objective was tested: those that are ranked."""
+    lines = lines_of(result)
+    return {regime: some for regime, some in lines.items() if set(some) >= set(REGIMES[regime].labels)}
+
+
 def _order(regime: str, part: str) -> int:
     labels, label = REGIMES[regime].labels, part.partition("/")[2]
     return labels.index(label) if label in labels else -1
@@ -191,8 +197,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     blocks = [
         f"### {regime}: {REGIMES[regime].why}\n\n{regime_table(some)}" for regime, some in lines.items()
     ]
-    full = {regime: some for regime, some in lines.items() if set(some) >= set(REGIMES[regime].labels)}
-    if full:
+    if full := complete(result):
         blocks.append("### Ranks over the regimes that are complete\n\n" + rank_table(full))
     found = advice(result)
     if found["regimes"]:
