@@ -100,6 +100,16 @@ def test_a_tally_counts_answers_and_names_the_majority():
     assert tally.answers == (("5", 3), ("4", 2)) and tally.majority == "5" and tally.right == {"4"}
 
 
+def test_a_tally_of_judged_answers_counts_what_the_judge_read():
+    """A multiple-choice answer is its letter, whatever else the text contains that looks like mathematics."""
+    verdicts = [Verdict("correct", "B"), Verdict("correct", "B"), Verdict("unparsable")]
+    answers = [
+        Answer("sft", i, text="answer2 of 42", state="done", verdict=v) for i, v in enumerate(verdicts)
+    ]
+    tally = Tally.of("sft", answers)
+    assert tally.answers == (("B", 2),) and tally.unparsable == 1 and tally.right == {"B"}
+
+
 def test_votes_are_recorded_with_the_runs_identities_and_counted(tmp_path):
     ballot = Ballot(tmp_path / "v" / "votes.jsonl", {"base": "tiny", "sft": "aaa", "dft": "bbb"})
     pair = Pair("p", "dft", "sft", "x", "y")
