@@ -97,8 +97,8 @@ def real_demo() -> str:
         [
             *(line.rstrip() for line in lines),
             "",
-            f"Percent correct with 95 % intervals; {some['problems']} problems a set, {some['samples']} samples per "
-            f"problem, one seed, {made['weights']}. Made on {made['date'][:10]}, commit {made['commit']}, by "
+            f"Percent correct with 95 % intervals; {some['problems']} problems a set, {some['samples']} samples "
+            f"per problem, one seed, {made['weights']}. Made on {made['date'][:10]}, commit {made['commit']}, by "
             f"`{made['command']}`.",
         ]
     )
@@ -307,6 +307,28 @@ def rates() -> str:
     return "\n".join(lines)
 
 
+def choices() -> str:
+    """Multiple choice on the real bases against published figures."""
+    return bench("choices") or "Not recorded yet."
+
+
+def advice() -> str:
+    """What `diagnose` advised against what came out, over the recorded experiments."""
+    from dft_lora.experiments.advice import advice_table
+
+    return advice_table(RESULTS)
+
+
+def lab() -> str:
+    """The report of the recorded lab."""
+    from dft_lora.experiments.lab_report import markdown
+
+    file = RESULTS / "lab.json"
+    if not file.is_file():
+        return "The lab has not been run in full yet."
+    return markdown(json.loads(file.read_text(encoding="utf-8")))
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "demo-training": demo_training,
@@ -319,6 +341,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "rates": rates,
     "objectives": objectives,
     "hardware": hardware,
+    "advice": advice,
+    "lab": lab,
+    "bench-choices": choices,
     "bench-loss": partial(bench, "loss"),
     "bench-train": partial(bench, "train"),
     "bench-packing": partial(bench, "packing"),

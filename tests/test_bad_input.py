@@ -140,6 +140,10 @@ EXPERIMENT = [
     ("experiment findings --seeds 4294967296", 2, "input should be less than 4294967296"),
     ("experiment findings --only nothing", 2, "--only 'nothing': no such finding"),
     ("experiment findings --out fresh --only above-sft", 2, "fresh/findings.json: No such file"),
+    ("experiment lab --only 'no priors'", 2, "--only 'no priors': no such part (did you mean 'no prior'?)"),
+    ("experiment lab --out precious.txt", 2, "--out: cannot write precious.txt"),
+    ("experiment tasks --only smollm2", 2, "--only 'smollm2': no such part"),
+    ("experiment tasks --out precious.txt", 2, "--out: cannot write precious.txt"),
     ("experiment findings --out precious.txt", 2, "output: cannot write precious.txt/"),
 ]
 
@@ -273,6 +277,9 @@ REST = [
     ("bench loss --out precious.txt/loss.json", 2, "--out: cannot write precious.txt"),
     ("bench train --only nobody", 2, "--only 'nobody': in none of"),
     ("bench packing --rows -1", 2, "'--rows': -1 is not in the range"),
+    ("bench choices --base gpt", 2, "'gpt' is not one of 'smollm2-135m', 'gemma-3-270m', 'tiny'"),
+    ("bench choices --set piqa", 2, "--set 'piqa': not one of arc-challenge, openbookqa"),
+    ("bench choices --limit 0", 2, "'--limit': 0 is not in the range"),
     ("bench lose", 2, "no command 'lose' (did you mean 'loss'?)"),
 ]
 

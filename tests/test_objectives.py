@@ -144,6 +144,8 @@ FORMULAS = {
     ),
     "chord-phi": lambda x, sg: -sg(x.p * (1 - x.p)) * x.p.log(),
     "focal": lambda x, sg, gamma=2.0: -((1 - x.p) ** gamma) * x.p.log(),
+    "knee": lambda x, sg, tau=0.3: -sg((x.p / tau).clamp(max=1)) * x.p.log(),
+    "relative": lambda x, sg: -sg((x.p * (-(x.p_MV * x.p_MV.log()).sum(-1)).exp()).clamp(max=1)) * x.p.log(),
 }
 """The loss of each token [M]; `sg` stops the gradient."""
 
@@ -159,6 +161,7 @@ NUMBERS = {
     "target-sft": {"eta": 0.3},
     "infosft": {"ceiling": 0.6},
     "focal": {"gamma": 0.5},
+    "knee": {"tau": 0.6},
 }
 REQUESTS = [(name, {}) for name in FORMULAS] + list(NUMBERS.items())
 
@@ -227,6 +230,7 @@ def test_an_annealed_power_goes_from_sft_to_dft():
         (("dft", {"end": 1}), False),
         (("sft", {}), False),
         (("threshold", {}), True),
+        (("knee", {}), True),
     ],
     ids=str,
 )
@@ -264,6 +268,19 @@ def test_the_uneven_batch_meets_every_bound_on_both_sides():
             assert (values < limit).any() and (values > limit).any(), limit
     lengths = torch.bincount(x.sequence)
     assert len(lengths) == 20 and len(lengths.unique()) > 2
+
+
+def test_relative_tells_a_new_fact_from_a_contradiction():
+    """p = 0.1 has SFT's weight among ten equal digits, and about DFT's where the model is sure."""
+    wanted = objective("relative")
+
+    def weight(other):
+        p_V = torch.tensor([0.1, *other], dtype=torch.float64)
+        scores = token_logps(torch.ones(1, 1).double(), p_V.log()[:, None], torch.tensor([0]))
+        return float(wanted.weight(scores))
+
+    assert weight([0.1] * 9) == pytest.approx(1)
+    assert weight([0.9]) == pytest.approx(0.1 * math.exp(-0.1 * math.log(0.1) - 0.9 * math.log(0.9)))
 
 
 # What the paper says (arXiv 2508.05629)

@@ -474,6 +474,46 @@ class Focal(Objective):
 
 
 @dataclass(frozen=True)
+class Knee(TokenWeighted):
+    """- sg(min(1, p / tau)) log p: SFT down to p = tau, DFT's slope below. From this kit's lab.
+
+    DFT does two things at once: it mutes the least probable tokens, and it learns half-known ones more slowly
+    than SFT. Only the first protects against wrong labels. This keeps SFT's full weight above tau, and unlike
+    `threshold` a token below tau still learns, the more the closer it is. tau -> 0 is SFT.
+
+    Weakness: a token that the base finds absurd starves as in DFT; its weight is only 1 / tau times as large.
+    """
+
+    name = "knee"
+    tau: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_number(
+            self, "tau", lambda tau: 0 < tau < 1, "must lie between 0 and 1 (0 is 'sft', 1 is 'dft')"
+        )
+
+    def token_weight(self, logp: Tensor) -> Tensor:
+        return (logp.detach().exp() / self.tau).clamp_max(1)
+
+
+class Relative(Weighted):
+    """- sg(min(1, p e^H)) log p, H the entropy of the predicted distribution. From this kit's lab.
+
+    e^-H is the probability of a typical token of that distribution. A target as probable as that is no
+    surprise, even at p = 0.1: the model does not know (a new fact: ten digits, all alike), and SFT's weight
+    is right. A target far below it contradicts a model that is sure (a wrong label), and DFT's caution is
+    right. DFT itself cannot tell the two apart, since it looks at p alone.
+
+    Weakness: the base may be sure and wrong. A foreign format is such a case: its tokens starve as in DFT.
+    """
+
+    name = "relative"
+
+    def weight(self, scores: TokenScores) -> Tensor:
+        return (scores.logp.detach() + scores.entropy.detach()).clamp_max(0).exp()
+
+
+@dataclass(frozen=True)
 class Custom(Objective):
     """Any function of the scores.
 
@@ -513,7 +553,7 @@ _REGISTRY: dict[str, type[Objective]] = {
     kind.name: kind
     for kind in (
         Sft, Dft, DftSentence, DftGeometric, IwSft, IwSftToken, Power, Threshold, Asft, Prift, Gift, Psft,
-        TargetSft, Cadft, Eaft, Deft, InfoSft, ChordPhi, Focal,
+        TargetSft, Cadft, Eaft, Deft, InfoSft, ChordPhi, Focal, Knee, Relative,
     )
 }  # fmt: skip
 

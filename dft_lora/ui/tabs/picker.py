@@ -13,6 +13,7 @@ from ...runs.folder import RunFolder
 from ...tasks import get_task, task_names
 from ...tasks.base import Problem
 from ..events import one_line_errors
+from ..session import Picked, Question
 
 ANY = "any"
 
@@ -26,6 +27,11 @@ class ProblemSets:
     @property
     def names(self) -> list[str]:
         return [*self.own, *task_names()]
+
+    @property
+    def written(self) -> list[str]:
+        """The names of sets whose answers are written, not chosen."""
+        return [name for name in self.names if name in self.own or not get_task(name).by_likelihood]
 
     def problems(self, name: str) -> list[Problem]:
         return self.own[name] if name in self.own else get_task(name).problems()
@@ -46,6 +52,10 @@ class ProblemSets:
             raise RequestError(f"problem set {name!r} has no problem with {level!r}; pick another level")
         return random.choice(fitting)
 
+    def picked(self, name: str, problem: Problem) -> Picked | None:
+        """What judges answers to the problem; None for an own test set, which is judged as mathematics."""
+        return None if name in self.own else Picked(name, problem)
+
 
 def picker(sets: ProblemSets) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button]:
     """Problem set, level or subject, and the button that picks."""
@@ -56,7 +66,7 @@ def picker(sets: ProblemSets) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button]:
 
 
 def connect_picker(sets: ProblemSets, task, level, pick, fields) -> None:
-    """A picked problem goes into `fields`: problem, reference answer and reference solution."""
+    """A picked problem goes into `fields`: problem, reference answer, reference solution, and the Picked."""
 
     @one_line_errors
     def levels(name: str):
@@ -65,7 +75,11 @@ def connect_picker(sets: ProblemSets, task, level, pick, fields) -> None:
     @one_line_errors
     def choose(name: str, wanted: str):
         problem = sets.random(name, wanted)
-        return problem.question, problem.answer or "", problem.solution or ""
+        picked, reference = sets.picked(name, problem), problem.answer or ""
+        if Question(problem.question, picked=picked).judge is None:
+            gr.Info(f"{name}: answers are programs; the page does not run them, so they get no verdict.")
+            reference = ""
+        return problem.question, reference, problem.solution or "", picked
 
     task.change(levels, task, level, show_progress="hidden", api_visibility="private")
     pick.click(choose, [task, level], fields, show_progress="minimal", api_visibility="private")

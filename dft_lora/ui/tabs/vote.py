@@ -20,7 +20,7 @@ def vote_tab(session: Session, ballot: Ballot, sets: ProblemSets) -> None:
     with gr.Tab("Vote", id="vote") as tab:
         held = gr.State(None)  # the pair stays on the server: the browser learns the names after the vote
         with gr.Row(elem_classes="controls"):
-            task = gr.Dropdown(sets.names, value="arithmetic-long", label="Problem set", min_width=160)
+            task = gr.Dropdown(sets.written, value="arithmetic-long", label="Problem set", min_width=160)
             new = gr.Button("New pair", variant="primary", elem_id="new-pair", min_width=120)
         pair_shown = gr.Markdown(pair_view(None), latex_delimiters=[*DELIMITERS], elem_id="pair")
         with gr.Row(elem_classes="choices", equal_height=True):
