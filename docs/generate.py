@@ -97,9 +97,9 @@ def real_demo() -> str:
         [
             *(line.rstrip() for line in lines),
             "",
-            f"Percent correct with 95 % intervals; {some['problems']} problems a set, {some['samples']} samples "
-            f"per problem, one seed, {made['weights']}. Made on {made['date'][:10]}, commit {made['commit']}, by "
-            f"`{made['command']}`.",
+            f"Percent correct with 95 % intervals; {some['problems']} problems a set, {some['samples']} "
+            f"samples per problem, one seed, {made['weights']}. Made on {made['date'][:10]}, commit "
+            f"{made['commit']}, by `{made['command']}`.",
         ]
     )
 
