@@ -125,7 +125,7 @@ SWEEP = [
 
 EXPERIMENT = [
     ("experiment", 2, "Missing argument"),
-    ("experiment nope", 2, "'nope' is not one of 'findings', 'real'"),
+    ("experiment nope", 2, "'nope' is not one of 'findings', 'real', 'rl'"),
     ("sample tiny_dft", 2, "Missing option '--out'"),
     ("sample nope --out own.jsonl", 2, "no recipe file or shipped recipe 'nope'"),
     ("experiment findings --seeds '0, 0'", 2, "--seeds '0, 0': give distinct whole numbers"),

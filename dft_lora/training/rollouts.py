@@ -191,6 +191,7 @@ class Rollouts:
             raise RunError(f"{what}: there is no {wanted} among {len(every)} answers; nothing to learn from")
         self.rollout = rollout
         self.figures = {
+            "rollout": rollout,
             "reward": sum(answer.reward for answer in every) / len(every),
             "truncated": sum(answer.truncated for answer in every) / len(every),
             "answers": len(every),
