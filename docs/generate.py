@@ -272,6 +272,68 @@ def rates() -> str:
     return "\n".join(lines)
 
 
+def rl(file: Path = RESULTS / "rl.json") -> str:
+    """For each base: the methods with their accuracy and cost, then the claims."""
+    if not file.is_file():
+        return "Not recorded yet."
+    bases = json.loads(file.read_text(encoding="utf-8"))["bases"]
+    return "\n\n".join(
+        "\n".join([f"### {name}", "", *rl_table(base), "", *rl_claims(base), "", rl_made(base)])
+        for name, base in bases.items()
+    )
+
+
+def rl_table(base: dict[str, Any]) -> list[str]:
+    """A line for each method; what its runs cost is the mean over seeds."""
+    tasks = base["settings"]["tasks"]
+    head = ["", "rate", *tasks, "minus SFT", *(f"{task}, greedy" for task in tasks), "minus SFT, greedy"]
+    head += ["pass@4", "entropy", "tokens generated", "tokens trained on", "processor s", "MB", "seeds"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for kind, part in base["table"].items():
+        line, cost = part["found"], part["found"]["cost"]
+        cells = [kind, f"{line['learning_rate']:g}" if cost else ""]
+        for suffix, against in (("", "against_sft"), (" greedy", "against_sft_greedy")):
+            cells += [f"{100 * line['accuracy'][task + suffix]:.1f}" for task in tasks]
+            cells.append("" if kind == "sft" else difference(line[against]))
+        cells += [f"{100 * line['pass_at_4']:.1f}", f"{line['entropy']:.3f}"]
+        for key in ("generated_tokens", "trained_tokens", "processor_seconds", "peak_memory_mb"):
+            cells.append(f"{np.mean([run[key] for run in cost]):,.0f}" if cost else "")
+        lines.append(f"| {' | '.join([*cells, str(line['seeds'])])} |")
+    return lines
+
+
+def rl_claims(base: dict[str, Any]) -> list[str]:
+    """Each claim with its verdicts and the contrasts of sampled answers behind them."""
+    if base["claims"] is None:
+        return ["The claims are judged once all methods have run."]
+    found = base["claims"]["found"]
+    lines = [
+        "| claim | T = 1 | greedy | rests on, at T = 1 | points, 95 % interval |",
+        "|---|---|---|---|---|",
+    ]
+    for name, line in found["sampled"].items():
+        rows = [(part["what"], difference(part)) for part in line["parts"]] or [("", "")]
+        if "cost_ratio" in line:
+            ratios = ", ".join(f"{ratio:.2f}" for ratio in line["cost_ratio"])
+            rows.append(("processor seconds, DFT / GRPO, each seed", ratios))
+        for i, row in enumerate(rows):
+            verdicts = (line["verdict"], found["greedy"][name]["verdict"])
+            first = (line["claim"], *(f"**{said}**" for said in verdicts)) if i == 0 else ("", "", "")
+            lines.append(f"| {' | '.join((*first, *row))} |")
+    return lines
+
+
+def rl_made(base: dict[str, Any]) -> str:
+    """The settings, and where and when the first line was made."""
+    settings, made = base["settings"], next(iter(base["table"].values()))
+    rates = ", ".join(f"{rate:g}" for rate in settings["rates_tried"])
+    return (
+        f"At most {settings['problems']} problems a set, {settings['samples']} samples each. Learning rates "
+        f"that every method tried: {rates}. Made from {made['date']} on, commit {made['commit']}, torch "
+        f"{made['versions']['torch']}."
+    )
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "demo-training": demo_training,
@@ -281,6 +343,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "findings": findings,
     "remedies": remedies,
     "rates": rates,
+    "rl": rl,
     "objectives": objectives,
     "hardware": hardware,
     "bench-loss": partial(bench, "loss"),
