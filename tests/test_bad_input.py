@@ -133,6 +133,7 @@ EXPERIMENT = [
     ("experiment findings --seeds ''", 2, "--seeds '': give distinct whole numbers"),
     ("experiment findings --seeds 4294967296", 2, "input should be less than 4294967296"),
     ("experiment findings --only nothing", 2, "--only 'nothing': no such finding"),
+    ("experiment rl --only smol", 2, "--only 'smol': no such part"),
     ("experiment findings --out fresh --only above-sft", 2, "fresh/findings.json: No such file"),
     ("experiment findings --out precious.txt", 2, "output: cannot write precious.txt/"),
 ]
@@ -236,6 +237,7 @@ REST = [
     ("bench loss --out taken", 2, "--out: taken is a folder; name the JSON file"),
     ("bench loss --out precious.txt/loss.json", 2, "--out: cannot write precious.txt"),
     ("bench train --only nobody", 2, "--only 'nobody': in none of"),
+    ("bench rl --only nobody", 2, "--only 'nobody': in none of"),
     ("bench packing --rows -1", 2, "'--rows': -1 is not in the range"),
     ("bench lose", 2, "no command 'lose' (did you mean 'loss'?)"),
 ]

@@ -198,7 +198,7 @@ def preflight_table(found: dict[str, Any]) -> str:
     ]
     if found["seconds_a_step"] is not None:
         lines += [
-            f"{'per step':24} {found['seconds_a_step']:10.1f} s",
+            f"{'per step':24} {found['seconds_a_step']:10.1f} s{'   (without sampling)' if answers else ''}",
             f"{'whole run':24} {found['seconds_in_all'] / 3600:10.2f} h   ({found['steps']} steps)",
         ]
     lines += [
