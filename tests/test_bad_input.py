@@ -131,7 +131,7 @@ SWEEP = [
 
 EXPERIMENT = [
     ("experiment", 2, "Missing argument"),
-    ("experiment nope", 2, "'nope' is not one of 'findings', 'real'"),
+    ("experiment nope", 2, "'nope' is not one of 'findings', 'real', 'rl'"),
     ("sample tiny_dft", 2, "Missing option '--out'"),
     ("sample nope --out own.jsonl", 2, "no recipe file or shipped recipe 'nope'"),
     ("experiment findings --seeds '0, 0'", 2, "--seeds '0, 0': give distinct whole numbers"),
@@ -139,6 +139,7 @@ EXPERIMENT = [
     ("experiment findings --seeds ''", 2, "--seeds '': give distinct whole numbers"),
     ("experiment findings --seeds 4294967296", 2, "input should be less than 4294967296"),
     ("experiment findings --only nothing", 2, "--only 'nothing': no such finding"),
+    ("experiment rl --only smol", 2, "--only 'smol': no such part"),
     ("experiment findings --out fresh --only above-sft", 2, "fresh/findings.json: No such file"),
     ("experiment lab --only 'no priors'", 2, "--only 'no priors': no such part (did you mean 'no prior'?)"),
     ("experiment lab --out precious.txt", 2, "--out: cannot write precious.txt"),
@@ -276,6 +277,7 @@ REST = [
     ("bench loss --out taken", 2, "--out: taken is a folder; name the JSON file"),
     ("bench loss --out precious.txt/loss.json", 2, "--out: cannot write precious.txt"),
     ("bench train --only nobody", 2, "--only 'nobody': in none of"),
+    ("bench rl --only nobody", 2, "--only 'nobody': in none of"),
     ("bench packing --rows -1", 2, "'--rows': -1 is not in the range"),
     ("bench choices --base gpt", 2, "'gpt' is not one of 'smollm2-135m', 'gemma-3-270m', 'tiny'"),
     ("bench choices --set piqa", 2, "--set 'piqa': not one of arc-challenge, openbookqa"),

@@ -64,10 +64,11 @@ def test_a_notebook_is_short_stripped_and_opens_on_colab(path):
     )
 
 
-def test_all_four_are_there():
+def test_all_five_are_there():
     assert [p.stem for p in NOTEBOOKS] == [
         "01_quickstart",
         "02_dft_from_scratch",
         "03_sft_vs_dft",
         "04_should_i_use_dft",
+        "05_sft_dft_grpo",
     ]

@@ -21,6 +21,7 @@ from .table import (
     loss_table,
     memory_table,
     packing_table,
+    rl_table,
     tables,
     train_table,
 )
@@ -214,6 +215,40 @@ def generation(model, rows, prompts, tokens, rounds, threads, as_is, quick, out)
     result = measure(model, rows=rows, prompts=prompts, tokens=tokens, rounds=rounds, as_is=as_is)
     keep(result, out, f"generation-{result['model']}-{result['dtype']}")
     click.echo(generation_table(result))
+
+
+@main.command()
+@click.option("--hidden", default=512, type=POSITIVE, help="D of the random Qwen2")
+@click.option("--layers", default=8, type=POSITIVE)
+@click.option("--vocabulary", default=151_936, type=POSITIVE, help="V")
+@click.option("--prompts", default=8, type=POSITIVE, help="prompts of the GRPO step, pairs of the DPO step")
+@click.option("--answers", default=8, type=click.IntRange(2), help="answers to each prompt")
+@click.option("--tokens", default=128, type=click.IntRange(2), help="tokens of an answer")
+@click.option("--rounds", default=3, type=POSITIVE, help="rounds, each in fresh processes")
+@click.option("--threads", default=2, type=POSITIVE)
+@click.option("--only", default="", help="only sides whose name contains this")
+@click.option(
+    "--small", is_flag=True, help="a check: the embedded base, little work, one round; keeps no JSON"
+)
+@out_option
+def rl(hidden, layers, vocabulary, prompts, answers, tokens, rounds, threads, only, small, out) -> None:
+    """Time and memory of a GRPO and of a DPO step, stage by stage, beside TRL's where it is installed."""
+    from .rl import SIDES, Work, measure
+    from .train import Shape
+
+    if not any(only in side.name for side in SIDES):
+        raise RequestError(f"--only {only!r}: in none of {', '.join(repr(s.name) for s in SIDES)}")
+    if small:
+        work = Work(
+            Shape(), "tiny", prompts=2, answers=2, tokens=24, micro_batch=2, rounds=1, threads=threads
+        )
+    else:
+        shape = Shape(hidden, layers, vocabulary, hidden * 11 // 2)
+        work = Work(shape, None, prompts, answers, tokens, rounds=rounds, threads=threads)
+    result = measure(work, only)
+    if out or not small:
+        keep(result, out, f"rl-{result['dtype']}")
+    click.echo(rl_table(result))
 
 
 @main.command()

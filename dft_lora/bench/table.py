@@ -186,6 +186,40 @@ def choices_table(result: dict[str, Any]) -> str:
     )
 
 
+def rl_table(result: dict[str, Any]) -> str:
+    """One result of `bench rl` as Markdown: a line a side, seconds and processor seconds of each stage."""
+    work, made = result["work"], result["provenance"]
+    shape = work["shape"]
+    base = work["base"] or (
+        f"Qwen2 of random weights, D = {shape['D']}, {shape['layers']} layers, V = {shape['V']:,}"
+    )
+    stages = ("rollout", "reward", "reference", "loss", "update", "whole")
+    lines = [
+        f"A step of {work['prompts']} prompts with {work['answers']} answers of {work['tokens']} tokens "
+        f"(grpo), or of {work['prompts']} pairs (dpo): {base}, nf4, LoRA r 8, {result['dtype']}, "
+        f"micro-batches of {work['micro_batch']}; {result['device']}, {work['threads']} thread(s), "
+        f"{work['rounds']} round(s); torch {made['versions']['torch']}, "
+        f"TRL {made['peers']['trl'] or 'not installed'}, "
+        f"{made['date'][:10]}, commit {made['commit']}. Seconds, in brackets processor seconds.",
+        "",
+        f"| | {' | '.join(stages)} | ratio | MB above the loaded model | ratio |",
+        "|---|" + "---:|" * (len(stages) + 3),
+    ]
+    for name, side in result["sides"].items():
+        if not side["runs"]:
+            lines.append(f"| {name} | not run: {side['missing']} |" + " |" * (len(stages) + 2))
+            continue
+        first = result["sides"].get(f"{name.split(',')[0]}, ours", {})
+        first = first if first.get("runs") else side
+        cells = [f"{side['stages'][s][0]:.2f} ({side['stages'][s][1]:.2f})" for s in stages]
+        ratios = [a / b for a, b in zip(side["stages"]["whole"], first["stages"]["whole"], strict=True)]
+        cells.append(f"{ratios[0]:.2f} ({ratios[1]:.2f})")
+        more = side["above_loaded_mb"]
+        cells += [f"{more:.0f}", f"{more / first['above_loaded_mb']:.2f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def longest_table(result: dict[str, Any]) -> str:
     """One result of `bench longest` as Markdown: a line for each model and technique."""
     made, GB = result["provenance"], 2**30
@@ -212,6 +246,7 @@ def longest_table(result: dict[str, Any]) -> str:
 
 TABLES = {
     "choices": choices_table,
+    "rl": rl_table,
     "memory": memory_table,
     "longest": longest_table,
     "loss": loss_table,

@@ -75,6 +75,10 @@ class Judge:
         """
         return judge_many((text, problem.answer or "") for text, problem in pairs)
 
+    def cut(self, text: str) -> str:
+        """An answer up to the point where a task's stop rule ends it."""
+        return text
+
     def reward(self, verdict: Verdict) -> float:
         """The reward of a verdict in reinforcement learning: 1 for a correct answer, else 0."""
         return float(verdict.correct)
@@ -101,10 +105,6 @@ class Task(Judge, ABC):
     def choose(self, logps: Sequence[float], problem: Problem) -> str:
         """The choice that the log-probabilities of all choices favour; the first of equals."""
         return problem.choices[max(range(len(logps)), key=logps.__getitem__)]
-
-    def cut(self, text: str) -> str:
-        """An answer up to the point where the task's stop rule ends it."""
-        return text
 
     @abstractmethod
     def problems(self, split: str = "test") -> list[Problem]:

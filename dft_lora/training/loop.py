@@ -16,6 +16,7 @@ from ..data.doctor import findings_table
 from ..errors import Interrupted
 from ..loss.objectives import starves
 from ..model.backends import prepare
+from ..model.hardware import reset_peak_memory
 from ..runs.folder import RunFolder
 from ..runs.plots import curves
 from .checkpoints import Checkpoints, State, write_adapter
@@ -56,6 +57,7 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
             )
         if ranks.is_main and not ((resume or extend) and folder.begun):
             RunFolder.create(folder.path)
+        reset_peak_memory(ranks.device)
         trainer = Trainer(plan, ranks)
         learner = trainer.learner
         if state is not None:
