@@ -1,0 +1,133 @@
+"""The driver: each stage in a process of its own, its results written down as soon as they are there.
+
+A stage that fails, hangs or takes the CUDA context with it costs only itself: its error is recorded in one line,
+and the next stage begins in a fresh process. What the stages print goes to `gpu.log`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from ...errors import MissingPart, RunError
+from ...runs.folder import write_json
+from ...runs.provenance import certificate, versions
+
+PEERS = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "unsloth")
+LEAST = 5
+"""Seconds that a stage must have left to be begun."""
+Say = Callable[[str], None]
+
+
+def run(out: Path, device: str, small: bool, minutes: float, say: Say, stages: Sequence[str] = ()) -> Path:
+    """Run the stages, or those named; returns the JSON file in `out`, named after the device.
+
+    Raises MissingPart without a CUDA device, unless `device` is `cpu`.
+    """
+    from .stages import STAGES
+
+    chosen = [stage for stage in STAGES if not stages or stage.name in stages]
+    began, whole = time.monotonic(), 60 * minutes
+    out.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="gpu-", dir=out))
+    try:
+        with (out / "gpu.log").open("w") as log:
+            machine = _machine(folder, device, log)
+            path = out / f"{slug(machine['name'])}.json"
+            result: dict[str, Any] = {
+                "kind": "gpu",
+                "small": small,
+                "minutes": minutes,
+                "machine": machine,
+                "stages": {},
+                "provenance": certificate(peers=versions(PEERS)),
+            }
+            for stage in chosen:
+                left = whole - (time.monotonic() - began)
+                record = {"seconds": 0.0, "results": {}}
+                result["stages"][stage.name] = record
+                if left < LEAST:
+                    record["missing"] = "no time left"
+                    write_json(path, result)
+                    continue
+                started = time.monotonic()
+
+                def keep(name: str, value: Any, record=record) -> None:
+                    record["results"][name] = value
+                    write_json(path, result)
+
+                command = [stage.name, str(folder), device, str(int(small))]
+                end = child(command, min(left, stage.seconds * minutes / 10), log, keep)
+                record |= end | {"seconds": round(time.monotonic() - started, 1)}
+                write_json(path, result)
+                why = next((f": {end[key]}" for key in ("error", "missing") if key in end), "")
+                say(f"{stage.name:32} {record['seconds']:6.1f} s  {len(record['results'])} results{why}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return path
+
+
+def child(
+    arguments: Sequence[str], seconds: float, log: IO[str], keep: Callable[[str, Any], None]
+) -> dict[str, str]:
+    """One stage in a process of its own; hands each result to `keep`. Empty, or why it has no more of them."""
+    command = [sys.executable, "-m", f"{__package__}.child", *arguments]
+    ended: dict[str, str] = {}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+    )
+
+    def stop() -> None:
+        ended["error"] = f"stopped after {seconds:.0f} s, its share of the time"
+        _kill(process)
+
+    timer = threading.Timer(seconds, stop)
+    timer.start()
+    try:
+        for line in process.stdout or ():
+            name, value = json.loads(line)
+            if name in ("error", "missing"):
+                ended.setdefault(name, value)
+            else:
+                keep(name, value)
+        code = process.wait()
+    finally:
+        timer.cancel()
+        _kill(process)
+    if code and not ended:
+        ended["error"] = f"died of signal {-code}" if code < 0 else f"ended with code {code} (see gpu.log)"
+    return ended
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """A stage with all that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def _machine(folder: Path, device: str, log: IO[str]) -> dict[str, Any]:
+    """What the device is; asked in a process of its own, so that this one takes no memory of the GPU."""
+    found: dict[str, Any] = {}
+    end = child(["machine", str(folder), device, "0"], 120, log, found.__setitem__)
+    if "missing" in end:
+        raise MissingPart(end["missing"])
+    if end:
+        raise RunError(f"the device could not be asked: {end['error']}")
+    return found
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
