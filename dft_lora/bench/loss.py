@@ -166,7 +166,9 @@ def _alone(name: str, folder: str, device: str, threads: str) -> dict[str, float
 def warm_up(variant: LossVariant, x: Inputs) -> None:
     """A pass over four tokens and 512 words, so that imports and library set-up are not counted later."""
     some = torch.cat([x.supervised[:2], (x.targets_N == -100).nonzero()[:2, 0]])
-    run_variant(variant, Inputs(x.hidden_ND[some], x.weight_VD[:512].clone(), x.targets_N[some].clamp(max=511), ""))
+    run_variant(
+        variant, Inputs(x.hidden_ND[some], x.weight_VD[:512].clone(), x.targets_N[some].clamp(max=511), "")
+    )
 
 
 def _say(when: str, variant: LossVariant, seconds: float) -> None:

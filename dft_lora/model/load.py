@@ -197,6 +197,9 @@ def _shapes_alone(model_config: Any, quantization: str, dtype: torch.dtype) -> A
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     if quantization != "none":
         _use_packed_layers(model, quantization, dtype)
+        from bitsandbytes.functional import create_dynamic_map, name2qmap
+
+        name2qmap.setdefault("dynamic", create_dynamic_map())  # kept for the process: not without contents
         for _, layer in _4bit_layers(model):
             layer.weight.data = layer.weight.data.to(dtype)
             layer.weight._quantize("meta")  # bitsandbytes' own shapes: packed numbers, scales, tables

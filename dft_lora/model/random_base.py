@@ -39,7 +39,7 @@ def seed_of(folder: str) -> int | None:
 
 
 def fill_(model: Any, dtype: torch.dtype, device: torch.device, seed: int) -> None:
-    """Give parameters without contents (meta) random ones on the device: matrices N(0, 0.02), norms 1, biases 0.
+    """Fill a model without contents (meta) on the device: matrices from N(0, 0.02), norms 1, biases 0.
 
     One tensor after the other, so a 4-bit base needs little more memory than it has in the end.
     """

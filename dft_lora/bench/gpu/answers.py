@@ -12,9 +12,8 @@ from .lab import Lab, Result
 
 def decoding(lab: Lab) -> Iterator[tuple[str, Result]]:
     """Tokens per second in a batch of one adapter and of three, greedy and sampled."""
-    size = "small" if lab.small else "1.5B"
     rows, prompt, tokens = ((3,), 8, 3) if lab.small else ((1, 32), 256, 32)
-    found = measure(str(lab.base(size)), rows=rows, prompts=(prompt,), tokens=tokens, rounds=1)
+    found = measure(str(lab.base("1.5B")), rows=rows, prompts=(prompt,), tokens=tokens, rounds=1)
     for case in found["cases"]:
         name = f"{case['rows']} rows, {case['adapters']} adapters, T = {case['temperature']:g}"
         speeds = {side: figures["decode_tokens_per_second"] for side, figures in case["sides"].items()}
@@ -33,7 +32,9 @@ def decoding(lab: Lab) -> Iterator[tuple[str, Result]]:
 
 def grpo(lab: Lab) -> Iterator[tuple[str, Result]]:
     """A step of GRPO: 8 answers to each of 32 problems are sampled, judged and learned from."""
-    fewer = ["train.batch_size=16", "rollouts.max_new_tokens=32"] if lab.small else []
+    fewer = (
+        ["train.batch_size=16", "train.micro_batch_size=8", "rollouts.max_new_tokens=32"] if lab.small else []
+    )
     changes = ["train.max_steps=2", f"output={lab.folder / 'grpo'}", *fewer]
     lines = train(load_recipe("tiny_grpo", changes)).metrics()
     keys = ("seconds", "reward", "answers", "generated_tokens", "loss", "peak_memory_mb")

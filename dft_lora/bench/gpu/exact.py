@@ -20,7 +20,8 @@ LOSS, NORM = 0.01, 0.05
 """Largest relative difference between a GPU's and a CPU's loss, and between their gradient norms."""
 BEFORE, RUN = 3, 12
 """Checkpoints before the kill, and steps of the whole run."""
-TRAIN = "import torch; torch.use_deterministic_algorithms(True, warn_only=True); from dft_lora.cli import main; main()"
+TRAIN = """import torch; torch.use_deterministic_algorithms(True, warn_only=True)
+from dft_lora.cli import main; main()"""
 
 
 def changes(folder: Path, steps: int, dtype: str = "auto") -> list[str]:
@@ -70,7 +71,7 @@ def _furthest(a: RunFolder, b: RunFolder, key: str) -> float:
 
 
 def kill_and_resume(lab: Lab) -> Iterator[tuple[str, Result]]:
-    """A run that is killed with SIGKILL and resumed ends with the adapter of one that was not, bit for bit."""
+    """A run that is killed and resumed ends with the adapter of one that was not, bit for bit."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     whole, killed = lab.folder / "whole", lab.folder / "killed"
     wanted = sets(changes(killed, RUN))

@@ -16,7 +16,7 @@ from ...config import parse_recipe
 from ...data.templates import Example, Renderer
 from ...errors import MissingPart
 from ...loss import objective
-from ...model.hardware import choose
+from ...model.hardware import choose, dtype_name
 from ...model.load import load_tokenizer
 from ...model.memory import DeviceMemory, LiveTensors, Memory
 from ...model.random_base import write_random_base
@@ -66,14 +66,14 @@ class Lab:
         return folder
 
     def plan(self, size: str, count: int, *changes: str) -> Plan:
-        """A run of one step over `count` examples of invented text, each about as long as the longest allowed.
+        """Steps over `count` examples of invented text, each about as long as the longest allowed.
 
         Nf4, LoRA of rank 8, gradient checkpointing; `changes` as for --set.
         """
         recipe = parse_recipe(
             {
                 "name": "gpu",
-                "model": {"name": str(self.base(size))},
+                "model": {"name": str(self.base(size)), "dtype": dtype_name(self.dtype)},
                 "data": {"source": "word-problems", "template": "plain", "max_length": self.length},
                 "train": {
                     "batch_size": count,
@@ -100,7 +100,8 @@ def invented(count: int, length: int, vocabulary: int) -> list[Example]:
     draw = random.Random(0)
     rows = (range(length - i % 8) for i in range(count))
     return [
-        Example(str(i), tuple(draw.randrange(vocabulary) for _ in row), length // 8) for i, row in enumerate(rows)
+        Example(str(i), tuple(draw.randrange(vocabulary) for _ in row), length // 8)
+        for i, row in enumerate(rows)
     ]
 
 

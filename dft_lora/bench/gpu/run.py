@@ -1,7 +1,7 @@
 """The driver: each stage in a process of its own, its results written down as soon as they are there.
 
-A stage that fails, hangs or takes the CUDA context with it costs only itself: its error is recorded in one line,
-and the next stage begins in a fresh process. What the stages print goes to `gpu.log`.
+A stage that fails, hangs or takes the CUDA context with it costs only itself: its error is recorded in one
+line, and the next stage begins in a fresh process. What the stages print goes to `gpu.log`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,7 +38,8 @@ def run(out: Path, device: str, small: bool, minutes: float, say: Say, stages: S
     """
     from .stages import STAGES
 
-    chosen = [stage for stage in STAGES if not stages or stage.name in stages]
+    wanted = stages or [stage.name for stage in STAGES if stage.rehearsed or not small]
+    chosen = [stage for stage in STAGES if stage.name in wanted]
     began, whole = time.monotonic(), 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="gpu-", dir=out))
@@ -67,8 +69,9 @@ def run(out: Path, device: str, small: bool, minutes: float, say: Say, stages: S
                     record["results"][name] = value
                     write_json(path, result)
 
-                command = [stage.name, str(folder), device, str(int(small))]
-                end = child(command, min(left, stage.seconds * minutes / 10), log, keep)
+                share = stage.seconds * minutes / 10 if device == "cuda" else left
+                command = stage_command(stage.name, str(folder), device, str(int(small)))
+                end = child(command, min(left, share), log, keep)
                 record |= end | {"seconds": round(time.monotonic() - started, 1)}
                 write_json(path, result)
                 why = next((f": {end[key]}" for key in ("error", "missing") if key in end), "")
@@ -78,15 +81,16 @@ def run(out: Path, device: str, small: bool, minutes: float, say: Say, stages: S
     return path
 
 
+def stage_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", f"{__package__}.child", *arguments]
+
+
 def child(
-    arguments: Sequence[str], seconds: float, log: IO[str], keep: Callable[[str, Any], None]
+    command: Sequence[str], seconds: float, log: IO[str], keep: Callable[[str, Any], None]
 ) -> dict[str, str]:
-    """One stage in a process of its own; hands each result to `keep`. Empty, or why it has no more of them."""
-    command = [sys.executable, "-m", f"{__package__}.child", *arguments]
+    """Run a stage; hands each result to `keep`. Returns why it did not end by itself, or nothing."""
     ended: dict[str, str] = {}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
 
     def stop() -> None:
         ended["error"] = f"stopped after {seconds:.0f} s, its share of the time"
@@ -112,16 +116,14 @@ def child(
 
 def _kill(process: subprocess.Popen) -> None:
     """A stage with all that it started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _machine(folder: Path, device: str, log: IO[str]) -> dict[str, Any]:
     """What the device is; asked in a process of its own, so that this one takes no memory of the GPU."""
     found: dict[str, Any] = {}
-    end = child(["machine", str(folder), device, "0"], 120, log, found.__setitem__)
+    end = child(stage_command("machine", str(folder), device, "0"), 300, log, found.__setitem__)
     if "missing" in end:
         raise MissingPart(end["missing"])
     if end:

@@ -1,5 +1,4 @@
-"""Training steps in nf4: speed beside TRL, the memory ladder, predicted and real memory, retreat; other attention
-and another backend."""
+"""Training steps in nf4: speed beside TRL, the memory ladder, memory predicted and real, retreat, unsloth."""
 
 from __future__ import annotations
 
@@ -143,7 +142,7 @@ def retreat(lab: Lab) -> Iterator[tuple[str, Result]]:
 
 @contextmanager
 def _tight(lab: Lab, trainer: Trainer, limit: int) -> Iterator[None]:
-    """Only `limit` bytes of the GPU. On a CPU the thinnest stand-in: passes of more than two rows raise its error."""
+    """Only `limit` bytes of the GPU; on a CPU a stand-in: passes of more than two rows raise the error."""
     if lab.device.type == "cuda":
         whole = torch.cuda.get_device_properties(lab.device).total_memory
         torch.cuda.set_per_process_memory_fraction(limit / whole, lab.device)
