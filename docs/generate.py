@@ -19,6 +19,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
+GPUS = ROOT / "docs" / "gpu"
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -155,6 +156,14 @@ def bench(kind: str) -> str:
     return tables(kind=kind)
 
 
+def bench_gpu() -> str:
+    """What each GPU showed: one table for each file in docs/gpu/."""
+    from dft_lora.bench.table import gpu_table
+
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(GPUS.glob("*.json"))]
+    return "\n\n".join(map(gpu_table, results)) or "No GPU is recorded yet."
+
+
 def findings() -> str:
     """The lines of the findings with their contrasts, then the accuracy behind them."""
     result = json.loads((RESULTS / "findings.json").read_text(encoding="utf-8"))
@@ -287,6 +296,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "bench-train": partial(bench, "train"),
     "bench-packing": partial(bench, "packing"),
     "bench-memory": partial(bench, "memory"),
+    "bench-gpu": bench_gpu,
 }
 
 

@@ -118,7 +118,7 @@ def test_token_ids_and_masks_have_values(learner):
 
 
 def test_the_fit_for_auto_predicts_what_many_rows_take(base):
-    """Also where unpacked weights outweigh the activations of short rows: the growth shows from two rows on."""
+    """Also where unpacked weights outweigh the activations of one row: the growth shows from two rows on."""
     rows = [Example(str(i), tuple(range(1, 61 - i % 4)), 8) for i in range(16)]
     recipe = recipe_of(base, gradient_checkpointing=True, batch_size=16).override(["data.packing=false"])
     with traced(recipe, DFT, 0) as learner:

@@ -233,7 +233,7 @@ def memory(names, out) -> None:
 @main.command()
 @click.option("--out", type=UserPath(path_type=Path), default=Path("runs/gpu"), help="folder of the JSON")
 @click.option("--minutes", default=10.0, type=click.FloatRange(0.5, 600), help="for all stages together")
-@click.option("--device", default="cuda", type=click.Choice(["cuda", "cpu"]))
+@click.option("--device", default="cuda", type=click.Choice(["cuda", "cpu"]), callback=available)
 @click.option("--small", is_flag=True, help="small sizes: a rehearsal, also without a GPU")
 @click.option("--stage", "stages", multiple=True, help="only this one; may be repeated")
 def gpu(out, minutes, device, small, stages) -> None:

@@ -179,7 +179,6 @@ def _figures(found: dict[str, Any]) -> str:
 
 
 TABLES = {
-    "gpu": gpu_table,
     "memory": memory_table,
     "loss": loss_table,
     "train": train_table,

@@ -5,10 +5,10 @@ the backward pass:
 
     peak(N, M) = resident + max(saved(N) + workspace(M) + scores * M, backward(N))
 
-for N positions, M of them supervised. `saved` and `backward` are straight lines through two passes, of one and
-two rows where that costs little: none of the attention kernels in use keeps an [L, L] matrix per head. On CUDA the allocator counts the bytes.
-On a CPU the live tensors are counted, which is what a GPU's allocator would see for the same dtypes, so a run
-can be fitted to a GPU that this machine does not have.
+for N positions, M of them supervised. `saved` and `backward` are straight lines through two passes, of one
+and two rows where that costs little: none of the attention kernels in use keeps an [L, L] matrix per head. On
+CUDA the allocator counts the bytes. On a CPU the live tensors are counted, which is what a GPU's allocator
+would see for the same dtypes, so a run can be fitted to a GPU that this machine does not have.
 
 Shapes (docs/shapes.md): N positions of a micro-batch, M supervised ones, V vocabulary.
 """
@@ -136,7 +136,7 @@ def measure(learner: Learner, examples: Sequence[Example], checkpointing: bool) 
 
 
 def _batches(learner: Learner, examples: Sequence[Example]) -> list[Batch]:
-    """Growing micro-batches: two short rows, and where it costs little the run's longest row, then two of them.
+    """Growing micro-batches: two short rows; where it costs little, the run's longest row, then two of them.
 
     In short rows the unpacked weights outweigh the activations and hide how the backward pass grows, and one
     row alone has no padding. On a CPU long rows take minutes.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,63 +20,54 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from ...errors import MissingPart, RunError
+from ...errors import RunError
 from ...runs.folder import write_json
 from ...runs.provenance import certificate, versions
 
 PEERS = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "unsloth")
 LEAST = 5
 """Seconds that a stage must have left to be begun."""
+NO_TIME = {"missing": "no time left"}
 Say = Callable[[str], None]
 
 
 def run(out: Path, device: str, small: bool, minutes: float, say: Say, stages: Sequence[str] = ()) -> Path:
-    """Run the stages, or those named; returns the JSON file in `out`, named after the device.
-
-    Raises MissingPart without a CUDA device, unless `device` is `cpu`.
-    """
+    """Run the stages, or those named; returns the JSON file in `out`, named after the device."""
     from .stages import STAGES
 
-    wanted = stages or [stage.name for stage in STAGES if stage.rehearsed or not small]
-    chosen = [stage for stage in STAGES if stage.name in wanted]
-    began, whole = time.monotonic(), 60 * minutes
+    ends = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="gpu-", dir=out))
-    try:
-        with (out / "gpu.log").open("w") as log:
-            machine = _machine(folder, device, log)
-            path = out / f"{slug(machine['name'])}.json"
-            result: dict[str, Any] = {
-                "kind": "gpu",
-                "small": small,
-                "minutes": minutes,
-                "machine": machine,
-                "stages": {},
-                "provenance": certificate(peers=versions(PEERS)),
-            }
-            for stage in chosen:
-                left = whole - (time.monotonic() - began)
-                record = {"seconds": 0.0, "results": {}}
-                result["stages"][stage.name] = record
-                if left < LEAST:
-                    record["missing"] = "no time left"
-                    write_json(path, result)
-                    continue
-                started = time.monotonic()
+    with (
+        tempfile.TemporaryDirectory(prefix="gpu-", dir=out, ignore_cleanup_errors=True) as folder,
+        (out / "gpu.log").open("w") as log,
+    ):
+        machine = _machine(folder, device, log)
+        path = out / f"{slug(machine['name'])}.json"
+        result: dict[str, Any] = {
+            "kind": "gpu",
+            "small": small,
+            "minutes": minutes,
+            "machine": machine,
+            "stages": {},
+            "provenance": certificate(peers=versions(PEERS)),
+        }
+        wanted = stages or [stage.name for stage in STAGES if stage.rehearsed or not small]
+        for stage in (stage for stage in STAGES if stage.name in wanted):
+            record = result["stages"][stage.name] = {"seconds": 0.0, "results": {}}
 
-                def keep(name: str, value: Any, record=record) -> None:
-                    record["results"][name] = value
-                    write_json(path, result)
-
-                share = stage.seconds * minutes / 10 if device == "cuda" else left
-                command = stage_command(stage.name, str(folder), device, str(int(small)))
-                end = child(command, min(left, share), log, keep)
-                record |= end | {"seconds": round(time.monotonic() - started, 1)}
+            def keep(name: str, value: Any, results=record["results"]) -> None:
+                results[name] = value
                 write_json(path, result)
-                why = next((f": {end[key]}" for key in ("error", "missing") if key in end), "")
-                say(f"{stage.name:32} {record['seconds']:6.1f} s  {len(record['results'])} results{why}")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+
+            left = ends - time.monotonic()
+            share = stage.seconds * minutes / 10 if device == "cuda" else left
+            command = stage_command(stage.name, folder, device, str(int(small)))
+            started = time.monotonic()
+            record |= child(command, min(left, share), log, keep) if left > LEAST else NO_TIME
+            record["seconds"] = round(time.monotonic() - started, 1)
+            write_json(path, result)
+            why = next((f": {record[key]}" for key in ("error", "missing") if key in record), "")
+            say(f"{stage.name:32} {record['seconds']:6.1f} s  {len(record['results'])} results{why}")
     return path
 
 
@@ -120,12 +110,10 @@ def _kill(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _machine(folder: Path, device: str, log: IO[str]) -> dict[str, Any]:
+def _machine(folder: str, device: str, log: IO[str]) -> dict[str, Any]:
     """What the device is; asked in a process of its own, so that this one takes no memory of the GPU."""
     found: dict[str, Any] = {}
-    end = child(stage_command("machine", str(folder), device, "0"), 300, log, found.__setitem__)
-    if "missing" in end:
-        raise MissingPart(end["missing"])
+    end = child(stage_command("machine", folder, device, "0"), 300, log, found.__setitem__)
     if end:
         raise RunError(f"the device could not be asked: {end['error']}")
     return found
