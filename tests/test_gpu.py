@@ -123,6 +123,7 @@ def test_the_table_says_what_was_found_and_what_not():
         },
     }
     text = gpu_table(result)
+    assert text.startswith("**Tesla T4, 14.6 GB, compute capability 7.5, CUDA 13.0**; torch 2.11.0")
     assert "| float16 | 9 | three steps | equal yes, loss differs 0.001 |" in text
     assert "| unsloth | 3 |  | missing: unsloth is not installed |" in text
 

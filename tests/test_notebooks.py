@@ -83,7 +83,7 @@ def test_the_quickstart_runs_in_the_float16_of_a_t4(tmp_path):
 
 @pytest.mark.slow
 def test_the_install_cell_leaves_colabs_torch(tmp_path):
-    """What the cell installs, resolved for Colab's Python with the versions that must stay (needs the index)."""
+    """What the cell installs, resolved for Colab's Python with the versions that must stay."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed"]
     command += ["--target", str(tmp_path), "--only-binary=:all:", "--python-version", "3.12"]

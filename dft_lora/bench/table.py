@@ -146,8 +146,8 @@ def gpu_table(result: dict[str, Any]) -> str:
     """One result of `bench gpu` as Markdown: a line for each result of each stage."""
     machine, made = result["machine"], result["provenance"]
     peers = ", ".join(f"{name} {v}" for name, v in made["peers"].items() if v and name != "python")
-    facts = [f"{machine['memory_gb']:g} GB", f"compute capability {machine['capability']}"]
-    facts = [*facts, f"CUDA {machine['cuda']}"] if "cuda" in machine else []
+    words = {"memory_gb": "{} GB", "capability": "compute capability {}", "cuda": "CUDA {}"}
+    facts = [text.format(machine[key]) for key, text in words.items() if key in machine]
     lines = [
         f"**{', '.join([machine['name'], *facts])}**; torch {made['versions']['torch']}, transformers "
         f"{made['versions']['transformers']}, bitsandbytes {made['versions']['bitsandbytes']}"

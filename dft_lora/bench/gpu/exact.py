@@ -61,15 +61,16 @@ def same_as_cpu(lab: Lab, dtype: str) -> Iterator[tuple[str, Result]]:
             "loss_differs": far["loss"],
             "grad_norm_differs": far["grad_norm"],
             "equal": far["loss"] <= LOSS and far["grad_norm"] <= NORM,
-            "skipped": sum(line["skipped"] for line in RunFolder(here).metrics()),
         },
     )
 
 
 def _furthest(a: RunFolder, b: RunFolder, key: str) -> float:
     """The largest relative difference of a figure over the steps."""
-    pairs = zip(a.metrics(), b.metrics(), strict=True)
-    return max(abs(x[key] - y[key]) / abs(y[key]) for x, y in pairs)
+    pairs = [(x[key], y[key]) for x, y in zip(a.metrics(), b.metrics(), strict=True)]
+    if any(None in pair for pair in pairs):
+        raise RuntimeError(f"loss scaling skipped a step: {key} here and on the CPU is {pairs}")
+    return max(abs(x / y - 1) for x, y in pairs)
 
 
 def kill_and_resume(lab: Lab) -> Iterator[tuple[str, Result]]:
