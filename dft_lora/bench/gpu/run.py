@@ -90,7 +90,10 @@ def child(
     timer.start()
     try:
         for line in process.stdout or ():
-            name, value = json.loads(line)
+            try:
+                name, value = json.loads(line)
+            except ValueError:  # cut off when the stage was stopped
+                break
             if name in ("error", "missing"):
                 ended.setdefault(name, value)
             else:
