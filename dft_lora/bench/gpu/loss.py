@@ -1,4 +1,7 @@
-"""The loss against its peers, and the Triton row kernel against torch operations."""
+"""The loss against its peers, and the Triton row kernel against torch operations.
+
+Shapes (docs/shapes.md): N positions, C rows of a chunk, D hidden width, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +30,14 @@ def against_peers(lab: Lab, D: int, N: int) -> Iterator[tuple[str, Result]]:
     """Every variant in turn: time against the bare GEMMs, peak memory, error of the gradient."""
     D, N, vocabulary = (32, 60, SMALL_V) if lab.small else (D, N, V)
     x = prescribed(N, D, vocabulary, dtype=lab.dtype, device=lab.device)
-    checked_A = x.supervised[:CHECKED]
-    truth_AD = true_gradient(Inputs(x.hidden_ND[checked_A], x.weight_VD, x.targets_N[checked_A], ""))
+    checked_C = x.supervised[:CHECKED]
+    truth_CD = true_gradient(Inputs(x.hidden_ND[checked_C], x.weight_VD, x.targets_N[checked_C], ""))
     floor = None
     for variant in VARIANTS:
         if why := variant.missing(lab.device.type):
             yield variant.name, {"missing": why}
             continue
-        found = attempt(lambda variant=variant: _figures(lab, variant, x, checked_A, truth_AD))
+        found = attempt(lambda variant=variant: _figures(lab, variant, x, checked_C, truth_CD))
         floor = found.get("seconds") if variant is FLOOR else floor
         if floor and "seconds" in found:
             found["ratio"] = found["seconds"] / floor
@@ -42,7 +45,7 @@ def against_peers(lab: Lab, D: int, N: int) -> Iterator[tuple[str, Result]]:
 
 
 def _figures(
-    lab: Lab, variant: LossVariant, x: Inputs, checked_A: torch.Tensor, truth_AD: torch.Tensor
+    lab: Lab, variant: LossVariant, x: Inputs, checked_C: torch.Tensor, truth_CD: torch.Tensor
 ) -> Result:
     warm_up(variant, x)
     with lab.gauge() as memory:
@@ -53,7 +56,7 @@ def _figures(
     seconds = [run_variant(variant, x)[0] for _ in range(ROUNDS)]
     found["seconds"] = statistics.median(seconds)
     if variant.exact and gradient_ND is not None:
-        found["gradient_error"] = relative(gradient_ND[checked_A], truth_AD)
+        found["gradient_error"] = relative(gradient_ND[checked_C], truth_CD)
     return found
 
 
