@@ -16,6 +16,7 @@ from .table import (
     TABLES,
     generation_table,
     gpu_table,
+    longest_table,
     loss_table,
     memory_table,
     packing_table,
@@ -250,6 +251,17 @@ def gpu(out, minutes, device, small, stages) -> None:
     path = run(out, device, small, minutes, lambda line: click.echo(line, err=True), stages)
     click.echo(f"{path}\n", err=True)
     click.echo(gpu_table(json.loads(path.read_text())))
+
+
+@main.command()
+@out_option
+def longest(out) -> None:
+    """The longest row that GPUs of several sizes can train on, traced on shapes alone, without a GPU."""
+    from .memory import measure_longest
+
+    result = measure_longest()
+    keep(result, out, "longest-rows")
+    click.echo(longest_table(result))
 
 
 @main.command()
