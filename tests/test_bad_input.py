@@ -240,7 +240,7 @@ REST = [
     ("bench gpu", 2, "--device cuda: torch sees no CUDA GPU here; use --device cpu"),
     ("bench gpu --device cpu", 2, "--device cpu: add --small"),
     ("bench gpu --device cpu --small --stage speed", 2, "--stage 'speed': not one of tests, float16"),
-    ("bench gpu --device cpu --small --minutes 0", 2, "'--minutes': 0 is not in the range"),
+    ("bench gpu --device cpu --small --minutes 0", 2, "'--minutes': 0.0 is not in the range"),
     ("bench gpu --device cpu --small --out precious.txt", 2, "--out: cannot write precious.txt"),
     ("bench lose", 2, "no command 'lose' (did you mean 'loss'?)"),
 ]
