@@ -20,6 +20,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 NOT_YET = "Not recorded yet."
+GPUS = ROOT / "docs" / "gpu"
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -187,6 +188,14 @@ def bench(kind: str) -> str:
     from dft_lora.bench.table import tables
 
     return tables(kind=kind)
+
+
+def bench_gpu() -> str:
+    """What each GPU showed: one table for each file in docs/gpu/."""
+    from dft_lora.bench.table import gpu_table
+
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(GPUS.glob("*.json"))]
+    return "\n\n".join(map(gpu_table, results)) or "No GPU is recorded yet."
 
 
 def findings() -> str:
@@ -418,6 +427,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "bench-train": partial(bench, "train"),
     "bench-packing": partial(bench, "packing"),
     "bench-memory": partial(bench, "memory"),
+    "bench-gpu": bench_gpu,
     "bench-longest": partial(bench, "longest"),
 }
 

@@ -282,6 +282,11 @@ REST = [
     ("bench choices --base gpt", 2, "'gpt' is not one of 'smollm2-135m', 'gemma-3-270m', 'tiny'"),
     ("bench choices --set piqa", 2, "--set 'piqa': not one of arc-challenge, openbookqa"),
     ("bench choices --limit 0", 2, "'--limit': 0 is not in the range"),
+    ("bench gpu", 2, "--device cuda: torch sees no CUDA GPU here; use --device cpu"),
+    ("bench gpu --device cpu", 2, "--device cpu: add --small"),
+    ("bench gpu --device cpu --small --stage speed", 2, "--stage 'speed': not one of tests, float16"),
+    ("bench gpu --device cpu --small --minutes 0", 2, "'--minutes': 0.0 is not in the range"),
+    ("bench gpu --device cpu --small --out precious.txt", 2, "--out: cannot write precious.txt"),
     ("bench lose", 2, "no command 'lose' (did you mean 'loss'?)"),
 ]
 

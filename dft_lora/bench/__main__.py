@@ -17,6 +17,7 @@ from .table import (
     TABLES,
     choices_table,
     generation_table,
+    gpu_table,
     longest_table,
     loss_table,
     memory_table,
@@ -296,6 +297,28 @@ def choices(bases, names, limit, harness, threads, out) -> None:
     result = measure(bases, names or SETS, limit, harness=harness)
     keep(result, out, f"choices-{'-'.join(bases)}")
     click.echo(choices_table(result))
+
+
+@main.command()
+@click.option("--out", type=UserPath(path_type=Path), default=Path("runs/gpu"), help="folder of the JSON")
+@click.option("--minutes", default=10.0, type=click.FloatRange(0.5, 600), help="for all stages together")
+@click.option("--device", default="cuda", type=click.Choice(["cuda", "cpu"]), callback=available)
+@click.option("--small", is_flag=True, help="small sizes: a rehearsal, also without a GPU")
+@click.option("--stage", "stages", multiple=True, help="only this one; may be repeated")
+def gpu(out, minutes, device, small, stages) -> None:
+    """Prove on a GPU what this project claims of one: exactness, speed, memory. Needs no network."""
+    from .gpu.run import run
+    from .gpu.stages import STAGES
+
+    names = [stage.name for stage in STAGES]
+    if unknown := set(stages) - set(names):
+        raise RequestError(f"--stage {min(unknown)!r}: not one of {', '.join(names)}")
+    if device == "cpu" and not small:
+        raise RequestError("--device cpu: add --small; the sizes of a GPU would take hours")
+    make_writable(out, "--out")
+    path = run(out, device, small, minutes, lambda line: click.echo(line, err=True), stages)
+    click.echo(f"{path}\n", err=True)
+    click.echo(gpu_table(json.loads(path.read_text())))
 
 
 @main.command()

@@ -220,6 +220,42 @@ def rl_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gpu_table(result: dict[str, Any]) -> str:
+    """One result of `bench gpu` as Markdown: a line for each result of each stage."""
+    machine, made = result["machine"], result["provenance"]
+    peers = ", ".join(f"{name} {v}" for name, v in made["peers"].items() if v and name != "python")
+    words = {"memory_gb": "{} GB", "capability": "compute capability {}", "cuda": "CUDA {}"}
+    facts = [text.format(machine[key]) for key, text in words.items() if key in machine]
+    lines = [
+        f"**{', '.join([machine['name'], *facts])}**; torch {made['versions']['torch']}, transformers "
+        f"{made['versions']['transformers']}, bitsandbytes {made['versions']['bitsandbytes']}"
+        f"{', ' + peers if peers else ''}; {made['date'][:10]}, commit {made['commit']}.",
+        "",
+        "| stage | seconds | | |",
+        "|---|---:|---|---|",
+    ]
+    for stage, found in result["stages"].items():
+        rows = [(name, _figures(value)) for name, value in found["results"].items()]
+        rows += [("", f"{key}: {found[key]}") for key in ("error", "missing") if key in found]
+        for i, (name, text) in enumerate(rows):
+            head = f"{stage} | {found['seconds']:.0f}" if i == 0 else " | "
+            lines.append(f"| {head} | {name} | {text} |")
+    return "\n".join(lines)
+
+
+def _figures(found: dict[str, Any]) -> str:
+    """`seconds 0.12, peak mb 345, equal yes` of a result's figures."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "**no**"
+        if isinstance(value, float):
+            return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        return f"{value:,}" if isinstance(value, int) else str(value)
+
+    return ", ".join(f"{key.replace('_', ' ')} {shown(value)}" for key, value in found.items())
+
+
 def longest_table(result: dict[str, Any]) -> str:
     """One result of `bench longest` as Markdown: a line for each model and technique."""
     made, GB = result["provenance"], 2**30

@@ -54,11 +54,11 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
     plan = make_plan(recipe)
     if elsewhere and can_trace(recipe):
         with traced(recipe, plan.objective, plan.renderer.pad_id) as learner:
-            return _measured(learner, plan, budget)
-    return _measured(Learner(recipe, plan.objective, plan.renderer.pad_id, Ranks(recipe)), plan, budget)
+            return measured(learner, plan, budget)
+    return measured(Learner(recipe, plan.objective, plan.renderer.pad_id, Ranks(recipe)), plan, budget)
 
 
-def _measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any]:
+def measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any]:
     device, train = learner.ranks.device, plan.recipe.train
     choices = (False, True) if learner.set_checkpointing else (learner.checkpointing,)
     fits = {on: measure(learner, plan.sized, on) for on in choices}
