@@ -7,6 +7,7 @@ this file knows how bitsandbytes quantizes a base.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -181,6 +182,13 @@ def load_base(
         _unpack_layers(model)
     model.requires_grad_(False)
     return model.eval(), hardware
+
+
+def twin(base: Any) -> Any:
+    """A second tree of modules over the same weights: two adapters can then be in training over one base."""
+    shared: list[Any] = [*base.parameters(), *base.buffers()]
+    shared += [module.quant_state for _, module in _4bit_layers(base)]
+    return copy.deepcopy(base, {id(one): one for one in shared})
 
 
 def _shapes_alone(model_config: Any, quantization: str, dtype: torch.dtype) -> Any:
