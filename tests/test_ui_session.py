@@ -212,7 +212,7 @@ def test_rows_of_different_lengths_score_as_they_do_alone():
 def test_a_character_of_several_tokens_stays_whole():
     it = session()
     ids = it.text_ids("naïve 🙂 x")
-    pieces = it._pieces(ids)
+    pieces = it.renderer.pieces(ids)
     assert "".join(pieces[:-1]) == "naïve 🙂 x" and "\ufffd" not in "".join(pieces)
 
 

@@ -325,6 +325,8 @@ def add_lora(base: Any, config: AdapterConfig) -> Any:
 def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
     """A peft model with the named adapters over one base, in eval mode; the base itself if there are none.
 
+    `base` may have adapters already.
+
     Raises ModelError for a folder without a readable adapter, or with a damaged one.
     """
     from peft import PeftModel
@@ -338,7 +340,7 @@ def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
         if (path / MANIFEST).is_file() and (why := damage(path)):
             raise ModelError(f"{path}: the adapter is damaged: {why}")
         try:
-            if model is base:
+            if not isinstance(model, PeftModel):
                 model = PeftModel.from_pretrained(base, path, adapter_name=name)
             else:
                 model.load_adapter(path, adapter_name=name)

@@ -57,7 +57,7 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
 
 
 class Run:
-    """A run in its folder, begun or resumed. `step` and `save_if_due` in turn until `complete`, then `finish`.
+    """A run in its folder, new or resumed: `step` and `save_if_due` in turn until `complete`, then `finish`.
 
     `base`: what `load_base` returned, for a base that is in memory already. The errors are those of `train`.
     """

@@ -6,9 +6,8 @@ problem was solved, and training curves: tables and SVG for gr.HTML, in the page
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,18 +15,11 @@ from typing import Any
 
 from ..errors import DataError
 from ..runs.folder import RunFolder, read_json, read_lines
+from .charts import bars, curves, figure, shares
 from .text import plain
 from .views import Legend, html_table, interval_bar
 
-CURVES = (
-    ("nll", "NLL, nats per token"),
-    ("mean_probability", "mean probability of the target token"),
-    ("p_end", "mean probability of the end token"),
-    ("entropy", "entropy, nats"),
-)
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 320, 170, 40, 24, 8
 BINS = 5  # at most, for the share of a problem's samples that are correct
-LEAST = 1e-4  # share of tokens at the bottom of the log scale
 
 
 @dataclass(frozen=True)
@@ -89,11 +81,11 @@ def results_view(folders: Sequence[RunFolder]) -> str:
     """For gr.HTML: the folders' reports and training logs, or the command that makes a report."""
     recorded = Recorded.read(folders)
     label = Legend([folder.name for folder in folders])
-    curves = _curves(label, {folder.name: folder.metrics() for folder in folders})
+    training = _training(label, {folder.name: folder.metrics() for folder in folders})
     if recorded is None:
         command = f"dft-lora evaluate {' '.join(str(folder.path) for folder in folders)}"
         how = f"To make them, run <code>{plain(command)}</code>."
-        return f'<p class="nothing">No results yet. {how}</p>{curves}'
+        return f'<p class="nothing">No results yet. {how}</p>{training}'
     report = recorded.report
     return "".join(
         (
@@ -102,7 +94,7 @@ def results_view(folders: Sequence[RunFolder]) -> str:
             _paired(label, report.get("paired", []), set(recorded.folders)),
             _probabilities(label, recorded),
             _solved(label, recorded),
-            curves,
+            training,
             _provenance(report.get("provenance")),
         )
     )
@@ -204,7 +196,7 @@ def _probabilities(label: Legend, recorded: Recorded) -> str:
     for task, _ in _entries(recorded):
         figures = tables.get(task, {})
         if shown := {run: figures[run]["histogram"] for run in recorded.folders if run in figures}:
-            charts.append(_figure(plain(task), _shares(label, shown)))
+            charts.append(figure(plain(task), shares(label, shown)))
     if not charts:
         return ""
     legend = " ".join(map(label, recorded.folders))
@@ -212,39 +204,16 @@ def _probabilities(label: Legend, recorded: Recorded) -> str:
     return f'<h3>How likely each token is {note}</h3><div class="charts">{"".join(charts)}</div>'
 
 
-def _shares(label: Legend, histograms: Mapping[str, Sequence[int]]) -> str:
-    """The share of tokens in each of equal steps of probability, as stairs."""
-    across, down = _axes((0, 1), (math.log10(LEAST), 0))
-    stairs = ""
-    for run, counts in histograms.items():
-        heights = [down(math.log10(max(LEAST, n / (sum(counts) or 1)))) for n in counts]
-        edges = [across(i / len(counts)) for i in range(len(counts) + 1)]
-        corners = [(x, y) for i, y in enumerate(heights) for x in edges[i : i + 2]]
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
-        stairs += f'<polyline class="{label.colour(run)} line" points="{points}">'
-        stairs += f"<title>{plain(run)}</title></polyline>"
-    grid = "".join(
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{down(n):.1f}" y2="{down(n):.1f}"></line>'
-        f"{_text(LEFT - 5, down(n) + 4, f'{10.0 ** (n + 2):g}%', 'end')}"
-        for n in range(round(math.log10(LEAST)), 1)
-    )
-    ends = "".join(
-        _text(across(p), HEIGHT - 6, said, anchor)
-        for p, said, anchor in ((0, "p = 0", "start"), (0.5, "0.5", "middle"), (1, "p = 1", "end"))
-    )
-    return _svg(grid + stairs + ends, "share of tokens by probability")
-
-
 def _solved(label: Legend, recorded: Recorded) -> str:
     """One histogram per run and task: problems by their share of correct samples."""
     charts = []
     for task, entries in _entries(recorded):
         counted = {run: _by_share(recorded.folders[run].evaluation(task)) for run, _ in entries}
-        most = max((max(bins) for bins in counted.values() if bins), default=0)
-        for run, bins in counted.items():
-            if bins:
-                chart = _bars(bins, most, label.colour(run))
-                charts.append(_figure(f"{label(run)} {plain(task)}", chart))
+        most = max((max(counts) for counts in counted.values() if counts), default=0)
+        for run, counts in counted.items():
+            if counts:
+                chart = bars(counts, most, label.colour(run))
+                charts.append(figure(f"{label(run)} {plain(task)}", chart))
     if not charts:
         return ""
     note = '<span class="small">number of problems by share of correct samples</span>'
@@ -268,85 +237,10 @@ def _by_share(file: Path) -> list[int]:
     return bins
 
 
-def _bars(bins: Sequence[int], most: int, colour: str) -> str:
-    across, down = _axes((0, 1), (0, most or 1))
-    width = (WIDTH - LEFT) / len(bins)
-    bars = "".join(
-        f'<rect class="{colour} fill" x="{LEFT + i * width + 2:.1f}" y="{down(n):.1f}" '
-        f'width="{width - 4:.1f}" height="{down(0) - down(n):.1f}"><title>{n} problems</title></rect>'
-        f"{_text(LEFT + (i + 0.5) * width, max(down(n) - 4, 10), n)}"
-        for i, n in enumerate(bins)
-    )
-    ticks = "".join(
-        _text(across(i / len(bins)), HEIGHT - 6, f"{100 * i // len(bins)} %", anchor)
-        for i, anchor in enumerate(["middle"] * len(bins) + ["end"])
-    )
-    return _svg(bars + ticks, "problems by share of correct samples")
-
-
-def _curves(label: Legend, metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def _training(label: Legend, metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     metrics = {run: lines for run, lines in metrics.items() if lines}
     if not metrics:
         return ""
     legend = " ".join(label(run) for run in metrics)
-    charts = "".join(_figure(plain(title), _lines(label, key, metrics)) for key, title in CURVES)
-    note = f'<span class="small">{legend} · the same metrics for every objective</span>'
-    return f'<h3>Training, step by step {note}</h3><div class="charts">{charts}</div>'
-
-
-def _lines(label: Legend, key: str, metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    points = {
-        run: [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
-        for run, lines in metrics.items()
-    }
-    values = [y for series in points.values() for _, y in series]
-    steps = [x for series in points.values() for x, _ in series]
-    if not values:
-        return _svg("", "no data")
-    low, high = min(0.0, *values), max(values) or 1.0
-    across, down = _axes((min(steps), max(steps)), (low, high))
-    paths = "".join(
-        f'<polyline class="{label.colour(run)} line" points="'
-        + " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in series)
-        + f'"><title>{plain(run)}</title></polyline>'
-        for run, series in points.items()
-    )
-    grid = "".join(
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{down(y):.1f}" y2="{down(y):.1f}"></line>'
-        f"{_text(LEFT - 5, down(y) + 4, f'{y:.2g}', 'end')}"
-        for y in (low, (low + high) / 2, high)
-    )
-    ends = "".join(
-        _text(across(x), HEIGHT - 6, said, anchor)
-        for x, said, anchor in (
-            (min(steps), f"step {min(steps)}", "start"),
-            (max(steps), max(steps), "end"),
-        )
-    )
-    return _svg(grid + paths + ends, key)
-
-
-def _axes(
-    x_range: tuple[float, float], y_range: tuple[float, float]
-) -> tuple[Callable[[float], float], Callable[[float], float]]:
-    """Data to pixels."""
-    (x0, x1), (y0, y1) = x_range, y_range
-    return (
-        lambda x: LEFT + (x - x0) / ((x1 - x0) or 1) * (WIDTH - LEFT - 6),
-        lambda y: HEIGHT - BOTTOM - (y - y0) / ((y1 - y0) or 1) * (HEIGHT - BOTTOM - TOP - 8),
-    )
-
-
-def _figure(caption: str, chart: str) -> str:
-    return f"<figure><figcaption>{caption}</figcaption>{chart}</figure>"
-
-
-def _text(x: float, y: float, said: object, anchor: str = "middle") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{said}</text>'
-
-
-def _svg(body: str, title: str) -> str:
-    axis = (
-        f'<line class="axis" x1="{LEFT}" x2="{WIDTH}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"></line>'
-    )
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{plain(title)}">{axis}{body}</svg>'
+    note = f'<span class="small">{legend} · the same metrics for every objective; latest values above</span>'
+    return f"<h3>Training, step by step {note}</h3>{curves(label, metrics)}"

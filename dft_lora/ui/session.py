@@ -34,6 +34,7 @@ MAX_COLUMNS = 4
 MAX_CHARACTERS = 8_000
 MAX_LINES = 400
 MAX_SAMPLES = 64
+MAX_ADDED = 16  # runs trained on the page, which stay in memory
 ALTERNATIVES = 5
 SCORED_AT_ONCE = 64  # positions whose logits [M, V] exist at the same time: 39 MB at V = 152k
 
@@ -163,13 +164,44 @@ class Session:
         if None not in self.adapters.values() and len(names) < MAX_COLUMNS:
             self.adapters = {"base": None, **self.adapters}
             self.identities = {"base": recipes[0].model.name, **self.identities}
+        self.folders, self.added = list(folders), dict[Path, str]()
         self.positions: int = base.config.get_text_config().max_position_embeddings
         self._lock = threading.Lock()
 
     @property
     def runs(self) -> list[str]:
-        """The columns' names, in order."""
+        """The names of the page's own columns, in order."""
+        return [name for name in self.adapters if name not in self.added.values()]
+
+    @property
+    def choices(self) -> list[str]:
+        """The names of all columns that a visitor may choose."""
         return list(self.adapters)
+
+    def add(self, folder: RunFolder) -> str:
+        """Load the adapter of another run over the same base; returns the name of its column.
+
+        Raises RequestError for a run over another base, and when MAX_ADDED runs were added before.
+        """
+        place = folder.path.resolve()
+        if place in self.added:
+            return self.added[place]
+        folders = [self.folders[0], folder]
+        same_base(folders, [one.recipe() for one in folders])
+        if len(self.added) == MAX_ADDED:
+            raise RequestError(
+                f"the page has {MAX_ADDED} more runs already; open: dft-lora app {folder.path}"
+            )
+        run = place.parent.parent if place.parent.name == "steps" else place
+        wanted = f"{run.name}-{run.parent.name}".replace(".", "_")
+        with self._lock:
+            name = next(
+                n for n in (wanted, *(f"{wanted}-{i}" for i in range(2, 99))) if n not in self.adapters
+            )
+            self.model = load_adapters(self.model, {name: folder.adapter})
+            self.adapters[name] = name
+            self.added[place] = name
+        return name
 
     def answers(self, question: Question, runs: Sequence[str] | None = None) -> Iterator[list[Answer]]:
         """The answers of `runs` (default: all). The same list is yielded after every token, one token longer.
@@ -274,7 +306,7 @@ class Session:
             return names[token]
 
         scored = []
-        pieces = self._pieces(ids)
+        pieces = self.renderer.pieces(ids)
         for start in range(0, len(ids), SCORED_AT_ONCE):
             part = slice(start, start + SCORED_AT_ONCE)
             logp_MV = self.head.logits(h_MD[part]).log_softmax(-1)
@@ -287,23 +319,6 @@ class Session:
                 top = tuple((name(i), value) for i, value in zip(indices, values, strict=True))
                 scored.append(Token(text, p, top))
         return scored
-
-    def _pieces(self, ids: list[int], window: int = 8) -> list[str]:
-        """The text that each token adds; special tokens by name.
-
-        A character may take several tokens: it belongs to the last one. Each piece is the difference of two
-        decodings that start at the same token, so a tokenizer that drops a leading space drops it in both.
-        """
-        decode, special = self.renderer.tokenizer.decode, set(self.renderer.tokenizer.all_special_ids)
-        pieces = []
-        for end in range(1, len(ids) + 1):
-            if ids[end - 1] in special:
-                pieces.append(decode([ids[end - 1]]))
-                continue
-            start = max(0, end - window)
-            before, after = (decode(ids[start:stop]).rstrip("\ufffd") for stop in (end - 1, end))
-            pieces.append(after[len(before) :])
-        return pieces
 
 
 def verdicts_on(pairs: Sequence[tuple[str, Problem]]) -> list[Verdict]:

@@ -114,16 +114,14 @@ def tokens_view(
     first run, and the tokens whose probabilities differ most between the two runs of `pair`.
     """
     label = Legend(runs)
-    strips = "".join(
-        _strip(label(run), _figures(tokens), tokens, lambda token: token.probability) for run, tokens in rows
-    )
-    view = f'<div class="strips">{_SCALE}{strips}</div>'
+    strips = "".join(strip(label(run), run, tokens) for run, tokens in rows)
+    view = f'<div class="strips">{SCALE}{strips}</div>'
     if pair is None:
         return view
     first, tokens = rows[0]
     peak = {norm: max(map(norm, tokens)) or 1.0 for norm in (_sft, _dft)}
     gradients = "".join(
-        _strip(name, note, tokens, lambda token, norm=norm: norm(token) / peak[norm], "grad")
+        strip(name, name, tokens, note, lambda token, norm=norm: norm(token) / peak[norm], "grad")
         for name, note, norm in (
             ("SFT gradient", "2 (1 − p): largest for unlikely tokens", _sft),
             ("DFT gradient", "2 p (1 − p): small for unlikely tokens", _dft),
@@ -138,10 +136,11 @@ def tokens_view(
     )
 
 
-_SCALE = (
+SCALE = (
     '<p class="scale small"><span>unlikely 0</span><i class="ramp"></i><span>1 certain</span>'
     "<span>The colour shows a token’s probability, which is also its weight in DFT; in SFT every token has "
-    "weight 1. Hover over a token, or use the arrow keys, to see the alternatives.</span></p>"
+    "weight 1. Tokens below 0.25 are underlined. Hover over a token, or use the arrow keys, to see its "
+    "figures.</span></p>"
 )
 
 
@@ -158,17 +157,30 @@ def _figures(tokens: Sequence[Token]) -> str:
     return f"mean p {mean:.3f} · {count(len(tokens), 'token')}"
 
 
-def _strip(
-    name: str, note: str, tokens: Sequence[Token], shade: Callable[[Token], float], kind: str = "p"
+def _probability(token: Token) -> float:
+    return token.probability
+
+
+def strip(
+    name: str,
+    spoken: str,
+    tokens: Sequence[Token],
+    note: str = "",
+    shade: Callable[[Token], float] = _probability,
+    kind: str = "p",
 ) -> str:
+    """A strip of coloured tokens. `name` is HTML, `spoken` the same for screen readers; `note` (default: the
+    mean probability) stands beside it."""
+    note = note or _figures(tokens)
     spans = "".join(
         f'<span class="t {kind}{round(10 * shade(token))}" tabindex="-1" data-tip="{_tip(token)}">'
         f"{_shown(token.text)}</span>{_break(token.text)}"
         for token in tokens
     )
+    named = plain(f"tokens, {spoken}: {note}")
     return (
         f'<div class="strip"><header>{name}<span class="small">{note}</span></header>'
-        f'<div class="text" tabindex="0" role="group" aria-label="tokens">{spans}</div></div>'
+        f'<div class="text" tabindex="0" role="group" aria-label="{named}">{spans}</div></div>'
     )
 
 
@@ -187,7 +199,7 @@ def _tip(token: Token) -> str:
         quoted(token.text),
         f"probability (= DFT weight) {token.probability:.4f}",
         f"gradient: SFT {token.sft_gradient:.3f}, DFT {token.dft_gradient:.3f}",
-        "most likely tokens",
+        *(["most likely tokens"] if token.top else []),
         *(f"  {probability:.4f}  {quoted(text)}" for text, probability in token.top),
     ]
     return plain("\n".join(lines)).replace("\n", "&#10;")

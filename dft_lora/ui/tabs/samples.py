@@ -12,7 +12,7 @@ from ..counts import Tally
 from ..events import FRAME, MODEL, on_gpu, one_line_errors, validate
 from ..session import Question, Session
 from ..views import samples_view
-from .compare import CompareInputs
+from .compare import CompareInputs, chosen
 
 NO_SAMPLES = (
     '<p class="nothing">The share of correct answers, the distinct answers and the majority answer '
@@ -37,22 +37,31 @@ def samples_tab(session: Session, compare: CompareInputs) -> None:
     @one_line_errors
     @on_gpu
     def draw(*values) -> Iterator[Any]:
-        question, shown, n_runs = Question(*values), 0.0, len(session.runs)
-        for written in session.answers(question):
+        *fields, columns = values
+        question, shown, runs = Question(*fields), 0.0, chosen(session, columns)
+        for written in session.answers(question, runs):
             finished = sum(answer.state != "writing" for answer in written)
             if finished == len(written) or time.perf_counter() - shown > 4 * FRAME:
                 shown = time.perf_counter()
                 tallies = [
                     Tally.of(run, [a for a in written if a.run == run and a.state != "writing"])
-                    for run in session.runs
+                    for run in runs
                 ]
-                yield samples_view(session.runs, tallies, finished, n_runs * int(question.samples))
+                yield samples_view(runs, tallies, finished, len(runs) * int(question.samples))
             else:
                 yield gr.skip()
 
     event = go.click(
         draw,
-        [compare.problem, compare.reference, temperature, compare.max_new_tokens, compare.seed, samples],
+        [
+            compare.problem,
+            compare.reference,
+            temperature,
+            compare.max_new_tokens,
+            compare.seed,
+            samples,
+            compare.columns,
+        ],
         view,
         validator=validate,
         show_progress="hidden",
