@@ -47,7 +47,7 @@ def bars(bins: Sequence[int], most: int, colour: str) -> str:
     width = (WIDTH - LEFT) / len(bins)
     blocks = "".join(
         f'<rect class="{colour} fill" x="{LEFT + i * width + 2:.1f}" y="{down(n):.1f}" '
-        f'width="{width - 4:.1f}" height="{down(0) - down(n):.1f}"></rect>'
+        f'width="{width - 4:.1f}" height="{down(0) - down(n):.1f}"><title>{n} problems</title></rect>'
         f"{_text(LEFT + (i + 0.5) * width, max(down(n) - 4, 10), n)}"
         for i, n in enumerate(bins)
     )

@@ -18,6 +18,7 @@ from .session import Session
 from .tabs.compare import compare_tab, shown_columns
 from .tabs.results import results_tab
 from .tabs.samples import samples_tab
+from .tabs.steps import steps_tab
 from .tabs.tokens import tokens_tab
 from .tabs.train import train_tab
 from .tabs.vote import vote_tab
@@ -27,6 +28,8 @@ from .workshop import Workshop
 SENTENCE = (
     "One base model, fine-tuned two ways: see where plain SFT and DFT answer differently, token by token."
 )
+
+SHORT = "SFT and DFT, token by token"  # on a phone
 
 
 def build(
@@ -39,13 +42,17 @@ def build(
     with gr.Blocks(
         title="dft-lora: SFT and DFT side by side", analytics_enabled=False, delete_cache=(3600, 3600)
     ) as page:
-        gr.HTML(f'<div class="top"><h1>dft-lora</h1><p>{SENTENCE}</p></div>', elem_id="top")
+        gr.HTML(
+            f'<div class="top"><h1>dft-lora</h1><p class="long">{SENTENCE}</p><p class="short">{SHORT}</p></div>',
+            elem_id="top",
+        )
         with gr.Tabs(elem_id="tabs"):
             if session and ballot:
                 compare = compare_tab(session)
                 if workshop:
                     train_tab(session, workshop, compare)
                 tokens_tab(session, compare)
+                steps_tab(session, compare)
                 samples_tab(session, compare)
             results_tab(folders)
             if session and ballot:

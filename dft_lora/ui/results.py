@@ -6,6 +6,9 @@ problem was solved, and training curves: tables and SVG for gr.HTML, in the page
 
 from __future__ import annotations
 
+import base64
+import csv
+import io
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,11 +93,13 @@ def results_view(folders: Sequence[RunFolder]) -> str:
     return "".join(
         (
             *map(_outdated, recorded.outdated),
+            _headline(recorded),
             _accuracy(label, recorded),
             _paired(label, report.get("paired", []), set(recorded.folders)),
             _probabilities(label, recorded),
             _solved(label, recorded),
             training,
+            _download(recorded),
             _provenance(report.get("provenance")),
         )
     )
@@ -123,16 +128,40 @@ def _entries(recorded: Recorded) -> list[tuple[str, list[tuple[str, Mapping[str,
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def _accuracy(label: Legend, recorded: Recorded) -> str:
-    head = [
-        "run",
-        "accuracy, 0 to 100 %",
-        "sampled",
-        "95 % interval",
-        "greedy",
-        "ended",
-        "no answer",
+def _headline(recorded: Recorded) -> str:
+    """What the results say, one sentence per task: the difference of the two runs that were named last."""
+    said = [
+        _sentence(task, entries, recorded.report.get("paired", [])) for task, entries in _entries(recorded)
     ]
+    return (
+        f'<p class="headline">{said[0]}</p>' + "".join(f"<p>{line}</p>" for line in said[1:]) if said else ""
+    )
+
+
+def _sentence(
+    task: str, entries: Sequence[tuple[str, Mapping[str, Any]]], paired: Sequence[Mapping[str, Any]]
+) -> str:
+    runs = {run for run, _ in entries}
+    pairs = [e for e in paired if e["task"] == task and {e["a"], e["b"]} <= runs]
+    if not pairs:
+        run, r = max(entries, key=lambda entry: entry[1]["avg"])
+        low, high = r["ci95"]
+        return (
+            f"On {plain(task)}, {plain(run)} answers {_percent(r['avg'])} correctly "
+            f"(95 % interval {_percent(low)} to {_percent(high)})."
+        )
+    last = pairs[-1]
+    (low, high), difference = last["ci95"], last["difference"]
+    interval = f"(95 % interval {_points(low)} to {_points(high)} points)"
+    a, b = plain(last["a"]), plain(last["b"])
+    if low <= 0 <= high:
+        return f"On {plain(task)}, {b} and {a} do not differ beyond noise: {_points(difference)} points {interval}."
+    more = "more" if difference > 0 else "fewer"
+    return f"On {plain(task)}, {b} answers {100 * abs(difference):.1f} points {more} correctly than {a} {interval}."
+
+
+def _accuracy(label: Legend, recorded: Recorded) -> str:
+    head = ["run", "accuracy, 0 to 100 %", "sampled", "95 % interval", "greedy", "ended", "no answer"]
     blocks = []
     for task, entries in _entries(recorded):
         rows = []
@@ -141,38 +170,63 @@ def _accuracy(label: Legend, recorded: Recorded) -> str:
             bar = f'<div class="wide">{interval_bar(100 * low, 100 * r["avg"], 100 * high)}</div>'
             shares = [_percent(r["greedy"]), _percent(1 - r["truncated"]), _percent(r["unparsable"])]
             interval = f"{_percent(low)} to {_percent(high)}"
-            rows.append(
-                [
-                    label(run),
-                    bar,
-                    f"<b>{_percent(r['avg'])}</b>",
-                    interval,
-                    *shares,
-                ]
-            )
+            rows.append([label(run), bar, f"<b>{_percent(r['avg'])}</b>", interval, *shares])
         size = f"{entries[0][1]['problems']} problems, {entries[0][1]['samples']} samples each"
         title = f'<h3>{plain(task)} <span class="small">{size}</span></h3>'
-        blocks.append(title + html_table(head, rows, numbers=range(2, 7)))
+        blocks.append(title + html_table(head, rows, numbers=range(2, 7), stacked=True))
     return "".join(blocks)
 
 
 def _paired(label: Legend, paired: Sequence[Mapping[str, Any]], known: set[str]) -> str:
+    """The differences, all on one scale around zero."""
+    paired = [e for e in paired if {e["a"], e["b"]} <= known]
+    if not paired:
+        return ""
+    most = max(abs(bound) for e in paired for bound in e["ci95"]) or 1.0
+
+    def place(difference: float) -> float:
+        return 50 + 50 * difference / most
+
     rows = [
         [
             f'<span class="pair">{label(e["b"])} − {label(e["a"])}</span>',
             plain(e["task"]),
-            f"<b>{100 * e['difference']:+.1f}</b>",
-            f"{100 * e['ci95'][0]:+.1f} to {100 * e['ci95'][1]:+.1f}",
+            f'<div class="wide zero">{interval_bar(*map(place, (e["ci95"][0], e["difference"], e["ci95"][1])))}</div>',
+            f"<b>{_points(e['difference'])}</b>",
+            f"{_points(e['ci95'][0])} to {_points(e['ci95'][1])}",
             f"{e['p_value']:.4f}",
         ]
         for e in paired
-        if {e["a"], e["b"]} <= known
     ]
-    if not rows:
-        return ""
-    head = ["runs", "task", "difference", "95 % interval", "p"]
+    scale = f"−{100 * most:.0f} to +{100 * most:.0f} points"
+    head = ["runs", "task", scale, "difference", "95 % interval", "p"]
     title = '<h3>Differences on the same problems <span class="small">in percentage points</span></h3>'
-    return title + html_table(head, rows, numbers=range(2, 5))
+    return title + html_table(head, rows, numbers=range(3, 6), stacked=True)
+
+
+def results_csv(recorded: Recorded) -> str:
+    """Every figure of the tables, one line per run and task, as CSV; shares from 0 to 1."""
+    columns = ("avg", "greedy", "truncated", "unparsable", "samples", "problems")
+    written = io.StringIO()
+    table = csv.writer(written)
+    table.writerow(["task", "run", "low95", "high95", *columns])
+    for task, entries in _entries(recorded):
+        for run, r in entries:
+            table.writerow([task, run, *r["ci95"], *(r[column] for column in columns)])
+    return written.getvalue()
+
+
+def _download(recorded: Recorded) -> str:
+    """A link that holds the file itself: the server keeps none."""
+    data = base64.b64encode(results_csv(recorded).encode()).decode()
+    return (
+        f'<p><a class="download" download="results.csv" href="data:text/csv;base64,{data}">'
+        "Download the figures as CSV</a></p>"
+    )
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.1f}".replace("-", "−")
 
 
 def _percent(share: float) -> str:

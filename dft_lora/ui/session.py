@@ -34,6 +34,9 @@ MAX_COLUMNS = 4
 MAX_CHARACTERS = 8_000
 MAX_LINES = 400
 MAX_SAMPLES = 64
+TORCH_RANDOM = threading.Lock()
+"""Held while torch's one random state is in use: an adapter draws its first weights from it, even one that is
+then loaded from a file, and a training step draws its dropout."""
 MAX_ADDED = 16  # runs trained on the page, which stay in memory
 ALTERNATIVES = 5
 SCORED_AT_ONCE = 64  # positions whose logits [M, V] exist at the same time: 39 MB at V = 152k
@@ -164,14 +167,16 @@ class Session:
         if None not in self.adapters.values() and len(names) < MAX_COLUMNS:
             self.adapters = {"base": None, **self.adapters}
             self.identities = {"base": recipes[0].model.name, **self.identities}
-        self.folders, self.added = list(folders), dict[Path, str]()
+        self.folders = dict(zip(names, folders, strict=True))
+        self.added: dict[str, RunFolder] = {}
+        self.held: dict[str, str | None] = {}
         self.positions: int = base.config.get_text_config().max_position_embeddings
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     @property
     def runs(self) -> list[str]:
         """The names of the page's own columns, in order."""
-        return [name for name in self.adapters if name not in self.added.values()]
+        return [name for name in self.adapters if name not in self.added]
 
     @property
     def choices(self) -> list[str]:
@@ -183,25 +188,38 @@ class Session:
 
         Raises RequestError for a run over another base, and when MAX_ADDED runs were added before.
         """
-        place = folder.path.resolve()
-        if place in self.added:
-            return self.added[place]
-        folders = [self.folders[0], folder]
+        for name, known in self.added.items():
+            if known.path == folder.path:
+                return name
+        folders = [next(iter(self.folders.values())), folder]
         same_base(folders, [one.recipe() for one in folders])
         if len(self.added) == MAX_ADDED:
             raise RequestError(
-                f"the page has {MAX_ADDED} more runs already; open: dft-lora app {folder.path}"
+                f"the page holds {MAX_ADDED} more runs; see it with dft-lora app {folder.path}"
             )
-        run = place.parent.parent if place.parent.name == "steps" else place
+        run = whole_run(folder).path.resolve()
         wanted = f"{run.name}-{run.parent.name}".replace(".", "_")
-        with self._lock:
-            name = next(
-                n for n in (wanted, *(f"{wanted}-{i}" for i in range(2, 99))) if n not in self.adapters
-            )
-            self.model = load_adapters(self.model, {name: folder.adapter})
-            self.adapters[name] = name
-            self.added[place] = name
+        names = (wanted, *(f"{wanted}-{i}" for i in range(2, 2 + MAX_ADDED)))
+        name = next(name for name in names if name not in self.adapters)
+        self._load(name, folder.adapter)
+        self.adapters[name], self.added[name] = name, folder
         return name
+
+    def hold(self, name: str, adapter: Path | None) -> None:
+        """Load an adapter that is no column, until `drop`; None stands for the base."""
+        if adapter is not None:
+            self._load(name, adapter)
+        self.held[name] = name if adapter else None
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter that is held and not in use."""
+        if self.held.pop(name):
+            with self.lock:
+                self.model.delete_adapter(name)
+
+    def _load(self, name: str, adapter: Path) -> None:
+        with TORCH_RANDOM, self.lock:
+            self.model = load_adapters(self.model, {name: adapter})
 
     def answers(self, question: Question, runs: Sequence[str] | None = None) -> Iterator[list[Answer]]:
         """The answers of `runs` (default: all). The same list is yielded after every token, one token longer.
@@ -252,7 +270,7 @@ class Session:
         mask_RL = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences])
         adapters = [self._adapter(run) for run, _ in rows]
         device = self.head.weight_VD.device
-        with self._lock, torch.no_grad(), mixed(adapter_layers(self.model, adapters), adapters):
+        with self.lock, torch.no_grad(), mixed(adapter_layers(self.model, adapters), adapters):
             h_RLD = hidden_states(self.model, input_ids=ids_RL.to(device), attention_mask=mask_RL.to(device))
         scored = []
         for (_, ids), h_LD in zip(rows, h_RLD, strict=True):
@@ -279,10 +297,12 @@ class Session:
             answer.state = "truncated"
 
     def _next(self, steps: Iterator[list[tuple[int, int]]]) -> list[tuple[int, int]] | None:
-        with self._lock:
+        with self.lock:
             return next(steps, None)
 
     def _adapter(self, run: str) -> str | None:
+        if run in self.held:
+            return self.held[run]
         if run not in self.adapters:
             near = did_you_mean(str(run), self.adapters)
             raise RequestError(f"run {run!r} is not on this page ({', '.join(self.runs)}){near}")
@@ -319,6 +339,11 @@ class Session:
                 top = tuple((name(i), value) for i, value in zip(indices, values, strict=True))
                 scored.append(Token(text, p, top))
         return scored
+
+
+def whole_run(folder: RunFolder) -> RunFolder:
+    """The run that a checkpoint's run folder belongs to; a whole run itself."""
+    return RunFolder(folder.path.parent.parent) if folder.path.parent.name == "steps" else folder
 
 
 def verdicts_on(pairs: Sequence[tuple[str, Problem]]) -> list[Verdict]:

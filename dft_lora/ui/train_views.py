@@ -109,7 +109,7 @@ def _tokens(label: Legend, now: Moment) -> str:
         strip(label(run), run, [Token(text, p, ()) for text, p in zip(now.pieces, ps, strict=True)])
         for run, ps in now.probabilities.items()
     )
-    return f'<h3>One training example under both</h3><div class="strips">{SCALE}{strips}</div>'
+    return f'<h3>One training example under both</h3>{SCALE}<div class="strips">{strips}</div>'
 
 
 def _said(label: Legend, now: Moment) -> str:

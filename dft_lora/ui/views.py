@@ -44,9 +44,9 @@ class Legend:
 # --- answers --------------------------------------------------------------------------------------
 
 
-def answers_view(runs: Sequence[str], answers: Sequence[Answer]) -> str:
+def answers_view(runs: Sequence[str], answers: Sequence[Answer], label: Legend | None = None) -> str:
     """For gr.Markdown: one column per run with its samples, or a placeholder when there are none."""
-    label = Legend(runs)
+    label = label or Legend(runs)
     columns = []
     for run in runs:
         mine = [answer for answer in answers if answer.run == run]
@@ -84,18 +84,29 @@ def chip(answer: Answer) -> str:
     return f'<span class="chip {kind}">{mark} {words}{said}</span>{ended}'
 
 
-def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """A table of HTML cells with a head; the columns in `numbers` are right-aligned figures."""
+def html_table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    numbers: Sequence[int] = (),
+    stacked: bool = False,
+) -> str:
+    """A table of HTML cells with a head; the columns in `numbers` are right-aligned figures.
+
+    `stacked`: on a phone each row becomes a block, with the heads (plain text) before its cells.
+    """
 
     def line(tag: str, cells: Sequence[str]) -> str:
         kinds = [' class="number"' if i in numbers else "" for i in range(len(cells))]
+        if stacked and tag == "td":
+            kinds = [f'{kind} data-head="{name}"' for kind, name in zip(kinds, head, strict=True)]
         return "".join(
             f"<{tag}{kind}>{cell}</{tag.split()[0]}>" for kind, cell in zip(kinds, cells, strict=True)
         )
 
     body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
     top = f"<thead><tr>{line('th scope=col', head)}</tr></thead>"
-    return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
+    kind = ' class="stacked"' if stacked else ""
+    return f'<div class="scroll" tabindex="0" role="group" aria-label="table"><table{kind}>{top}<tbody>{body}</tbody></table></div>'
 
 
 def count(n: int, noun: str) -> str:
@@ -115,7 +126,7 @@ def tokens_view(
     """
     label = Legend(runs)
     strips = "".join(strip(label(run), run, tokens) for run, tokens in rows)
-    view = f'<div class="strips">{SCALE}{strips}</div>'
+    view = f'{SCALE}<div class="strips">{strips}</div>'
     if pair is None:
         return view
     first, tokens = rows[0]

@@ -33,7 +33,7 @@ from ..runs.folder import RunFolder, make_writable, write_text
 from ..training.plan import Plan, make_plan
 from ..training.preflight import preflight
 from ..training.side_by_side import SideBySide
-from .session import check_number, check_text
+from .session import TORCH_RANDOM, check_number, check_text
 
 HOME = Path("runs/page")
 ROWS = "rows.jsonl"  # an uploaded file, in the folder of its training
@@ -145,8 +145,10 @@ class Setup:
         check_number("learning rate", self.learning_rate, 1e-8, 1)
 
     def recipes(self, home: Path, changes: Sequence[str] = ()) -> list[Recipe]:
-        """The recipes of both runs below `home`: the base's shipped one with the visitor's wishes, and then the
-        server's own `changes`. An upload is read from `home/ROWS`."""
+        """The recipes of both runs below `home`: the base's shipped one with the visitor's wishes.
+
+        The server's own `changes` come last. An upload is read from `home/ROWS`.
+        """
         source, split = TASKS.get(self.source, ("", "train"))
         data = [setting("data.source", source), setting("data.split", split)]
         if self.upload is not None:
@@ -264,12 +266,10 @@ class Training:
 
 
 class Workshop:
-    """The trainings of a server. `torch_random` is held while torch's one random state is in use: adapters
-    draw their first weights from it, and steps their dropout."""
+    """The trainings of a server, of which one runs at a time."""
 
     def __init__(self, home: Path = HOME, changes: Sequence[str] = ()):
         self.home, self.changes = home, tuple(changes)
-        self.torch_random = threading.Lock()
         self._turn = threading.Lock()
         self.current: Moment | None = None
         self.running: Training | None = None
@@ -325,12 +325,12 @@ class Workshop:
 
     def inspect(self, setup: Setup) -> Inspection:
         """Read the data as a training would, and score some of it under the base."""
-        with setup.tried(self.changes) as recipe, self.torch_random:
+        with setup.tried(self.changes) as recipe, TORCH_RANDOM:
             return Inspection(make_plan(recipe), diagnose(recipe, SCORED))
 
     def measure(self, setup: Setup) -> dict[str, Any]:
         """Memory and time of one run, measured (`training/preflight.py`)."""
-        with setup.tried(self.changes) as recipe, self.torch_random:
+        with setup.tried(self.changes) as recipe, TORCH_RANDOM:
             return preflight(recipe)
 
     def watch(self, training: Training, problem: str) -> Iterator[Moment]:
@@ -360,7 +360,7 @@ class Workshop:
         steps = training.recipes[0].train.max_steps or 0
         self.current = now = Moment(training.number, names, steps)
         yield now
-        with self.torch_random:
+        with TORCH_RANDOM:
             runs = SideBySide(training.recipes, resume=begun)
         live = Live(runs, now, problem)
         live.look()
@@ -368,7 +368,7 @@ class Workshop:
         try:
             yield now
             while not runs.complete and not training.asked:
-                with self.torch_random:
+                with TORCH_RANDOM:
                     live.step()
                 yield now
         except GeneratorExit:
@@ -385,7 +385,7 @@ class Workshop:
         yield now
 
     def _save(self, runs: SideBySide) -> None:
-        with self.torch_random:
+        with TORCH_RANDOM:
             runs.save()
 
 

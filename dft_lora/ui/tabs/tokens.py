@@ -67,7 +67,7 @@ def tokens_tab(session: Session, compare: CompareInputs) -> None:
     )
     inputs = [which, first, second, compare.problem, compare.solution, compare.comparison, compare.columns]
     gr.on(
-        [tab.select, which.change, first.change, second.change],
+        [tab.select, which.input, first.input, second.input],
         look,
         inputs,
         view,

@@ -57,7 +57,7 @@ def train_tab(session: Session, workshop: Workshop, compare: CompareInputs) -> N
             pause = gr.Button("Pause", elem_id="pause", min_width=90)
             stop = gr.Button("Stop", elem_id="halt", min_width=90)
             look = gr.Button("Look at the data", elem_id="inspect", min_width=130)
-            measure = gr.Button("Measure memory and time", elem_id="measure", min_width=160)
+            measure = gr.Button("Memory and time", elem_id="measure", min_width=130)
         with gr.Row(elem_classes="controls", visible=False) as earlier:
             number = gr.Dropdown([], label="Unfinished trainings", elem_id="unfinished", min_width=200)
             go_on = gr.Button("Continue", elem_id="continue", min_width=100)
@@ -113,8 +113,7 @@ def train_tab(session: Session, workshop: Workshop, compare: CompareInputs) -> N
         if state not in ("done", "stopped"):
             return gr.skip(), ""
         try:
-            with workshop.torch_random:
-                names = [session.add(folder) for folder in workshop.open(number).shown(state == "stopped")]
+            names = [session.add(folder) for folder in workshop.open(number).shown(state == "stopped")]
         except RequestError as error:
             return gr.skip(), f'<p class="small">{plain(str(error))}</p>'
         said = "The runs are on the Compare, Tokens and Samples tabs now."
