@@ -42,10 +42,8 @@ def build(
     with gr.Blocks(
         title="dft-lora: SFT and DFT side by side", analytics_enabled=False, delete_cache=(3600, 3600)
     ) as page:
-        gr.HTML(
-            f'<div class="top"><h1>dft-lora</h1><p class="long">{SENTENCE}</p><p class="short">{SHORT}</p></div>',
-            elem_id="top",
-        )
+        said = f'<span class="long">{SENTENCE}</span><span class="short">{SHORT}</span>'
+        gr.HTML(f'<div class="top"><h1>dft-lora</h1><p>{said}</p></div>', elem_id="top")
         with gr.Tabs(elem_id="tabs"):
             if session and ballot:
                 compare = compare_tab(session)

@@ -130,12 +130,9 @@ def _entries(recorded: Recorded) -> list[tuple[str, list[tuple[str, Mapping[str,
 
 def _headline(recorded: Recorded) -> str:
     """What the results say, one sentence per task: the difference of the two runs that were named last."""
-    said = [
-        _sentence(task, entries, recorded.report.get("paired", [])) for task, entries in _entries(recorded)
-    ]
-    return (
-        f'<p class="headline">{said[0]}</p>' + "".join(f"<p>{line}</p>" for line in said[1:]) if said else ""
-    )
+    paired = recorded.report.get("paired", [])
+    said = [_sentence(task, entries, paired) for task, entries in _entries(recorded)]
+    return "".join(f'<p class="{"" if i else "headline"}">{line}</p>' for i, line in enumerate(said))
 
 
 def _sentence(
@@ -152,12 +149,12 @@ def _sentence(
         )
     last = pairs[-1]
     (low, high), difference = last["ci95"], last["difference"]
-    interval = f"(95 % interval {_points(low)} to {_points(high)} points)"
-    a, b = plain(last["a"]), plain(last["b"])
+    interval = f"95 % interval {_points(low)} to {_points(high)}"
+    first, second = plain(last["a"]), plain(last["b"])
     if low <= 0 <= high:
-        return f"On {plain(task)}, {b} and {a} do not differ beyond noise: {_points(difference)} points {interval}."
-    more = "more" if difference > 0 else "fewer"
-    return f"On {plain(task)}, {b} answers {100 * abs(difference):.1f} points {more} correctly than {a} {interval}."
+        return f"On {plain(task)}, {second} and {first} do not differ beyond noise ({interval} points)."
+    size, more = f"{100 * abs(difference):.1f}", "more" if difference > 0 else "less"
+    return f"On {plain(task)}, {second} is correct {size} points {more} often than {first} ({interval})."
 
 
 def _accuracy(label: Legend, recorded: Recorded) -> str:
@@ -187,17 +184,20 @@ def _paired(label: Legend, paired: Sequence[Mapping[str, Any]], known: set[str])
     def place(difference: float) -> float:
         return 50 + 50 * difference / most
 
-    rows = [
-        [
-            f'<span class="pair">{label(e["b"])} − {label(e["a"])}</span>',
-            plain(e["task"]),
-            f'<div class="wide zero">{interval_bar(*map(place, (e["ci95"][0], e["difference"], e["ci95"][1])))}</div>',
-            f"<b>{_points(e['difference'])}</b>",
-            f"{_points(e['ci95'][0])} to {_points(e['ci95'][1])}",
-            f"{e['p_value']:.4f}",
-        ]
-        for e in paired
-    ]
+    rows = []
+    for e in paired:
+        (low, high), difference = e["ci95"], e["difference"]
+        bar = interval_bar(place(low), place(difference), place(high))
+        rows.append(
+            [
+                f'<span class="pair">{label(e["b"])} − {label(e["a"])}</span>',
+                plain(e["task"]),
+                f'<div class="wide zero">{bar}</div>',
+                f"<b>{_points(difference)}</b>",
+                f"{_points(low)} to {_points(high)}",
+                f"{e['p_value']:.4f}",
+            ]
+        )
     scale = f"−{100 * most:.0f} to +{100 * most:.0f} points"
     head = ["runs", "task", scale, "difference", "95 % interval", "p"]
     title = '<h3>Differences on the same problems <span class="small">in percentage points</span></h3>'

@@ -106,7 +106,8 @@ def html_table(
     body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
     top = f"<thead><tr>{line('th scope=col', head)}</tr></thead>"
     kind = ' class="stacked"' if stacked else ""
-    return f'<div class="scroll" tabindex="0" role="group" aria-label="table"><table{kind}>{top}<tbody>{body}</tbody></table></div>'
+    table = f"<table{kind}>{top}<tbody>{body}</tbody></table>"
+    return f'<div class="scroll" tabindex="0" role="group" aria-label="table">{table}</div>'
 
 
 def count(n: int, noun: str) -> str:
