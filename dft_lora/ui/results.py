@@ -169,7 +169,7 @@ def _accuracy(label: Legend, recorded: Recorded) -> str:
             interval = f"{_percent(low)} to {_percent(high)}"
             rows.append([label(run), bar, f"<b>{_percent(r['avg'])}</b>", interval, *shares])
         size = f"{entries[0][1]['problems']} problems, {entries[0][1]['samples']} samples each"
-        title = f'<h3>{plain(task)} <span class="small">{size}</span></h3>'
+        title = f'<h2>{plain(task)} <span class="small">{size}</span></h2>'
         blocks.append(title + html_table(head, rows, numbers=range(2, 7), stacked=True))
     return "".join(blocks)
 
@@ -200,7 +200,7 @@ def _paired(label: Legend, paired: Sequence[Mapping[str, Any]], known: set[str])
         )
     scale = f"−{100 * most:.0f} to +{100 * most:.0f} points"
     head = ["runs", "task", scale, "difference", "95 % interval", "p"]
-    title = '<h3>Differences on the same problems <span class="small">in percentage points</span></h3>'
+    title = '<h2>Differences on the same problems <span class="small">in percentage points</span></h2>'
     return title + html_table(head, rows, numbers=range(3, 6), stacked=True)
 
 
@@ -255,7 +255,7 @@ def _probabilities(label: Legend, recorded: Recorded) -> str:
         return ""
     legend = " ".join(map(label, recorded.folders))
     note = f'<span class="small">{legend} · share of the reference solutions’ tokens, log scale</span>'
-    return f'<h3>How likely each token is {note}</h3><div class="charts">{"".join(charts)}</div>'
+    return f'<h2>How likely each token is {note}</h2><div class="charts">{"".join(charts)}</div>'
 
 
 def _solved(label: Legend, recorded: Recorded) -> str:
@@ -271,7 +271,7 @@ def _solved(label: Legend, recorded: Recorded) -> str:
     if not charts:
         return ""
     note = '<span class="small">number of problems by share of correct samples</span>'
-    return f'<h3>How often each problem was solved {note}</h3><div class="charts">{"".join(charts)}</div>'
+    return f'<h2>How often each problem was solved {note}</h2><div class="charts">{"".join(charts)}</div>'
 
 
 def _by_share(file: Path) -> list[int]:
@@ -297,4 +297,4 @@ def _training(label: Legend, metrics: Mapping[str, Sequence[Mapping[str, Any]]])
         return ""
     legend = " ".join(label(run) for run in metrics)
     note = f'<span class="small">{legend} · the same metrics for every objective; latest values above</span>'
-    return f"<h3>Training, step by step {note}</h3>{curves(label, metrics)}"
+    return f"<h2>Training, step by step {note}</h2>{curves(label, metrics)}"

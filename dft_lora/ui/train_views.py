@@ -35,11 +35,11 @@ def inspection_view(found: Inspection) -> str:
     rows = "".join(_row(plan.renderer, example) for example in plan.examples[:PREVIEWED])
     counts = plan.counts
     return (
-        f"<h3>What to expect</h3><p>{plain(said['verdict'])} {plain(said['end_verdict'])}</p>"
+        f"<h2>What to expect</h2><p>{plain(said['verdict'])} {plain(said['end_verdict'])}</p>"
         f'<p class="small">Scored: {count(said["examples"], "example")} under the base.</p>'
-        f"<h3>What the data doctor says</h3><p>{counts['rows']:,} rows, {counts['examples']:,} examples, "
+        f"<h2>What the data doctor says</h2><p>{counts['rows']:,} rows, {counts['examples']:,} examples, "
         f"{counts['supervised_tokens']:,} tokens to learn.</p><ul>{doctor}</ul>"
-        f'<h3>As the model sees it</h3><p class="small">Each box is a token. <span class="t m0">Prompt tokens'
+        f'<h2>As the model sees it</h2><p class="small">Each box is a token. <span class="t m0">Prompt tokens'
         '</span> are only read; <span class="t m1">underlined tokens</span> are learned.</p>'
         f'<div class="strips">{rows}</div>'
     )
@@ -68,7 +68,7 @@ def measured_view(found: Mapping[str, Any]) -> str:
     seconds = 2 * found["seconds_a_step"]
     whole = f"{seconds * found['steps'] / 60:.1f} minutes for {count(found['steps'], 'step')}"
     return (
-        f"<h3>Measured on this machine</h3><p>Both runs together: {seconds:.1f} s per step, about {whole}; "
+        f"<h2>Measured on this machine</h2><p>Both runs together: {seconds:.1f} s per step, about {whole}; "
         "looking at tokens and answers comes on top.</p>"
         f'<p class="small">One run on {plain(found["device"])}, {plain(found["dtype"])}; the second shares '
         f"the base.</p>{html_table(['memory of one run', 'size'], rows, numbers=[1])}"
@@ -99,7 +99,7 @@ def _left(now: Moment, training: Training) -> str:
 def _metrics(label: Legend, now: Moment) -> str:
     if not any(now.metrics.values()):
         return ""
-    return f"<h3>Both runs, step by step</h3>{curves(label, now.metrics, LIVE_CURVES, now.steps)}"
+    return f"<h2>Both runs, step by step</h2>{curves(label, now.metrics, LIVE_CURVES, now.steps)}"
 
 
 def _tokens(label: Legend, now: Moment) -> str:
@@ -109,7 +109,7 @@ def _tokens(label: Legend, now: Moment) -> str:
         strip(label(run), run, [Token(text, p, ()) for text, p in zip(now.pieces, ps, strict=True)])
         for run, ps in now.probabilities.items()
     )
-    return f'<h3>One training example under both</h3>{SCALE}<div class="strips">{strips}</div>'
+    return f'<h2>One training example under both</h2>{SCALE}<div class="strips">{strips}</div>'
 
 
 def _said(label: Legend, now: Moment) -> str:
@@ -121,7 +121,7 @@ def _said(label: Legend, now: Moment) -> str:
         f'<div class="said">{plain(said) or "(empty)"}</div></section>'
         for run, said in now.said.items()
     )
-    return f'<h3>Their answers to your problem</h3><div class="columns n{len(now.said)}">{cards}</div>'
+    return f'<h2>Their answers to your problem</h2><div class="columns n{len(now.said)}">{cards}</div>'
 
 
 def unfinished_choices(trainings: Sequence[Training]) -> list[tuple[str, int]]:

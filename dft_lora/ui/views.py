@@ -140,7 +140,7 @@ def tokens_view(
         )
     )
     return (
-        f"{view}<h3>Gradient per token, under {label(first)}</h3>"
+        f"{view}<h2>Gradient per token, under {label(first)}</h2>"
         '<p class="small">The stronger the colour, the larger the gradient (L1 norm over the logits). DFT '
         "multiplies SFT’s gradient by the token’s probability, so unlikely tokens no longer dominate.</p>"
         f'<div class="strips">{gradients}</div>'
@@ -241,7 +241,7 @@ def _differing(label: Legend, rows: Mapping[str, Sequence[Token]], pair: tuple[s
         for i, (x, y) in differing
     ]
     return (
-        f"<h3>Where {label(a)} and {label(b)} disagree most</h3>"
+        f"<h2>Where {label(a)} and {label(b)} disagree most</h2>"
         f"{html_table([*head, f'DFT weight under {label(start)}'], cells, numbers=[3])}"
     )
 

@@ -76,8 +76,8 @@ def steps_tab(session: Session, compare: CompareInputs) -> None:
             strips = "".join(strip(label(run), run, tokens) for run, tokens in scored.items())
         said = "the base, before training" if step == 0 else f"after step {step}"
         return (
-            f'<h3 role="status">{said}</h3><div class="charts">{chart}</div>'
-            f'<h3>The reference solution of the Compare tab</h3>{SCALE}<div class="strips">{strips}</div>'
+            f'<h2>{said}</h2><div class="charts">{chart}</div>'
+            f'<h2>The reference solution of the Compare tab</h2>{SCALE}<div class="strips">{strips}</div>'
         )
 
     @one_line_errors
