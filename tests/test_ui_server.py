@@ -311,7 +311,7 @@ def check_cancels(url: str, times: int) -> None:
             wait_for(lambda job=job: len(job.outputs()) >= 2)
             job.cancel()
             assert settle(forwards) < 400
-        assert hooks_left() == 0 and not session()._lock.locked()
+        assert hooks_left() == 0 and not session().lock.locked()
     result = client.predict(PROBLEM, "", 0.0, 12, 0, api_name="/compare")
     assert [column["text"] for column in result] == reference
 

@@ -91,7 +91,7 @@ def test_closing_stops_within_one_token_and_leaves_no_hook():
             steps.close()
             assert forwards.count == stop_after
         assert hooks_left() == 0
-    assert not session()._lock.locked()
+    assert not session().lock.locked()
 
 
 def test_two_streams_may_alternate_and_an_abandoned_one_holds_nothing():
@@ -114,7 +114,7 @@ def test_the_answer_after_a_fault_is_correct():
     *_, reference = session().answers(question)
     with Forwards(fail_at=5), pytest.raises(RuntimeError, match="fault"):
         list(session().answers(question))
-    assert hooks_left() == 0 and not session()._lock.locked()
+    assert hooks_left() == 0 and not session().lock.locked()
     *_, again = session().answers(question)
     assert [a.ids for a in again] == [a.ids for a in reference]
 
