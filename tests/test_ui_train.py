@@ -100,20 +100,21 @@ def test_an_upload_is_trained_as_an_ordinary_run(tmp_path):
     setup = Setup(steps=3, upload=hostile_rows(), prompt="question", completion="answer")
     view = inspection_view(shop.inspect(setup))
     assert tags(view) <= {"h2", "p", "ul", "li", "div", "span", "header"}
-    training = shop.begin(setup)
-    watched = shop.watch(training, PROBLEM)
+    watched = shop.watch(setup, PROBLEM)
     for now in watched:
         if now.done == 1:
             break
+    training = shop.running
     with pytest.raises(RequestError, match=r"a training is running \(step 1 of 3\)"):
-        next(shop.watch(training, ""))
+        next(shop.watch(setup, ""))
+    assert not shop.unfinished(), "the one that runs is not offered to others, and theirs was not begun"
     watched.close()
     assert [folder.checkpoints.joinpath("step-000001").is_dir() for folder in training.folders] == [True] * 2
     (again,) = shop.unfinished()
     *_, last = shop.watch(shop.open(again.number), "")
     assert last.state == "done" and last.done == 3 and not shop.unfinished()
     assert {name: len(lines) for name, lines in last.metrics.items()} == {"sft": 3, "dft": 3}
-    assert tags(moment_view(last, again)) <= {
+    assert tags(moment_view(last)) <= {
         *("p", "span", "progress", "section", "header", "div", "h2", "i"),
         *("figure", "figcaption", "svg", "line", "polyline", "title", "text"),
     }
@@ -123,6 +124,13 @@ def test_an_upload_is_trained_as_an_ordinary_run(tmp_path):
         ours = load_file(training.path / name / "adapter" / "adapter_model.safetensors")
         theirs = load_file(alone.adapter / "adapter_model.safetensors")
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_nothing_stays_of_a_training_that_cannot_begin(tmp_path):
+    shop = Workshop(tmp_path, QUICK)
+    with pytest.raises(RequestError, match="no column 'x'"):
+        list(shop.watch(Setup(upload=hostile_rows(), prompt="x", completion="answer"), ""))
+    assert not list(tmp_path.iterdir()) and shop.running is None
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +152,7 @@ def test_a_stopped_training_is_shown_as_it_was_stopped(tmp_path):
         if now.done == 2:
             shop.ask(training.number, "stopped")
     assert (now.state, now.done) == ("stopped", 2)
-    assert "dft-lora train" in moment_view(now, training)
+    assert "dft-lora train" in moment_view(now)
     shown = training.shown(stopped=True)
     assert [folder.run()["step"] for folder in shown] == [2, 2] and not training.shown(stopped=False)
 

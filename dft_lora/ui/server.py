@@ -98,12 +98,14 @@ def credentials() -> tuple[str, str]:
 
 
 def default_runs(home: Path = Path("runs")) -> list[RunFolder]:
-    """The demo's runs below `home`, or the ones that come with the package."""
+    """The runs of `make real` or of the demo below `home`, or the ones that come with the package."""
     from ..experiments.demo import RUNS, runs
     from ..experiments.shipped import shipped_runs
 
-    made = home / "demo"
-    return runs(made) if RunFolder(made / RUNS[-1]).finished else shipped_runs()
+    for made in (home / "real", home / "demo"):
+        if RunFolder(made / RUNS[-1]).finished:
+            return runs(made)
+    return shipped_runs()
 
 
 def free_port(host: str, port: int | None) -> int:

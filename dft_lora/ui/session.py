@@ -167,6 +167,7 @@ class Session:
         if None not in self.adapters.values() and len(names) < MAX_COLUMNS:
             self.adapters = {"base": None, **self.adapters}
             self.identities = {"base": recipes[0].model.name, **self.identities}
+        self.base = recipes[0].model.name
         self.folders = dict(zip(names, folders, strict=True))
         self.added: dict[str, RunFolder] = {}
         self.held: dict[str, str | None] = {}

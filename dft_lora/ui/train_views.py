@@ -75,7 +75,7 @@ def measured_view(found: Mapping[str, Any]) -> str:
     )
 
 
-def moment_view(now: Moment, training: Training) -> str:
+def moment_view(now: Moment) -> str:
     """For gr.HTML: a training as it is now."""
     label = Legend(["base", *now.runs])
     kind, words = STATES[now.state]
@@ -84,13 +84,13 @@ def moment_view(now: Moment, training: Training) -> str:
         f"step {now.done} of {now.steps}</p>"
         f'<progress max="{now.steps}" value="{now.done}" aria-label="steps"></progress>'
     )
-    return f"{head}{_left(now, training)}{_said(label, now)}{_tokens(label, now)}{_metrics(label, now)}"
+    return f"{head}{_left(now)}{_said(label, now)}{_tokens(label, now)}{_metrics(label, now)}"
 
 
-def _left(now: Moment, training: Training) -> str:
+def _left(now: Moment) -> str:
     if now.state not in ("paused", "stopped"):
         return ""
-    commands = "".join(f"<li><code>{plain(command)}</code></li>" for command in training.commands)
+    commands = "".join(f"<li><code>{plain(command)}</code></li>" for command in now.commands)
     return (
         f'<p class="small">Both runs are saved. Continue here, or on the command line:</p><ul>{commands}</ul>'
     )

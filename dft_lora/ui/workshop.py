@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,9 @@ from ..evaluation.diagnosis import diagnose
 from ..loss.objectives import objective, objective_names
 from ..model.cache_folder import cache_folder, is_kept
 from ..model.known import KNOWN
+from ..model.limits import positions
 from ..runs.folder import RunFolder, make_writable, write_text
+from ..tasks import get_task
 from ..training.plan import Plan, make_plan
 from ..training.preflight import preflight
 from ..training.side_by_side import SideBySide
@@ -43,6 +46,7 @@ TASKS = {
     "word-problems": ("word-problems", "train"),
     "codebook: facts that no base knows": ("codebook", "train"),
 }
+EXAMPLE = 20  # the problem of a test set that the page proposes; the demo's runs disagree on it
 MAX_UPLOAD = 2 * 2**20  # bytes
 MAX_ROWS = 5_000
 LONGEST_ROW = 20_000  # characters
@@ -50,6 +54,7 @@ MAX_STEPS = 1_000
 KEPT = 10  # checkpoints of a training on the embedded base, for the slider over steps
 KEPT_OF_LARGE = 3  # on a base whose checkpoints take tens of MB
 SAID = 10  # times during a training that the runs answer the visitor's problem
+SAID_BY_LARGE = 4  # the same on a base where an answer takes seconds
 LIVE_TOKENS = 96  # at most in such an answer
 KNOWN_COLUMNS = (
     ("problem", "question", "prompt", "instruction"),
@@ -61,6 +66,14 @@ SCORED = 64  # examples that the diagnosis looks at
 def bases() -> list[str]:
     """The bases that are here: the embedded one, and those that were fetched before."""
     return ["tiny", *(name for name in KNOWN if is_kept(cache_folder() / "bases" / name))]
+
+
+def defaults(base: str) -> tuple[str, str, float]:
+    """What suits a base: the choice of TASKS, a problem of that task, and the learning rate of its recipe."""
+    recipe = load_recipe(f"{base}_sft")
+    source = next(shown for shown, (task, _) in TASKS.items() if task == recipe.data.source)
+    task = get_task(recipe.data.source)
+    return source, task.problems()[EXAMPLE].question, recipe.train.learning_rate
 
 
 def objective_choices() -> list[str]:
@@ -183,13 +196,16 @@ class Setup:
 
     @contextmanager
     def tried(self, changes: Sequence[str]) -> Iterator[Recipe]:
-        """The first run's recipe, to look at before a training; an upload is on disk only meanwhile."""
+        """The second run's recipe, to look at before a training; an upload is on disk only meanwhile.
+
+        Of the two it is the one that may not learn everything: the first is SFT, as the page proposes it.
+        """
         with tempfile.TemporaryDirectory(prefix="dft-lora-") as home:
             rows = Path(home, ROWS)
             if self.upload is not None:
                 rows.write_text(self.upload.text, encoding="utf-8")
             try:
-                yield self.recipes(Path(home), changes)[0]
+                yield self.recipes(Path(home), changes)[1]
             except DataError as error:  # it names a file of ours, not of the visitor's
                 shown = self.upload.name if self.upload else ""
                 raise DataError(str(error).replace(str(rows), shown)) from None
@@ -226,6 +242,8 @@ class Moment:
     probabilities: dict[str, list[float]] = field(default_factory=dict)
     said: dict[str, str] = field(default_factory=dict)
     said_at: int = 0
+    commands: list[str] = field(default_factory=list)
+    """How the command line continues the runs."""
 
 
 class Training:
@@ -297,8 +315,9 @@ class Workshop:
         return Training(path, recipes)
 
     def unfinished(self) -> list[Training]:
-        """Trainings that were paused, or whose server ended; the newest first."""
-        found = [training for training in self._all() if not training.finished]
+        """Trainings that were paused or stopped, or whose server ended; the newest first."""
+        running = self.running and self.running.number
+        found = [one for one in self._all() if one.number != running and not one.finished]
         return sorted(found, key=lambda training: -training.number)
 
     def open(self, number: int) -> Training:
@@ -333,12 +352,12 @@ class Workshop:
         with setup.tried(self.changes) as recipe, TORCH_RANDOM:
             return preflight(recipe)
 
-    def watch(self, training: Training, problem: str) -> Iterator[Moment]:
-        """Train until the end, or until `training.asked`; yields the same moment, renewed, after each step.
+    def watch(self, wanted: Setup | Training, problem: str) -> Iterator[Moment]:
+        """Train until the end, or until `ask`; yields the same moment, renewed, after each step.
 
-        The training goes on from its newest checkpoints, if it has any. `problem`: what base and runs answer
-        SAID times. Closing the generator saves a checkpoint too. Raises RequestError while another visitor
-        trains, and like `train`.
+        A setup becomes a new training; an earlier one goes on from its newest checkpoints. Base and runs
+        answer `problem` SAID times. Closing the generator saves a checkpoint too. Raises RequestError while
+        another visitor trains, and like `train`.
         """
         check_text("problem", problem)
         if not self._turn.acquire(blocking=False):
@@ -348,6 +367,7 @@ class Workshop:
                 f"a training is running{at}, and this server has room for one; try again when it is done"
             )
         try:
+            training = self.begin(wanted) if isinstance(wanted, Setup) else wanted
             training.asked, self.running = None, training
             yield from self._watched(training, problem)
         finally:
@@ -358,10 +378,15 @@ class Workshop:
         begun = any(folder.begun for folder in training.folders)
         names = tuple(recipe.name for recipe in training.recipes)
         steps = training.recipes[0].train.max_steps or 0
-        self.current = now = Moment(training.number, names, steps)
+        self.current = now = Moment(training.number, names, steps, commands=training.commands)
         yield now
-        with TORCH_RANDOM:
-            runs = SideBySide(training.recipes, resume=begun)
+        try:
+            with TORCH_RANDOM:
+                runs = SideBySide(training.recipes, resume=begun)
+        except RequestError:
+            if not any(folder.begun for folder in training.folders):
+                shutil.rmtree(training.path)  # nothing uploaded stays for a training that never began
+            raise
         live = Live(runs, now, problem)
         live.look()
         now.state = "training"
@@ -399,11 +424,18 @@ class Live:
         now.pieces = renderer.pieces(list(self.example.ids[max(1, self.example.prompt_length) :]))
         now.metrics = {name: run.folder.metrics() for name, run in runs.runs.items()}
         now.done = runs.done
-        self.every = max(1, now.steps // SAID)
+        tiny = runs.plan.recipe.model.name == "tiny"
+        times, self.most = (SAID, LIVE_TOKENS) if tiny else (SAID_BY_LARGE, LIVE_TOKENS // 2)
+        self.every = max(1, now.steps // times)
         self.problem: tuple[int, ...] = ()
         if problem.strip():
-            self.problem = tuple(renderer.prompt_ids([{"role": "user", "content": problem}]))
-            now.said["base"] = runs.base_answer(self.problem, LIVE_TOKENS)
+            asked = tuple(renderer.prompt_ids([{"role": "user", "content": problem}]))
+            room = positions(runs.base.config)
+            if room is not None and len(asked) + self.most > room:
+                now.said["base"] = f"(not asked: the problem does not fit the base's {room} positions)"
+                return
+            self.problem = asked
+            now.said["base"] = runs.base_answer(self.problem, self.most)
 
     def step(self) -> None:
         """One step of both runs."""
@@ -421,7 +453,7 @@ class Live:
     def answer(self) -> None:
         """Let both runs answer the visitor's problem."""
         if self.problem:
-            self.now.said |= self.runs.answers(self.problem, LIVE_TOKENS)
+            self.now.said |= self.runs.answers(self.problem, self.most)
             self.now.said_at = self.now.done
 
 

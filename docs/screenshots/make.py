@@ -16,15 +16,19 @@ from dft_lora.runs.folder import RunFolder
 from dft_lora.ui.server import default_runs, launch
 from dft_lora.ui.session import Session
 from dft_lora.ui.votes import Ballot
+from dft_lora.ui.workshop import Workshop
 
 OUT = Path(__file__).parent
 SIZES = {1280: 900, 390: 844}
+QUICK = ("train.batch_size=8", "train.micro_batch_size=8")  # steps of a second
 READY = {  # tab -> (what to press there, what the page shows once it is done)
     "Compare": (
         "#go",
         "document.querySelector('#answers .chip') && !document.querySelector('#answers .chip.wait')",
     ),
+    "Train": ("#start", "document.querySelector('#live .chip.good') && document.querySelector('#trained p')"),
     "Tokens": (None, "document.querySelector('#strips .t')"),
+    "Steps": (None, "document.querySelector('#film .t')"),
     "Samples": (
         "#draw",
         "document.querySelector('#tallies .big') && !document.querySelector('#tallies progress')",
@@ -37,8 +41,9 @@ READY = {  # tab -> (what to press there, what the page shows once it is done)
 def main(run_dirs: list[str]) -> None:
     folders = [RunFolder.open(path) for path in run_dirs] or default_runs()
     session = Session(folders)
-    with tempfile.TemporaryDirectory() as votes:
-        page = launch(folders, session, Ballot(Path(votes, "votes.jsonl"), session.identities))
+    with tempfile.TemporaryDirectory() as votes:  # and trainings
+        workshop = Workshop(Path(votes, "page"), (*QUICK, "train.max_steps=12", "train.save_steps=3"))
+        page = launch(folders, session, Ballot(Path(votes, "votes.jsonl"), session.identities), workshop)
         for width, height in SIZES.items():
             for scheme in ("light", "dark"):
                 shoot(page.local_url, width, height, scheme)

@@ -9,30 +9,30 @@ from typing import Any
 import gradio as gr
 
 from ...errors import RequestError
-from ...tasks import get_task
 from ..events import MODEL, one_line_errors
 from ..session import Session
 from ..text import plain
 from ..train_views import inspection_view, measured_view, moment_view, unfinished_choices
 from ..views import count
-from ..workshop import TASKS, Setup, Training, Upload, Workshop, bases, objective_choices
-from .compare import EXAMPLE, CompareInputs, shown_columns
+from ..workshop import TASKS, Setup, Training, Upload, Workshop, bases, defaults, objective_choices
+from .compare import CompareInputs, shown_columns
 
 NOTHING = (
     '<p class="nothing">Two adapters will learn here, one with each objective, from the same batches over '
     "one base. Their metrics, the tokens of one example and their answers change with every step.</p>"
 )
-RATES = {"tiny": 1e-3}  # learning rates of the shipped recipes; 5e-4 for the real bases
 TRAIN = {"concurrency_id": "train", "concurrency_limit": 8}  # the workshop says itself that it is busy
 
 
 def train_tab(session: Session, workshop: Workshop, compare: CompareInputs) -> None:
+    own = session.base if session.base in bases() else "tiny"
+    fitting = defaults(own)
     with gr.Tab("Train", id="train") as tab:
         held = gr.State((0, ""))  # number and state of this visitor's training
         upload = gr.State(None)
         with gr.Row(elem_classes="controls"):
-            base = gr.Dropdown(bases(), value="tiny", label="Base", min_width=140)
-            source = gr.Dropdown(list(TASKS), value=next(iter(TASKS)), label="Data", min_width=220, scale=2)
+            base = gr.Dropdown(bases(), value=own, label="Base", min_width=140)
+            source = gr.Dropdown(list(TASKS), value=fitting[0], label="Data", min_width=220, scale=2)
             file = gr.UploadButton("Upload .jsonl", elem_id="upload", min_width=140, type="filepath")
         with gr.Row(elem_classes="controls", visible=False) as columns:
             uploaded = gr.HTML(elem_id="uploaded", js_on_load=None, min_width=200)
@@ -43,9 +43,9 @@ def train_tab(session: Session, workshop: Workshop, compare: CompareInputs) -> N
             first = gr.Dropdown(objective_choices(), value="sft", label="Objective A", min_width=120)
             second = gr.Dropdown(objective_choices(), value="dft", label="Objective B", min_width=120)
             steps = gr.Slider(2, 400, 60, step=1, label="Steps", elem_id="steps", scale=2, min_width=200)
-            rate = gr.Number(RATES["tiny"], label="Learning rate", min_width=110, elem_id="rate")
+            rate = gr.Number(fitting[2], label="Learning rate", min_width=110, elem_id="rate")
         problem = gr.Textbox(
-            get_task("arithmetic").problems()[EXAMPLE].question,
+            fitting[1],
             label="A problem that both answer as they learn",
             lines=2,
             max_lines=6,
@@ -67,13 +67,13 @@ def train_tab(session: Session, workshop: Workshop, compare: CompareInputs) -> N
 
     wishes = [base, source, prompt, completion, first, second, steps, rate, upload]
 
-    def watched(training: Training, asked: str) -> Iterator[tuple]:
-        for now in workshop.watch(training, asked):
-            yield moment_view(now, training), (now.number, now.state)
+    def watched(wanted: Setup | Training, asked: str) -> Iterator[tuple]:
+        for now in workshop.watch(wanted, asked):
+            yield moment_view(now), (now.number, now.state)
 
     @one_line_errors
     def begin(asked: str, *fields) -> Iterator[tuple]:
-        yield from watched(workshop.begin(Setup(*fields)), asked)
+        yield from watched(Setup(*fields), asked)
 
     @one_line_errors
     def resume(chosen: int | None, asked: str) -> Iterator[tuple]:
@@ -92,13 +92,15 @@ def train_tab(session: Session, workshop: Workshop, compare: CompareInputs) -> N
         file = Path(path)
         try:
             content = file.read_bytes()
+        except OSError:  # another visitor uploaded the same file, and its copy is gone
+            raise RequestError("upload: the file did not arrive; choose it again") from None
         finally:
             file.unlink(missing_ok=True)  # it lives in this visitor's state alone until a training saves it
         read = Upload.read(file.name, content)
         guessed = read.guess()
         lists = [gr.Dropdown(list(read.columns), value=column) for column in guessed]
         said = f"<p>{plain(read.name)}: {count(read.rows, 'row')}. It is kept only if you train on it.</p>"
-        return read, gr.Row(visible=True), said, *lists
+        return read, gr.Dropdown(interactive=False), gr.Row(visible=True), said, *lists
 
     def ask(what: str) -> Any:
         def asked(mine: tuple[int, str]) -> None:
@@ -152,9 +154,12 @@ def train_tab(session: Session, workshop: Workshop, compare: CompareInputs) -> N
         api_visibility="private",
         **MODEL,
     )
-    file.upload(take, file, [upload, columns, uploaded, prompt, completion], api_visibility="private")
+    file.upload(take, file, [upload, source, columns, uploaded, prompt, completion], api_visibility="private")
     forget.click(
-        lambda: (None, gr.Row(visible=False), ""), None, [upload, columns, uploaded], api_visibility="private"
+        lambda: (None, gr.Dropdown(interactive=True), gr.Row(visible=False), ""),
+        None,
+        [upload, source, columns, uploaded],
+        api_visibility="private",
     )
-    base.change(lambda name: RATES.get(name, 5e-4), base, rate, api_visibility="private")
+    base.input(one_line_errors(defaults), base, [source, problem, rate], api_visibility="private")
     tab.select(left, None, [earlier, number], show_progress="hidden", api_visibility="private")
