@@ -16,6 +16,7 @@ from dft_lora.errors import RequestError, RunError
 from dft_lora.training.loop import train
 from dft_lora.ui import workshop as ui_workshop
 from dft_lora.ui.film import Film
+from dft_lora.ui.session import Question
 from dft_lora.ui.train_views import inspection_view, moment_view
 from dft_lora.ui.workshop import LONGEST_ROW, MAX_ROWS, MAX_UPLOAD, Setup, Upload, Workshop
 
@@ -164,6 +165,7 @@ def test_a_full_disk_is_reported_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(ui_workshop, "write_text", full)
     with pytest.raises(RunError, match=r"could not be written \(No space left on device\); free some space"):
         Workshop(tmp_path, QUICK).begin(Setup())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_film_begins_at_the_base_and_ends_at_the_run(trained, monkeypatch):
@@ -178,6 +180,8 @@ def test_a_film_begins_at_the_base_and_ends_at_the_run(trained, monkeypatch):
     first, last = (p(film.tokens(names, step, PROBLEM, ids).values()) for step in (0, 4))
     assert first == p(it.tokens(PROBLEM, [("base", ids)] * 2))
     assert last == p(it.tokens(PROBLEM, [(name, ids) for name in names])) and last[0] != first[0]
+    *_, said = film.answers(names, 0, Question(PROBLEM, max_new_tokens=3))
+    assert [answer.run for answer in said] == names and said[0].ids == said[1].ids
     counts = film.histograms(names, 4)
     assert sum(counts[names[0]]) == sum(counts[names[1]]) > 0
     monkeypatch.setattr("dft_lora.ui.film.KEPT", 2)

@@ -75,10 +75,9 @@ class Film:
     def answers(self, runs: Sequence[str], step: int, question: Question) -> Iterator[list[Answer]]:
         """The answers of each run's checkpoint, as `Session.answers` streams them."""
         names = self._names(runs, step)
-        shown = {name: run for run, name in names.items()}
         for answers in self.session.answers(question, list(names.values())):
-            for answer in answers:
-                answer.run = shown.get(answer.run, answer.run)
+            for i, answer in enumerate(answers):  # by place: at step 0 all runs have the same name
+                answer.run = runs[i // int(question.samples)]
             yield answers
 
     def _names(self, runs: Sequence[str], step: int) -> dict[str, str]:

@@ -295,22 +295,18 @@ class Workshop:
     def begin(self, setup: Setup) -> Training:
         """A new training in a folder of its own. Raises RequestError when it cannot be written."""
         make_writable(self.home, "runs of the page")
-        number = max((training.number for training in self._all()), default=0) + 1
-        while True:  # another visitor may take the number first
-            try:
-                path = self.home / str(number)
-                path.mkdir()
-                break
-            except FileExistsError:
-                number += 1
+        taken = [int(path.name) for path in self.home.iterdir() if path.name.isdigit()]
+        path = self.home / str(max(taken, default=0) + 1)
         recipes = setup.recipes(path, self.changes)
         try:
+            path.mkdir()
             if setup.upload is not None:
                 write_text(path / ROWS, setup.upload.text)
             for recipe in recipes:
                 text = yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True)
                 write_text(path / f"{recipe.name}.yaml", text)
         except OSError as error:
+            shutil.rmtree(path, ignore_errors=True)
             raise RunError(f"{path} could not be written ({error.strerror}); free some space") from None
         return Training(path, recipes)
 

@@ -118,6 +118,8 @@ def train_tab(session: Session, workshop: Workshop, compare: CompareInputs) -> N
             names = [session.add(folder) for folder in workshop.open(number).shown(state == "stopped")]
         except RequestError as error:
             return gr.skip(), f'<p class="small">{plain(str(error))}</p>'
+        if not names:  # stopped before the first step
+            return gr.skip(), ""
         said = "The runs are on the Compare, Tokens and Samples tabs now."
         return shown_columns(session, names), f'<p class="small">{said}</p>'
 
