@@ -296,5 +296,6 @@ def _training(label: Legend, metrics: Mapping[str, Sequence[Mapping[str, Any]]])
     if not metrics:
         return ""
     legend = " ".join(label(run) for run in metrics)
-    note = f'<span class="small">{legend} · the same metrics for every objective, with their values at the last step</span>'
+    said = "the same metrics for every objective, with their values at the last step"
+    note = f'<span class="small">{legend} · {said}</span>'
     return f"<h2>Training, step by step {note}</h2>{curves(label, metrics)}"
