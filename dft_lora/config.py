@@ -192,6 +192,10 @@ class TrainConfig(Part):
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: Literal["auto"] | bool = "auto"
+    offload_activations: bool = False
+    """On a GPU, let the layers' inputs wait in the host's memory; with gradient checkpointing."""
+    mlp_tile: int | None = Field(None, ge=64, le=1_000_000)
+    """Tokens of a row that an MLP sees at a time, for long rows; null: all of them."""
     logging_steps: int = Field(1, ge=1)
     save_steps: int | None = Field(None, ge=1)
     """Steps between checkpoints; null: one every five minutes. The last step and a signal always save one."""
@@ -258,6 +262,16 @@ class Recipe(Part):
         micro, batch = self.train.micro_batch_size, self.train.batch_size
         if micro != "auto" and micro > batch:
             raise ValueError(f"train.micro_batch_size ({micro}) is larger than train.batch_size ({batch})")
+        for field, used in (
+            ("offload_activations", self.train.offload_activations),
+            ("mlp_tile", self.train.mlp_tile),
+        ):
+            if used and self.model.backend != "plain":
+                raise ValueError(f"train.{field}: not with model.backend {self.model.backend!r}; use plain")
+        if self.train.offload_activations and self.train.gradient_checkpointing is False:
+            raise ValueError("train.offload_activations needs train.gradient_checkpointing: true")
+        if self.train.mlp_tile and self.train.shard:
+            raise ValueError("train.mlp_tile: not with train.shard; leave one of them out")
         if self.train.shard and self.model.backend != "plain":
             raise ValueError(f"train.shard: not with model.backend {self.model.backend!r}; use plain")
         self._fitting_adapter()

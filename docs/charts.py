@@ -1,5 +1,6 @@
 """Draw the README's charts from recorded results: `python docs/charts.py`.
 
+real.png        base, SFT and DFT on a real base, by `make real` (docs/results/make-real.json)
 accuracy.png    the demo: base, SFT and DFT after each training set (docs/results/demo-*.json)
 loss.png        the loss engine against its peers (dft_lora/bench/results/loss-cpu-prescribed-bfloat16.json)
 step.png        a training step against TRL's (dft_lora/bench/results/train-peers-bfloat16.json)
@@ -34,6 +35,30 @@ def save(figure: Any, name: str) -> None:
         CHARTS / name, dpi=150, bbox_inches="tight", facecolor="white", metadata={"Software": None}
     )
     plt.close(figure)
+
+
+def real() -> None:
+    """Sampled accuracy as bars with 95 % intervals, greedy as diamonds, the share of answers that ended."""
+    runs = read(RESULTS / "make-real.json")["runs"]
+    tasks = list(runs["base"]["tasks"])
+    figure, axes = plt.subplots(1, len(tasks), figsize=(9, 3.2), sharey=True, layout="constrained")
+    for axis, task in zip(axes, tasks, strict=True):
+        ended = []
+        for x, (name, run) in enumerate(runs.items()):
+            found = run["tasks"][task]
+            axis.bar(x, 100 * found["avg"], color=COLOURS[name], width=0.8)
+            axis.plot([x, x], [100 * end for end in found["ci95"]], color="black", lw=1.2)
+            axis.plot(x, 100 * found["greedy"], "D", color="white", markeredgecolor="black", markersize=6)
+            ended.append(f"{name}\n{100 * (1 - found['truncated']):.0f} % ended")
+        axis.set_xticks(range(len(runs)), ended)
+        axis.set_title(task, fontsize=11)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.2)
+    axes[0].set_ylabel("percent correct")
+    axes[-1].plot([], [], "D", color="white", markeredgecolor="black", label="greedy")
+    axes[-1].bar([0], [0], color="#d1d5db", label="sampled at T = 1, with its 95 % interval")
+    axes[-1].legend(frameon=False, fontsize=9, loc="upper right")
+    save(figure, "real.png")
 
 
 def accuracy() -> None:
@@ -121,5 +146,5 @@ def step() -> None:
 
 
 if __name__ == "__main__":
-    for draw in (accuracy, loss, step):
+    for draw in (real, accuracy, loss, step):
         draw()

@@ -73,6 +73,37 @@ def lead(report: dict[str, Any], task: str, key: str) -> str:
     return f"{100 * entry[f'{prefix}difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
+def real_demo() -> str:
+    """`make real`: base, SFT and DFT on a real base, with intervals and the share of answers that ended."""
+    report = json.loads((RESULTS / "make-real.json").read_text(encoding="utf-8"))
+    tasks = list(report["runs"]["base"]["tasks"])
+    head = [f"{task}, {mode}" for task in tasks for mode in ("T = 1", "greedy", "ended")]
+    lines = [f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    for name, run in report["runs"].items():
+        cells = []
+        for task in tasks:
+            found = run["tasks"][task]
+            for key in ("avg", "greedy"):
+                low, high = found["ci95" if key == "avg" else "greedy_ci95"]
+                cells.append(f"{100 * found[key]:.1f} ({100 * low:.0f} to {100 * high:.0f})")
+            cells.append(f"{100 * (1 - found['truncated']):.0f} %")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    leads = [f"{lead(report, task, key)} | " for task in tasks for key in ("avg", "greedy")]
+    lines.append(
+        "| DFT - SFT | " + "".join(f"{a}{b}| " for a, b in zip(leads[::2], leads[1::2], strict=True))
+    )
+    some, made = report["runs"]["base"]["tasks"][tasks[0]], report["provenance"]
+    return "\n".join(
+        [
+            *(line.rstrip() for line in lines),
+            "",
+            f"Percent correct with 95 % intervals; {some['problems']} problems a set, {some['samples']} samples per "
+            f"problem, one seed, {made['weights']}. Made on {made['date'][:10]}, commit {made['commit']}, by "
+            f"`{made['command']}`.",
+        ]
+    )
+
+
 def demo_training() -> str:
     """The objective's own loss beside plain NLL, from the same recorded demos."""
     lines = ["| trained on | | seeds | own loss | plain NLL | NLL / own loss |", "|---|---|---|---|---|---|"]
@@ -248,8 +279,12 @@ def remedies() -> str:
                 f"{found['other_text_nll']:.2f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-        versions = recorded["versions"]
-        lines += ["", f"Made on {recorded['date']}, commit {recorded['commit']}, torch {versions['torch']}."]
+        seeds, versions = len(recorded["seeds"]), recorded["versions"]
+        lines += [
+            "",
+            f"{seeds} seed{'s' * (seeds > 1)}, {recorded['problems']} problems a set. Made on "
+            f"{recorded['date'][:10]}, commit {recorded['commit']}, torch {versions['torch']}.",
+        ]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -279,6 +314,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "cli": cli,
     "findings": findings,
+    "real-demo": real_demo,
     "remedies": remedies,
     "rates": rates,
     "objectives": objectives,
@@ -287,6 +323,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "bench-train": partial(bench, "train"),
     "bench-packing": partial(bench, "packing"),
     "bench-memory": partial(bench, "memory"),
+    "bench-longest": partial(bench, "longest"),
 }
 
 

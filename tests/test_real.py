@@ -30,7 +30,10 @@ def recorded(tmp_path_factory):
         first = list(real.run(out, [0], ["tiny"]))
         times = {file: file.stat().st_mtime_ns for file in out.rglob("*.json")}
         again = list(real.run(out, [0], ["tiny"]))
-    assert times == {file: file.stat().st_mtime_ns for file in times}
+        assert times == {file: file.stat().st_mtime_ns for file in times}
+        (file,) = out.glob("parts/*remedies.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"seeds": [0, 1], "found": None}))
+        list(real.run(out, [0], ["tiny"]))
     return out, first, again
 
 
@@ -50,6 +53,12 @@ def test_each_remedy_is_compared_with_sft_and_with_plain_dft(recorded):
 def test_finished_parts_are_kept(recorded):
     _, first, again = recorded
     assert first == again and len(first) == 2
+
+
+def test_a_part_of_other_seeds_is_made_again(recorded):
+    out, _, _ = recorded
+    remedies = json.loads((out / "real.json").read_text())["bases"]["tiny"]["remedies"]
+    assert remedies["seeds"] == [0] and remedies["found"]
 
 
 def test_the_runs_differ_in_their_objective(recorded):

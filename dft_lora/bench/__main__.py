@@ -15,6 +15,7 @@ from .table import (
     RESULTS,
     TABLES,
     generation_table,
+    longest_table,
     loss_table,
     memory_table,
     packing_table,
@@ -227,6 +228,17 @@ def memory(names, out) -> None:
     result = measure_recipes(names or tuple(GPUS))
     keep(result, out, "memory-recipes")
     click.echo(memory_table(result))
+
+
+@main.command()
+@out_option
+def longest(out) -> None:
+    """The longest row that GPUs of several sizes can train on, traced on shapes alone, without a GPU."""
+    from .memory import measure_longest
+
+    result = measure_longest()
+    keep(result, out, "longest-rows")
+    click.echo(longest_table(result))
 
 
 @main.command()

@@ -1,6 +1,7 @@
-"""Peak memory of the shipped recipes' training steps, traced on shapes alone: no GPU, no weights.
+"""Peak memory of training steps, traced on shapes alone: no GPU, no weights.
 
-Each step has rows of about the recipe's longest length, the worst case of a run; several rows are padded.
+`measure_recipes` takes the shipped recipes: each step has rows of about the longest length, the worst
+case of a run; several rows are padded. `measure_longest` asks how long a single row may be.
 """
 
 from __future__ import annotations
@@ -123,6 +124,62 @@ def _trace(recipe: Recipe, folder: str, gpus: Sequence[int], processes: int) -> 
             "one_row": peak(1),
             "gpus": on_gpu,
         }
+
+
+LENGTHS = (4096, 8192)
+LONGEST_GPUS = (8, 12, 16, 24)
+LONG_MODELS = (
+    "Qwen/Qwen2.5-Math-1.5B",
+    "meta-llama/Llama-3.2-3B",
+    "Qwen/Qwen2.5-Math-7B",
+    "meta-llama/Llama-3.1-8B",
+)
+LONG_OPTIONS = {
+    "checkpointing": (),
+    "+ offloaded inputs": ("train.offload_activations=true",),
+    "+ tiled MLP": ("train.offload_activations=true", "train.mlp_tile=2048"),
+}
+
+
+def measure_longest(
+    models: Sequence[str] = LONG_MODELS, gpus: Sequence[int] = LONGEST_GPUS
+) -> dict[str, Any]:
+    """Peaks of a step with one row of LENGTHS tokens, and the longest row that fits each GPU, in bytes.
+
+    The longest row is extrapolated from the two peaks, then traced itself, and shortened until it fits.
+    """
+    found: list[dict[str, Any]] = []
+    for model in models:
+        for option, changes in LONG_OPTIONS.items():
+            recipe = load_recipe("lora_dft", ["train.gradient_checkpointing=true", *changes])
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / "config.json").write_text(json.dumps(SHAPES[model]))
+                with _learner(recipe, folder) as learner:
+                    rows = _longest_rows(learner, gpus)
+            found.append({"model": model, "option": option, **rows})
+            print(model, option, rows["longest"], file=sys.stderr, flush=True)
+    return {"kind": "longest", "lengths": LENGTHS, "rows": found, "provenance": certificate()}
+
+
+def _longest_rows(learner: Learner, gpus: Sequence[int], grain: int = 512) -> dict[str, Any]:
+    def peak(tokens: int) -> int:
+        row = [Example("0", tuple(range(tokens)), PROMPT)]
+        return resident + probe(learner, longest_batch(learner, row, 1)).peak
+
+    resident = 0
+    peak(PROMPT * 2)
+    learner.update(0.0)  # makes the optimizer's states
+    peak(PROMPT * 2)  # makes the gradients, which count as resident
+    resident = sum(resident_bytes(learner).values())
+    (short, low), (long, high) = measured = [(tokens, peak(tokens)) for tokens in LENGTHS]
+    longest = {}
+    for gb in gpus:
+        limit = usable(gb * GB, learner.ranks.device, gb * GB)
+        tokens = int((limit - low) / (high - low) * (long - short) + short) // grain * grain
+        while tokens >= grain and peak(tokens) > limit:
+            tokens -= grain
+        longest[gb] = max(0, tokens)
+    return {"peaks": dict(measured), "longest": longest, "weights": resident_bytes(learner)["weights"]}
 
 
 @contextmanager

@@ -62,8 +62,9 @@ def contrast(
     b: Sequence[RunFolder],
     read: Read,
 ) -> dict[str, Any]:
-    """b - a: its mean over seeds, the interval over problems, each seed, and whether b is above a."""
-    a_GP, b_GP = (np.array([read(folder) for folder in folders]) for folders in (a, b))
+    """b - a: its mean over the seeds of both, the interval over problems, each seed, whether b is above a."""
+    seeds = min(len(a), len(b))
+    a_GP, b_GP = (np.array([read(folder) for folder in folders[:seeds]]) for folders in (a, b))
     return _judged(what, a_GP, b_GP)
 
 
@@ -220,8 +221,9 @@ def peak(runs: Runs) -> dict[str, Any]:
     curves: dict[str, list[list[float]]] = {}
     read = sampled(runs.study.validation)
     for name in MAIN:
-        of_runs = [folder.checkpoint_runs() for folder in runs.best(name)]
-        evaluate([step.path for steps in of_runs for step in steps], [runs.study.validation])
+        of_runs = [folder.checkpoint_runs() for folder in runs.best(name)[: runs.count("checkpoints")]]
+        checkpoints = [step.path for steps in of_runs for step in steps]
+        evaluate(checkpoints, [runs.study.validation], limit=runs.study.validation_problems)
         curves[name] = [[float(read(step).mean()) for step in steps] for steps in of_runs]
         numbers = [step.run()["step"] for step in of_runs[0]]
     best = {name: [numbers[int(np.argmax(curve))] for curve in found] for name, found in curves.items()}

@@ -5,7 +5,8 @@ token of a base model, or the words of a foreign format. Each remedy of REMEDIES
 plain DFT on both real bases, and on the embedded base with a foreign and with a known format.
 
 A part (`--only NAME`) is one base. OUT/real.json is written after each claim, so a stopped experiment shows
-what it has; run it again to continue. Two parts may run at the same time, with OMP_NUM_THREADS=1 each.
+what it has; run it again to continue, or with more seeds: the runs that are there are used again. Two parts
+may run at the same time, with OMP_NUM_THREADS=1 each.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..model.fingerprint import base_fingerprint
 from ..runs.folder import RunFolder, read_json, write_json
 from ..runs.provenance import certificate
 from ..tasks import available
-from .claims import FINDINGS, accuracy, contrast, greedy, kinds, sampled
+from .claims import FINDINGS, RIVALS, accuracy, contrast, greedy, kinds, sampled
 from .findings import STUDY as EMBEDDED
 from .study import Fields, Runs, Study
 
@@ -45,20 +46,22 @@ def real_study(base: str) -> Study:
     return Study(
         recipe=f"{base}_sft",
         settings={"train.save_steps": 10, "train.keep_checkpoints": 4, "evaluate.samples": 4},
-        rates=(5e-5, 2e-4, 5e-4, 1e-3),
+        rates=(5e-5, 3e-4, 1e-3, 2e-3),
         tasks=tuple(task for task in TASKS if available(task)),
         validation="word-problems-validation",
-        problems=100,
+        problems=60,
+        validation_problems=60,
         groups={
             "main": {},
             "facts": {"data.source": "codebook", "train.max_steps": 120, "train.save_steps": 60},
         },
-        own_problems=480,
+        own_problems=240,
         own_tokens=48,
         objectives=REMEDIES,
         swept=("sft", "dft", "iw-sft"),
         facts_rate=1e-3,
         seeds_per_rate=1,
+        once=(*RIVALS[1:], "facts", "checkpoints"),
     )
 
 
@@ -110,8 +113,8 @@ def other_text_nll(folders: Sequence[RunFolder]) -> float:
 
 def parts_of(name: str, runs: Runs) -> Iterator[tuple[str, Callable[[], Any]]]:
     """What is found out about a base, in the order of its cost."""
-    yield "rates", lambda: {kind: _by_rate(runs.tried(kind)) for kind in runs.study.swept}
     yield "remedies", lambda: remedies(runs)
+    yield "rates", lambda: {kind: _by_rate(runs.tried(kind)) for kind in runs.study.swept}
     if name.startswith("tiny"):  # its claims are those of `experiment findings`
         return
     for claim, find in FINDINGS.items():
@@ -147,10 +150,9 @@ def run(out: Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[s
         base = base_fingerprint(runs.recipe("main", "sft", study.rates[0], seeds[0]).model)
         for part, find in parts_of(name, runs):
             file = folder / f"{name} {part}.json".replace("/", " ")
-            if not file.is_file():
-                write_json(
-                    file, {"base": name, "part": part, "found": find(), **certificate(fingerprint=base)}
-                )
+            if not file.is_file() or read_json(file)["seeds"] != list(seeds):
+                made = {"base": name, "part": part, "seeds": list(seeds), "problems": study.problems}
+                write_json(file, {**made, "found": find(), **certificate(fingerprint=base)})
                 write_report(out)
             yield f"{name:22} {part:24} {_verdict(read_json(file)['found'])}"
 

@@ -53,6 +53,10 @@ class Study:
     seeds_per_rate: int | None = None
     """Of the seeds, how many are trained at every learning rate; by default all."""
     facts_task: str = "codebook"
+    validation_problems: int | None = None
+    """At most this many problems of the validation set; by default all."""
+    once: tuple[str, ...] = ()
+    """Kinds and groups of runs with the first seed only; `checkpoints` is the group that finds the peak."""
 
 
 class Runs:
@@ -78,7 +82,11 @@ class Runs:
 
     def trained(self, group: str, kind: str, rate: float, seeds: int | None = None) -> list[RunFolder]:
         """One run per seed. `group` names a folder and further changes; see Study."""
-        return [self._train(group, kind, rate, seed) for seed in self.seeds[:seeds]]
+        return [self._train(group, kind, rate, seed) for seed in self.seeds[: self.count(group, kind, seeds)]]
+
+    def count(self, group: str, kind: str = "", seeds: int | None = None) -> int:
+        """How many seeds such runs have, of the first `seeds`."""
+        return 1 if {group, kind} & set(self.study.once) else len(self.seeds[:seeds])
 
     def rate(self, kind: str, group: str = "main") -> float:
         """The learning rate with the best sampled accuracy for the first seed; the lower one of a tie."""
@@ -96,7 +104,7 @@ class Runs:
         """Sampled accuracy on the validation set, by learning rate, with the first seed."""
         task = self.study.facts_task if group == "facts" else self.study.validation
         first = {rate: self._train(group, kind, rate, self.seeds[0]) for rate in self.study.rates}
-        evaluate([folder.path for folder in first.values()], [task])
+        evaluate([folder.path for folder in first.values()], [task], limit=self.study.validation_problems)
         return {r: float(TaskResults.read(folder, task).correct_PS.mean()) for r, folder in first.items()}
 
     def best(self, kind: str, group: str = "main") -> list[RunFolder]:

@@ -16,6 +16,7 @@ from .built import Built
 from .hardware import Hardware
 from .head import check_head, refuse_adapted_head
 from .load import add_lora, load_base, set_checkpointing, use_checkpointing
+from .long_rows import tile_mlps
 from .lora_inputs import keep_inputs_narrow
 from .row_blocks import norms_in_blocks
 from .sharding import shard
@@ -55,6 +56,8 @@ def _plain(recipe: Recipe, device: torch.device, loaded: tuple[Any, Hardware] | 
         keep_inputs_narrow(model)
         if device.type == "cpu":
             norms_in_blocks(model)
+    if recipe.train.mlp_tile is not None:
+        tile_mlps(model, recipe.train.mlp_tile)
     if recipe.train.shard:
         shard(model, device)
     checkpointing = use_checkpointing(model, recipe.train.gradient_checkpointing)

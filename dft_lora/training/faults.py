@@ -26,6 +26,8 @@ from ..errors import RunError
 LIMIT_IN_A_ROW = 5
 RETREATS = 3
 MINUTES_BETWEEN_SAVES = 5
+LONG = 2048
+"""Tokens of a row from which the MLP's activations outweigh the rest of a step."""
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +118,11 @@ class Layout:
 
 
 def out_of_memory_text(
-    layout: Layout, sizes: Sequence[tuple[int, int]], passed: int, checkpointing: bool
+    layout: Layout,
+    sizes: Sequence[tuple[int, int]],
+    passed: int,
+    checkpointing: bool,
+    mlp_tile: int | None = None,
 ) -> str:
     """What was tried, and what would fit.
 
@@ -129,6 +135,8 @@ def out_of_memory_text(
     fits = [] if checkpointing else ["train.gradient_checkpointing: true"]
     if layout.micro_batch_size > 1:
         fits.append(f"train.micro_batch_size: {max(1, layout.micro_batch_size // 2)}")
+    if mlp_tile is None and longest > LONG:
+        fits.append(f"train.mlp_tile: {LONG}")
     if went := max((length for _, length in sizes[:passed]), default=0):
         fits.append(f"data.max_length: {went} (rows of {went} tokens did fit)")
     else:

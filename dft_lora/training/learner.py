@@ -28,6 +28,7 @@ from ..loss import REFERENCE_NEEDS, Objective, TokenScores, chunk_rows, token_lo
 from ..model.attention import choose_arrangement
 from ..model.backends import build
 from ..model.hardware import Hardware
+from ..model.long_rows import offloaded
 from ..model.memory import give_back_large_blocks
 from ..model.starts import config_over_base, from_base, over_base
 from .checkpoints import random_state, set_random_state
@@ -204,7 +205,8 @@ class Learner:
 
     def out_of_memory(self, batches: Sequence[Batch], passed: int) -> str:
         sizes = [(len(batch.input_ids_BL), batch.input_ids_BL.shape[1]) for batch in batches]
-        return out_of_memory_text(self.layout, sizes, passed, self.checkpointing)
+        tile = self.recipe.train.mlp_tile
+        return out_of_memory_text(self.layout, sizes, passed, self.checkpointing, tile)
 
     def update(self, loss: float) -> tuple[float, bool, bool]:
         """Clip and step. Returns the gradient norm, whether weights changed, and whether the step was sound.
@@ -303,7 +305,8 @@ class Learner:
     def token_scores(self, model: Any, batch: Batch, **more: Any) -> TokenScores:
         """Forward pass of a micro-batch, scored by the chunked loss engine."""
         device = self.ranks.device
-        h_BLD = self.hidden_states(model, **batch.inputs(device))[:, :-1]
+        with offloaded() if self.recipe.train.offload_activations else nullcontext():
+            h_BLD = self.hidden_states(model, **batch.inputs(device))[:, :-1]
         if self.value_head is not None:
             value_BL1 = self.value_head(h_BLD.detach().float())
             more["signals"] = {**more.get("signals", {}), "value": value_BL1.flatten()}

@@ -21,6 +21,7 @@ FREE = (
     "model.unpack",
     "train.save_steps",
     "train.keep_checkpoints",
+    "train.offload_activations",
     "train.trackers",
 )
 """Recipe fields that do not affect the training steps."""
