@@ -138,23 +138,28 @@ def _headline(recorded: Recorded) -> str:
 def _sentence(
     task: str, entries: Sequence[tuple[str, Mapping[str, Any]]], paired: Sequence[Mapping[str, Any]]
 ) -> str:
-    runs = {run for run, _ in entries}
-    pairs = [e for e in paired if e["task"] == task and {e["a"], e["b"]} <= runs]
+    figures = dict(entries)
+    pairs = [e for e in paired if e["task"] == task and {e["a"], e["b"]} <= figures.keys()]
     if not pairs:
         run, r = max(entries, key=lambda entry: entry[1]["avg"])
         low, high = r["ci95"]
         return (
-            f"On {plain(task)}, {plain(run)} answers {_percent(r['avg'])} correctly "
+            f"On {plain(task)}, {_percent(r['avg'])} of {plain(run)}’s sampled answers are correct "
             f"(95 % interval {_percent(low)} to {_percent(high)})."
         )
     last = pairs[-1]
     (low, high), difference = last["ci95"], last["difference"]
     interval = f"95 % interval {_points(low)} to {_points(high)}"
+    greedy = " against ".join(_percent(figures[last[side]]["greedy"]) for side in ("b", "a"))
     first, second = plain(last["a"]), plain(last["b"])
     if low <= 0 <= high:
-        return f"On {plain(task)}, {second} and {first} do not differ beyond noise ({interval} points)."
-    size, more = f"{100 * abs(difference):.1f}", "more" if difference > 0 else "less"
-    return f"On {plain(task)}, {second} is correct {size} points {more} often than {first} ({interval})."
+        said = f"sampled answers of {second} and {first} do not differ beyond noise ({interval} points)"
+    else:
+        size, more = f"{100 * abs(difference):.1f}", "more" if difference > 0 else "less"
+        said = (
+            f"sampled answers of {second} are correct {size} points {more} often than {first}’s ({interval})"
+        )
+    return f"On {plain(task)}, {said}; greedy ones {greedy}."
 
 
 def _accuracy(label: Legend, recorded: Recorded) -> str:

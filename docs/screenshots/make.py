@@ -20,7 +20,7 @@ from dft_lora.ui.workshop import Workshop
 
 OUT = Path(__file__).parent
 SIZES = {1280: 900, 390: 844}
-QUICK = ("train.batch_size=8", "train.micro_batch_size=8")  # steps of a second
+QUICK = ("train.batch_size=4", "train.micro_batch_size=4", "train.max_steps=6", "train.save_steps=1")
 READY = {  # tab -> (what to press there, what the page shows once it is done)
     "Compare": (
         "#go",
@@ -42,7 +42,7 @@ def main(run_dirs: list[str]) -> None:
     folders = [RunFolder.open(path) for path in run_dirs] or default_runs()
     session = Session(folders)
     with tempfile.TemporaryDirectory() as votes:  # and trainings
-        workshop = Workshop(Path(votes, "page"), (*QUICK, "train.max_steps=12", "train.save_steps=3"))
+        workshop = Workshop(Path(votes, "page"), QUICK)
         page = launch(folders, session, Ballot(Path(votes, "votes.jsonl"), session.identities), workshop)
         for width, height in SIZES.items():
             for scheme in ("light", "dark"):

@@ -47,7 +47,7 @@ def steps_tab(session: Session, compare: CompareInputs) -> None:
 
     @one_line_errors
     def opened(chosen: list[str]) -> tuple:
-        """The runs that have checkpoints, those added last first, and a slider over their steps."""
+        """The runs that have checkpoints, the two added last chosen, and a slider over their steps."""
         known = list(film.runs)
         chosen = [run for run in chosen if run in known] or known[-2:]
         return (
