@@ -3,6 +3,7 @@
 real.png        base, SFT and DFT on a real base, by `make real` (docs/results/make-real.json)
 accuracy.png    the demo: base, SFT and DFT after each training set (docs/results/demo-*.json)
 loss.png        the loss engine against its peers (dft_lora/bench/results/loss-cpu-prescribed-bfloat16.json)
+lab.png         mean rank of every objective over the lab's regimes (docs/results/lab.json, where it is there)
 step.png        a training step against TRL's (dft_lora/bench/results/train-peers-bfloat16.json)
 rl.png          accuracy against cost of SFT, DFT and RL methods (docs/results/rl.json), once it is recorded
 """
@@ -146,6 +147,27 @@ def step() -> None:
     save(figure, "step.png")
 
 
+def lab() -> None:
+    """Each objective's mean rank over the regimes that all have, best at the top, with its interval."""
+    from dft_lora.experiments.lab_report import complete, ranks, scores_of
+
+    if not (RESULTS / "lab.json").is_file():
+        return
+    lines = complete(read(RESULTS / "lab.json"))
+    found = list(ranks(scores_of(lines)).items())
+    figure, axis = plt.subplots(figsize=(7, 0.32 * len(found) + 1.1), layout="constrained")
+    for y, (label, row) in enumerate(reversed(found)):
+        colour = COLOURS.get(label, PEER)
+        axis.plot(row["ci95"], [y, y], color=colour, lw=2.5, solid_capstyle="round")
+        axis.plot(row["mean_rank"], y, "o", color=colour, ms=8)
+    axis.set_yticks(range(len(found)), [label for label, _ in reversed(found)], fontsize=9)
+    axis.set_xlabel(
+        f"mean rank at T = 1 over {len(lines)} regimes; 1 is best; lines: 95 % intervals", fontsize=9
+    )
+    axis.spines[["top", "right"]].set_visible(False)
+    save(figure, "lab.png")
+
+
 def rl() -> None:
     """For each base: mean accuracy on its test sets against processor seconds of training."""
     file = RESULTS / "rl.json"
@@ -182,5 +204,5 @@ def rl() -> None:
 
 
 if __name__ == "__main__":
-    for draw in (real, accuracy, loss, step, rl):
+    for draw in (real, accuracy, loss, step, rl, lab):
         draw()

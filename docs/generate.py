@@ -19,6 +19,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
+NOT_YET = "Not recorded yet."
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -75,6 +76,8 @@ def lead(report: dict[str, Any], task: str, key: str) -> str:
 
 def real_demo() -> str:
     """`make real`: base, SFT and DFT on a real base, with intervals and the share of answers that ended."""
+    if not (RESULTS / "make-real.json").is_file():
+        return NOT_YET
     report = json.loads((RESULTS / "make-real.json").read_text(encoding="utf-8"))
     tasks = list(report["runs"]["base"]["tasks"])
     head = [f"{task}, {mode}" for task in tasks for mode in ("T = 1", "greedy", "ended")]
@@ -97,9 +100,9 @@ def real_demo() -> str:
         [
             *(line.rstrip() for line in lines),
             "",
-            f"Percent correct with 95 % intervals; {some['problems']} problems a set, {some['samples']} samples per "
-            f"problem, one seed, {made['weights']}. Made on {made['date'][:10]}, commit {made['commit']}, by "
-            f"`{made['command']}`.",
+            f"Percent correct with 95 % intervals; {some['problems']} problems a set, {some['samples']} "
+            f"samples per problem, one seed, {made['weights']}. Made on {made['date'][:10]}, commit "
+            f"{made['commit']}, by `{made['command']}`.",
         ]
     )
 
@@ -256,6 +259,8 @@ def findings() -> str:
 
 def remedies() -> str:
     """What ends DFT's answers: one table per base, with each kind against SFT and against plain DFT."""
+    if not (RESULTS / "real.json").is_file():
+        return NOT_YET
     bases = json.loads((RESULTS / "real.json").read_text(encoding="utf-8"))["bases"]
     blocks = []
     for base, parts in bases.items():
@@ -297,6 +302,8 @@ def difference(part: dict[str, Any]) -> str:
 
 def rates() -> str:
     """Sampled accuracy on the validation set by learning rate, with the first seed."""
+    if not (RESULTS / "real.json").is_file():
+        return NOT_YET
     bases = json.loads((RESULTS / "real.json").read_text(encoding="utf-8"))["bases"]
     tried = {base: parts["rates"]["found"] for base, parts in bases.items() if "rates" in parts}
     lines = ["| base | | learning rate: percent correct at T = 1 |", "|---|---|---|"]
@@ -307,10 +314,32 @@ def rates() -> str:
     return "\n".join(lines)
 
 
+def choices() -> str:
+    """Multiple choice on the real bases against published figures."""
+    return bench("choices") or NOT_YET
+
+
+def advice() -> str:
+    """What `diagnose` advised against what came out, over the recorded experiments."""
+    from dft_lora.experiments.advice import advice_table
+
+    return advice_table(RESULTS)
+
+
+def lab() -> str:
+    """The report of the recorded lab."""
+    from dft_lora.experiments.lab_report import markdown
+
+    file = RESULTS / "lab.json"
+    if not file.is_file():
+        return "The lab has not been run in full yet."
+    return markdown(json.loads(file.read_text(encoding="utf-8")))
+
+
 def rl(file: Path = RESULTS / "rl.json") -> str:
     """For each base: the methods with their accuracy and cost, then the claims."""
     if not file.is_file():
-        return "Not recorded yet."
+        return NOT_YET
     bases = json.loads(file.read_text(encoding="utf-8"))["bases"]
     return "\n\n".join(
         "\n".join([f"### {name}", "", *rl_table(base), "", *rl_claims(base), "", rl_made(base)])
@@ -382,6 +411,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "rl": rl,
     "objectives": objectives,
     "hardware": hardware,
+    "advice": advice,
+    "lab": lab,
+    "bench-choices": choices,
     "bench-loss": partial(bench, "loss"),
     "bench-train": partial(bench, "train"),
     "bench-packing": partial(bench, "packing"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..runs.folder import make_writable
 from .table import (
     RESULTS,
     TABLES,
+    choices_table,
     generation_table,
     longest_table,
     loss_table,
@@ -263,6 +265,37 @@ def memory(names, out) -> None:
     result = measure_recipes(names or tuple(GPUS))
     keep(result, out, "memory-recipes")
     click.echo(memory_table(result))
+
+
+@main.command()
+@click.option(
+    "--base",
+    "bases",
+    multiple=True,
+    type=click.Choice(["smollm2-135m", "gemma-3-270m", "tiny"]),
+    default=("smollm2-135m", "gemma-3-270m"),
+    show_default=True,
+    help="may be repeated",
+)
+@click.option("--set", "names", multiple=True, default=None, help="may be repeated  [default: all at hand]")
+@click.option("--limit", default=200, show_default=True, type=POSITIVE, help="first problems of each set")
+@click.option("--harness", is_flag=True, help="also count equal choices of lm-evaluation-harness (lm-eval)")
+@click.option("--threads", default=1, show_default=True, type=POSITIVE)
+@out_option
+def choices(bases, names, limit, harness, threads, out) -> None:
+    """Multiple choice by log-likelihood on the real bases, against published figures."""
+    import torch
+
+    from .choices import SETS, measure
+
+    if unknown := set(names) - set(SETS):
+        raise RequestError(f"--set {min(unknown)!r}: not one of {', '.join(SETS)}")
+    if harness and find_spec("lm_eval") is None:
+        raise MissingPart("--harness: lm-evaluation-harness is not installed; pip install lm-eval")
+    torch.set_num_threads(threads)
+    result = measure(bases, names or SETS, limit, harness=harness)
+    keep(result, out, f"choices-{'-'.join(bases)}")
+    click.echo(choices_table(result))
 
 
 @main.command()

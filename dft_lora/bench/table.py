@@ -142,6 +142,50 @@ def memory_table(result: dict[str, Any]) -> str:
     )
 
 
+def choices_table(result: dict[str, Any]) -> str:
+    """One result of `bench choices` as Markdown: ours, what was published, and the difference in points."""
+    made = result["provenance"]
+    lines = [
+        "| base | held as | set | problems | rule | ours, % (interval) | chance | published | difference |",
+        "|---|---|---|---:|---|---:|---:|---:|---:|",
+    ]
+    sources = []
+    for row in result["rows"]:
+        share, (low, high) = row["accuracy"][row["rule"]], row["ci95"]
+        cells = [row["base"], row["quantization"], row["set"], str(row["problems"]), f"`{row['rule']}`"]
+        cells += [f"{100 * share:.1f} ({100 * low:.1f} to {100 * high:.1f})", f"{100 * row['chance']:.0f}"]
+        if row["published"]:
+            figure, source = row["published"]
+            sources += [] if source in sources else [source]
+            cells += [f"{100 * figure:.1f} [{sources.index(source) + 1}]"]
+            cells += [
+                f"{100 * (share - figure):+.1f} ({100 * (low - figure):+.1f} to {100 * (high - figure):+.1f})"
+            ]
+        else:
+            cells += ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    compared = [
+        f"{row['equal_choices'][row['rule']]} of {row['problems']} ({row['base']}, {row['set']})"
+        for row in result["rows"]
+        if "equal_choices" in row
+    ]
+    same = ""
+    if compared:
+        same = f" lm-evaluation-harness {made['peers']['lm-eval']}, with its own tasks on the same rows and "
+        same += f"unpacked weights, chose the same: {', '.join(compared)}."
+    notes = "; ".join(f"[{number}] {source}" for number, source in enumerate(sources, start=1))
+    versions = made["versions"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Published: {notes}. 95 % intervals over our problems, the first of each set; no examples in "
+            f"the prompt. Made by `{made['command']}` on {made['date'][:10]}, commit {made['commit']}, torch "
+            f"{versions['torch']}, transformers {versions['transformers']}.{same}",
+        ]
+    )
+
+
 def rl_table(result: dict[str, Any]) -> str:
     """One result of `bench rl` as Markdown: a line a side, seconds and processor seconds of each stage."""
     work, made = result["work"], result["provenance"]
@@ -201,6 +245,7 @@ def longest_table(result: dict[str, Any]) -> str:
 
 
 TABLES = {
+    "choices": choices_table,
     "rl": rl_table,
     "memory": memory_table,
     "longest": longest_table,

@@ -8,7 +8,8 @@ this file knows how bitsandbytes quantizes a base.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -323,20 +324,32 @@ def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
 
     model = base
     for name, path in adapters.items():
-        if not (path / "adapter_config.json").is_file():
-            raise ModelError(f"{path}: no adapter here (adapter_config.json is missing)")
-        if not (path / "adapter_model.safetensors").is_file():  # peft would load a pickle instead
-            raise ModelError(f"{path}: no adapter_model.safetensors; other formats are not supported")
-        if (path / MANIFEST).is_file() and (why := damage(path)):
-            raise ModelError(f"{path}: the adapter is damaged: {why}")
-        try:
+        check_adapter(path)
+        with fitting(path):
             if model is base:
                 model = PeftModel.from_pretrained(base, path, adapter_name=name)
             else:
                 model.load_adapter(path, adapter_name=name)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{path}: the adapter does not fit this base ({_first_line(error)})") from None
     return model.eval()
+
+
+def check_adapter(path: Path) -> None:
+    """Raises ModelError for a folder without a readable adapter, or with a damaged one."""
+    if not (path / "adapter_config.json").is_file():
+        raise ModelError(f"{path}: no adapter here (adapter_config.json is missing)")
+    if not (path / "adapter_model.safetensors").is_file():  # peft would load a pickle instead
+        raise ModelError(f"{path}: no adapter_model.safetensors; other formats are not supported")
+    if (path / MANIFEST).is_file() and (why := damage(path)):
+        raise ModelError(f"{path}: the adapter is damaged: {why}")
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Turn what peft raises for an adapter of another shape into a ModelError that names its folder."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{path}: the adapter does not fit this base ({_first_line(error)})") from None
 
 
 def use_checkpointing(model: Any, wanted: bool | str) -> bool:

@@ -95,6 +95,13 @@ class Task(Judge, ABC):
     by_likelihood: ClassVar[bool] = False
     """Whether a model answers by the choice whose text it finds most probable, without generating text."""
 
+    file: str | None = None
+    """sha256 of the file that a person's own test set was read from (data/own_tasks.py)."""
+
+    def judges(self, problem: Problem) -> bool:
+        """Whether answers to the problem are sampled and judged; otherwise its solution is only scored."""
+        return True
+
     def choose(self, logps: Sequence[float], problem: Problem) -> str:
         """The choice that the log-probabilities of all choices favour; the first of equals."""
         return problem.choices[max(range(len(logps)), key=logps.__getitem__)]

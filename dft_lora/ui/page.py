@@ -15,6 +15,7 @@ from ..runs.folder import RunFolder
 from .endpoints import endpoints
 from .session import Session
 from .tabs.compare import compare_tab
+from .tabs.picker import ProblemSets
 from .tabs.results import results_tab
 from .tabs.samples import samples_tab
 from .tabs.tokens import tokens_tab
@@ -32,12 +33,13 @@ def build(folders: Sequence[RunFolder], session: Session | None, ballot: Ballot 
         gr.HTML(f'<div class="top"><h1>dft-lora</h1><p>{SENTENCE}</p></div>', elem_id="top")
         with gr.Tabs(elem_id="tabs"):
             if session and ballot:
-                compare = compare_tab(session)
+                sets = ProblemSets(folders)
+                compare = compare_tab(session, sets)
                 tokens_tab(session, compare)
                 samples_tab(session, compare)
             results_tab(folders)
             if session and ballot:
-                vote_tab(session, ballot)
+                vote_tab(session, ballot, sets)
         if session:
             endpoints(session)
     return page

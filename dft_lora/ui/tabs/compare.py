@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import gradio as gr
 
 from ...tasks import get_task
+from ..choices import choices_view
 from ..events import FRAME, MODEL, on_gpu, one_line_errors, validate
 from ..session import Answer, Question, Session
 from ..text import DELIMITERS
 from ..views import answers_view
-from .picker import connect_picker, picker
+from .picker import ProblemSets, connect_picker, picker
 
 EXAMPLE = 20  # in the test set; at the page's default settings the demo's runs answer it differently
 
@@ -38,13 +39,14 @@ class CompareInputs:
     solution: gr.Textbox
     max_new_tokens: gr.Slider
     seed: gr.Number
+    picked: gr.State
     comparison: gr.State
 
 
-def compare_tab(session: Session) -> CompareInputs:
+def compare_tab(session: Session, sets: ProblemSets) -> CompareInputs:
     example = get_task("arithmetic").problems()[EXAMPLE]
     with gr.Tab("Compare", id="compare"):
-        comparison = gr.State(None)
+        comparison, picked = gr.State(None), gr.State(None)
         with gr.Row(elem_classes="ask"):
             problem = gr.Textbox(
                 example.question,
@@ -70,7 +72,7 @@ def compare_tab(session: Session) -> CompareInputs:
                     stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
         with gr.Row(elem_classes="more"):
             with gr.Column(min_width=280), gr.Accordion("Pick a problem", open=False):
-                task, level, pick = picker()
+                task, level, pick = picker(sets)
             with gr.Column(min_width=280), gr.Accordion("Sampling", open=False):
                 temperature = gr.Slider(0, 1.5, 1.0, step=0.1, label="Temperature", info="0 means greedy")
                 samples = gr.Slider(1, 8, 1, step=1, label="Samples per run")
@@ -93,12 +95,15 @@ def compare_tab(session: Session) -> CompareInputs:
             elem_id="answers",
         )
 
-    inputs = [problem, reference, temperature, max_new_tokens, seed, samples]
+    inputs = [problem, reference, temperature, max_new_tokens, seed, samples, picked]
 
     @one_line_errors
     @on_gpu
     def ask(*asked) -> Iterator[tuple]:
         question = Question(*asked)
+        if question.task and question.task.by_likelihood:
+            yield choices_view(question, session.choices(question)), None
+            return
         shown = 0.0
         for written in session.answers(question):
             over = all(answer.state != "writing" for answer in written)
@@ -127,5 +132,5 @@ def compare_tab(session: Session) -> CompareInputs:
     stop.click(None, cancels=[run], api_visibility="private").then(
         stopped, comparison, answers, show_progress="hidden", api_visibility="private"
     )
-    connect_picker(task, level, pick, [problem, reference, solution])
-    return CompareInputs(problem, reference, solution, max_new_tokens, seed, comparison)
+    connect_picker(sets, task, level, pick, [problem, reference, solution, picked])
+    return CompareInputs(problem, reference, solution, max_new_tokens, seed, picked, comparison)

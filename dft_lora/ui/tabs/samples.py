@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from ...errors import RequestError
 from ..counts import Tally
 from ..events import FRAME, MODEL, on_gpu, one_line_errors, validate
 from ..session import Question, Session
@@ -38,6 +39,8 @@ def samples_tab(session: Session, compare: CompareInputs) -> None:
     @on_gpu
     def draw(*values) -> Iterator[Any]:
         question, shown, n_runs = Question(*values), 0.0, len(session.runs)
+        if question.task and question.task.by_likelihood:
+            raise RequestError("the runs choose among this problem's answers, so there is nothing to sample")
         for written in session.answers(question):
             finished = sum(answer.state != "writing" for answer in written)
             if finished == len(written) or time.perf_counter() - shown > 4 * FRAME:
@@ -52,7 +55,15 @@ def samples_tab(session: Session, compare: CompareInputs) -> None:
 
     event = go.click(
         draw,
-        [compare.problem, compare.reference, temperature, compare.max_new_tokens, compare.seed, samples],
+        [
+            compare.problem,
+            compare.reference,
+            temperature,
+            compare.max_new_tokens,
+            compare.seed,
+            samples,
+            compare.picked,
+        ],
         view,
         validator=validate,
         show_progress="hidden",
