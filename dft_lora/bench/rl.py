@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
+from math import gcd
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -63,6 +64,7 @@ class Work:
     answers: int = 8
     tokens: int = 128
     micro_batch: int = 8
+    """Answers that are trained on at a time: at most so many, and such that TRL can split the step alike."""
     rounds: int = 3
     threads: int = 2
     dtype: str = "auto"
@@ -304,10 +306,11 @@ SIDES = (
 def recipe_of(method: str, folder: Path, work: Work) -> Recipe:
     """Two steps of a method: the first one pays for what is set up once."""
     rl = method == "grpo"
-    data = {"source": "arithmetic"} if rl else {"source": str(folder / "pairs.jsonl"), "prompt": "prompt"}
+    pairs_file = {"source": str(folder / "pairs.jsonl"), "prompt": "prompt"}
+    data = {"source": "arithmetic", "sample": 2 * work.prompts} if rl else pairs_file
     objective = {"name": "grpo", "kl": KL} if rl else {"name": "dpo", "beta": 0.1}
     answers = {"samples": work.answers, "max_new_tokens": work.tokens, "truncated": "judged"}
-    rows = work.prompts * work.answers
+    rows, pairs = work.prompts * work.answers, work.prompts
     return parse_recipe(
         {
             "name": f"bench-{method}",
@@ -316,8 +319,8 @@ def recipe_of(method: str, folder: Path, work: Work) -> Recipe:
             "objective": objective,
             "rollouts": {**answers, "rows": rows} if rl else None,
             "train": {
-                "batch_size": rows if rl else work.prompts,
-                "micro_batch_size": work.micro_batch if rl else max(1, work.micro_batch // 2),
+                "batch_size": rows if rl else pairs,
+                "micro_batch_size": gcd(work.micro_batch, rows) if rl else gcd(work.micro_batch // 2, pairs),
                 "max_steps": 2,
                 "gradient_checkpointing": False,
             },
