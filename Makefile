@@ -1,4 +1,5 @@
 # make demo: everything on the embedded base.   make real: the same on a real one.   make test: the suite.
+# make gpu: what a GPU shows, in ten minutes.
 # Each sets up what it needs.
 
 VENV := .venv
@@ -7,7 +8,7 @@ READY := $(VENV)/.ready
 
 BASE := smollm2-135m
 
-.PHONY: demo real test slow lint setup clean
+.PHONY: demo real test slow gpu lint setup clean
 
 demo: setup
 	$(BIN)/dft-lora demo --out runs/demo
@@ -20,6 +21,9 @@ test: setup
 
 slow: setup
 	$(BIN)/python -m pytest -m slow -n 0
+
+gpu: setup
+	$(BIN)/python -m dft_lora.bench gpu --out runs/gpu --minutes 10
 
 lint: setup
 	$(BIN)/ruff check .

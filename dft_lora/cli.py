@@ -215,7 +215,13 @@ def sample(
 
 @main.command()
 @runs_argument
-@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Task to evaluate; may be repeated.")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="NAME|FILE",
+    help="Task to evaluate, or a .jsonl, .json or .parquet file with your own test set; may be repeated.",
+)
 @click.option(
     "--samples", type=click.IntRange(1), help="Sampled answers per problem, in addition to the greedy one."
 )
@@ -236,10 +242,14 @@ def evaluate(
     answers. The run must have finished. RUN_DIR/checkpoints/step-N evaluates a checkpoint instead; its
     results go to RUN_DIR/steps/step-N. The run's report.json covers all tasks evaluated so far.
 
+    A file's rows have the columns of the recipe's data, or problem, solution and answer, or messages. Rows
+    with an answer are judged; of others the solution is scored token by token, and nothing is sampled.
+
     Several GPUs: accelerate launch -m dft_lora evaluate ...
 
     Example: dft-lora evaluate runs/tiny_dft --task arithmetic --samples 4
     """
+    from .data.own_tasks import task_title
     from .evaluation.evaluate import evaluate as run
     from .evaluation.report import write_own_report, write_report
     from .evaluation.run_set import asked_tasks, recipes_of
@@ -259,7 +269,7 @@ def evaluate(
     for folder in folders:
         write_own_report(folder)
     asked = asked_tasks(recipes_of(folders, changes), tasks)
-    show_report(write_report(folders, None, tasks=asked), as_json)
+    show_report(write_report(folders, None, tasks=[task_title(name) for name in asked]), as_json)
 
 
 @main.command()
@@ -375,6 +385,35 @@ def app(run_dirs, **options) -> None:
     from .ui.server import serve
 
     serve(run_dirs, **options)
+
+
+@main.command()
+@click.argument("run_dir", type=UserPath())
+@click.option("--base", is_flag=True, help="Show the untouched base's answers beside the run's.")
+@click.option("--system", metavar="TEXT", help="A system turn at the start of the conversation.")
+@click.option("--temperature", default=0.0, show_default=True, help="Sampling temperature; 0 is greedy.")
+@click.option(
+    "--max-new-tokens",
+    default=512,
+    show_default=True,
+    type=click.IntRange(1),
+    help="The longest answer.",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, SEEDS - 1), help="Of sampling.")
+def chat(run_dir: str, temperature: float, **options) -> None:
+    """Talk to a run in the terminal.
+
+    Each line is a message; /new starts over. Ctrl-C stops an answer, Ctrl-D ends. Lines from a pipe are
+    answered in order.
+
+    Example: dft-lora chat runs/tiny_dft --base
+    """
+    if not 0 <= temperature < float("inf"):
+        raise RequestError(f"--temperature: {temperature}; give 0 (greedy) or more")
+    from .chat import chat as run
+    from .runs.folder import open_runs
+
+    run(open_runs([run_dir])[0], temperature=temperature, **options)
 
 
 @main.group(cls=Commands)

@@ -149,6 +149,8 @@ class ObjectiveConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
     name: str = "dft"
+    teacher: str | None = None
+    """A run folder over the same base, for `target-sft`."""
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -236,11 +238,23 @@ class EvaluateConfig(Part):
     """The longest answer. At the default, a task may set a lower limit of its own; any other value, or one
     given with --set, is used unchanged."""
     template: str = "same"
+    shots: int = Field(0, ge=0, le=64)
+    """For base models: solved examples before each problem, drawn with `seed` from the task's training split;
+    for an own test set, from the recipe's data."""
+    stop: tuple[str, ...] = ()
+    """For base models: texts that end an answer, which is cut before the first of them."""
     seed: Seed = 0
     engine: Literal["plain", "vllm"] = "plain"
     """What generates the answers; vllm is optional, for large evaluations on a GPU."""
     allow_code: bool = False
     """Whether tasks whose answers are programs may run them on this machine."""
+
+    @field_validator("stop")
+    @classmethod
+    def _some_text(cls, value):
+        if not all(value):
+            raise ValueError("must not contain an empty text")
+        return value
 
 
 class Recipe(Part):

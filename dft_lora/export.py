@@ -124,7 +124,7 @@ def push(run: RunFolder, repository: str, merged: Path | None = None, private: b
         else:
             with tempfile.TemporaryDirectory() as folder:
                 shutil.copytree(run.adapter, folder, dirs_exist_ok=True)
-                write_text(Path(folder) / "README.md", card(run))
+                write_text(Path(folder) / "README.md", card(run, repository=repository))
                 api.upload_folder(repo_id=repository, folder_path=folder)
     except HFValidationError as error:
         raise RequestError(f"{repository!r} is not a repository name: {_line(error)}") from None
@@ -135,9 +135,14 @@ def push(run: RunFolder, repository: str, merged: Path | None = None, private: b
     return str(address)
 
 
-def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = None) -> str:
-    """The model card, from run.json and, if the run was evaluated, report.json."""
-    from .data.templates import shown
+def card(
+    run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = None, repository: str | None = None
+) -> str:
+    """The model card, from run.json and, if the run was evaluated, report.json.
+
+    `repository`: where it will be read; then the card names no folder of this machine.
+    """
+    from .loss import objective
 
     metadata, recipe = run.run(), run.recipe()
     base, name = recipe.model.name, run.name
@@ -149,23 +154,17 @@ def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = No
     }
     if recipe.data.source.count("/") == 1 and not Path(recipe.data.source).exists():
         header["datasets"] = [recipe.data.source]
-    objective, train = recipe.objective.name, recipe.train
+    wanted, train, source = recipe.objective.name, recipe.train, recipe.data.source
+    source = Path(source).name if "datasets" not in header else source
+    formula = (type(objective(wanted)).__doc__ or "").splitlines()[0]
     made, last = metadata["provenance"], metadata["figures"]["last"]
+    kind = "A LoRA adapter, merged into its 16-bit base." if merged else "A LoRA adapter; it needs its base."
     lines = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {name}",
-        f"`{base}` fine-tuned with the objective `{objective}` as a LoRA adapter "
-        f"(r {recipe.adapter.r}, alpha {recipe.adapter.alpha:g}) over a base in "
-        f"{recipe.model.quantization}, on `{recipe.data.source}`"
-        + (", then merged into the 16-bit base." if merged else "."),
-        "## Training",
-        f"{last['step']} steps of {train.batch_size} examples, AdamW {train.learning_rate:g}, "
-        f"{train.schedule}, seed {train.seed}; {metadata['figures']['seconds']:.0f} s on {made['device']} in "
-        f"{made['dtype']}. Last step: NLL {last['nll']:.3f}, mean target probability "
-        f"{last['mean_probability']:.3f}. Prompt template: {shown(metadata['template'])}.",
-        f"Made with dft-lora {made['versions']['dft-lora']} (commit {made['commit']}), "
-        f"torch {made['versions']['torch']}, transformers {made['versions']['transformers']}, "
-        f"{made['date'][:10]}.",
+        f"`{base}` fine-tuned on `{source}` with the objective `{wanted}`. {kind}",
+        "## Use",
+        *_usage(run, merged, repository),
         "## Evaluation",
         _results(run),
     ]
@@ -177,12 +176,66 @@ def card(run: RunFolder, merged: bool = False, drift: dict[str, Any] | None = No
             f"is {far['mean_kl']:.2g} nats, and the most probable token is the same at "
             f"{far['same_top1']:.1%} of positions. The results above are those of the 4-bit model."
         ]
+    lines += [
+        "## Training",
+        f"- Objective: `{wanted}`, {formula}\n"
+        f"- Adapter: r {recipe.adapter.r}, alpha {recipe.adapter.alpha:g}, over a base in "
+        f"{recipe.model.quantization}\n"
+        f"- Data: `{source}`, split `{recipe.data.split}`\n"
+        f"- Steps: {last['step']} of {train.batch_size} examples, AdamW {train.learning_rate:g}, "
+        f"{train.schedule}, seed {train.seed}; {metadata['figures']['seconds']:.0f} s on {made['device']} in "
+        f"{made['dtype']}\n"
+        f"- Last step: NLL {last['nll']:.3f}, mean target probability {last['mean_probability']:.3f}",
+        f"Made with dft-lora {made['versions']['dft-lora']} (commit {made['commit']}), "
+        f"torch {made['versions']['torch']}, transformers {made['versions']['transformers']}, "
+        f"{made['date'][:10]}.",
+        "## Limits",
+        f"What is not under Evaluation was not measured. Weaknesses and licence of `{base}` are inherited. "
+        "Fine-tuning on a few solutions teaches a form and sharpens what the base half knows; expect no new "
+        "facts from it, and check for overlap before comparing on a public test set.",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _usage(run: RunFolder, merged: bool, repository: str | None) -> list[str]:
+    """The prompt that the model was trained with, in Python, and a command that serves it."""
+    from .data.templates import TEMPLATES, own_template, shown
+
+    recipe, name = run.recipe(), repository or run.name
+    given = run.run()["template"]
+    template = TEMPLATES.get(given) or own_template(given)
+    if template.text is not None:
+        system = ".replace('{system}', '')" if "{system}" in template.text else ""
+        prompt = f"prompt = {template.text!r}{system}.replace('{{question}}', question)"
+    else:
+        asked = f"question + {template.suffix!r}" if template.suffix else "question"
+        chat = "" if template.chat is None else f", chat_template={template.chat!r}"
+        prompt = (
+            f'turns = [{{"role": "user", "content": {asked}}}]\n'
+            f"prompt = tokenizer.apply_chat_template(turns{chat}, tokenize=False, add_generation_prompt=True)"
+        )
+    bos = "" if template.text is not None else ", add_special_tokens=False"
+    kind = "AutoModelForCausalLM" if merged else "AutoPeftModelForCausalLM"
+    python = (
+        (f"from transformers import {kind}, AutoTokenizer\n" if merged else f"from peft import {kind}\n")
+        + ("" if merged else "from transformers import AutoTokenizer\n")
+        + f'\nmodel = {kind}.from_pretrained("{name}")  # this repository or folder\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name if merged else recipe.model.name}")\n'
+        f'question = "What is 2 + 3?"\n{prompt}\n'
+        f'ids = tokenizer(prompt, return_tensors="pt"{bos})\n'
+        "answer = model.generate(**ids, max_new_tokens=256)[0, ids.input_ids.shape[1] :]\n"
+        "print(tokenizer.decode(answer, skip_special_tokens=True))"
+    )
     if recipe.adapter.dora and not merged:  # vLLM does not serve DoRA
         command = f"dft-lora merge {name} {name}-merged && vllm serve {name}-merged"
     else:
-        command = f"vllm serve {name}" if merged else vllm_command(run)
-    lines += ["## Use", f"```sh\n{command}\n```"]
-    return "\n\n".join(lines) + "\n"
+        command = f"vllm serve {name}" if merged else vllm_command(run, adapter=repository)
+    lines = [f"Prompt template: {shown(given)}. Another prompt gives worse answers."]
+    if "/" not in recipe.model.name and not merged:
+        lines.append(f"`{recipe.model.name}` is a base of dft-lora: `dft-lora chat RUN_DIR` loads both.")
+    else:
+        lines.append(f"```python\n{python}\n```")
+    return [*lines, f"```sh\n{command}\n```"]
 
 
 def _results(run: RunFolder) -> str:
@@ -200,17 +253,31 @@ def _results(run: RunFolder) -> str:
         for name, run_ in runs.items()
         for task, r in run_["tasks"].items()
     ]
-    return "\n".join(lines)
+    texts = [(name, task, r) for name, run_ in runs.items() for task, r in run_.get("texts", {}).items()]
+    if texts:
+        lines = lines if len(lines) > 2 else []
+        lines += ["", "| run | text | NLL | 95 % interval | token accuracy |", "|---|---|---:|---:|---:|"]
+        lines += [
+            f"| {name} | {task} | {r['nll']:.3f} | {r['nll_ci95'][0]:.3f} to {r['nll_ci95'][1]:.3f} | "
+            f"{r['token_accuracy']:.1%} |"
+            for name, task, r in texts
+        ]
+    return "\n".join(
+        [*lines, "", "Intervals are over problems. Sampled accuracy is a mean, not the best of n."]
+    )
 
 
-def vllm_command(run: RunFolder, base: str | None = None) -> str:
-    """The command that serves the adapter with vLLM, over `base` or else the recipe's base, in 16 bits."""
+def vllm_command(run: RunFolder, base: str | None = None, adapter: str | None = None) -> str:
+    """The command that serves the adapter with vLLM, over `base` or else the recipe's base, in 16 bits.
+
+    `adapter`: a repository to take the adapter from, not the run's folder.
+    """
     from .model.vllm import lora_rank, vllm_rank
 
-    recipe = run.recipe()
+    recipe, rank = run.recipe(), lora_rank([vllm_rank(run.adapter)])
     return (
-        f"vllm serve {base or recipe.model.name} --enable-lora "
-        f"--max-lora-rank {lora_rank([vllm_rank(run.adapter)])} --lora-modules {run.name}={run.adapter}"
+        f"vllm serve {base or recipe.model.name} --enable-lora --max-lora-rank {rank} "
+        f"--lora-modules {run.name}={adapter or run.adapter}"
     )
 
 

@@ -3,7 +3,9 @@
 real.png        base, SFT and DFT on a real base, by `make real` (docs/results/make-real.json)
 accuracy.png    the demo: base, SFT and DFT after each training set (docs/results/demo-*.json)
 loss.png        the loss engine against its peers (dft_lora/bench/results/loss-cpu-prescribed-bfloat16.json)
+lab.png         mean rank of every objective over the lab's regimes (docs/results/lab.json, where it is there)
 step.png        a training step against TRL's (dft_lora/bench/results/train-peers-bfloat16.json)
+rl.png          accuracy against cost of SFT, DFT and RL methods (docs/results/rl.json), once it is recorded
 """
 
 from __future__ import annotations
@@ -145,6 +147,62 @@ def step() -> None:
     save(figure, "step.png")
 
 
+def lab() -> None:
+    """Each objective's mean rank over the regimes that all have, best at the top, with its interval."""
+    from dft_lora.experiments.lab_report import complete, ranks, scores_of
+
+    if not (RESULTS / "lab.json").is_file():
+        return
+    lines = complete(read(RESULTS / "lab.json"))
+    found = list(ranks(scores_of(lines)).items())
+    figure, axis = plt.subplots(figsize=(7, 0.32 * len(found) + 1.1), layout="constrained")
+    for y, (label, row) in enumerate(reversed(found)):
+        colour = COLOURS.get(label, PEER)
+        axis.plot(row["ci95"], [y, y], color=colour, lw=2.5, solid_capstyle="round")
+        axis.plot(row["mean_rank"], y, "o", color=colour, ms=8)
+    axis.set_yticks(range(len(found)), [label for label, _ in reversed(found)], fontsize=9)
+    axis.set_xlabel(
+        f"mean rank at T = 1 over {len(lines)} regimes; 1 is best; lines: 95 % intervals", fontsize=9
+    )
+    axis.spines[["top", "right"]].set_visible(False)
+    save(figure, "lab.png")
+
+
+def rl() -> None:
+    """For each base: mean accuracy on its test sets against processor seconds of training."""
+    file = RESULTS / "rl.json"
+    if not file.is_file():
+        return
+    bases = read(file)["bases"]
+    figure, axes = plt.subplots(
+        len(bases), 2, figsize=(9, 3.6 * len(bases)), squeeze=False, layout="constrained"
+    )
+    for (name, base), row in zip(bases.items(), axes, strict=True):
+        lines = {kind: part["found"] for kind, part in base["table"].items()}
+        for axis, suffix in zip(row, ("", " greedy"), strict=True):
+            columns = [task + suffix for task in base["settings"]["tasks"]]
+            for kind, line in lines.items():
+                share = 100 * np.mean([line["accuracy"][column] for column in columns])
+                if line["cost"] is None:
+                    axis.axhline(share, color=COLOURS["base"], linestyle="--", linewidth=1)
+                    continue
+                seconds = np.mean([run["processor_seconds"] for run in line["cost"]])
+                colour = OURS if kind.startswith("dft") else COLOURS["sft"] if kind == "sft" else "#374151"
+                axis.plot(seconds, share, "o", color=colour, markersize=5)
+                axis.annotate(
+                    kind, (seconds, share), (4, 3), textcoords="offset points", fontsize=7, color=colour
+                )
+            axis.set_xscale("log")
+            axis.margins(x=0.3, y=0.12)
+            axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+            axis.set_title(f"{name}, {'greedy' if suffix else 'T = 1'}; dashed: the base", fontsize=10)
+            axis.set_xlabel("processor seconds of training, sampling included (log scale)")
+            axis.set_ylabel("percent correct, mean of the test sets")
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(alpha=0.2)
+    save(figure, "rl.png")
+
+
 if __name__ == "__main__":
-    for draw in (real, accuracy, loss, step):
+    for draw in (real, accuracy, loss, step, rl, lab):
         draw()

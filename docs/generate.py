@@ -19,6 +19,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
+NOT_YET = "Not recorded yet."
+GPUS = ROOT / "docs" / "gpu"
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -75,6 +77,8 @@ def lead(report: dict[str, Any], task: str, key: str) -> str:
 
 def real_demo() -> str:
     """`make real`: base, SFT and DFT on a real base, with intervals and the share of answers that ended."""
+    if not (RESULTS / "make-real.json").is_file():
+        return NOT_YET
     report = json.loads((RESULTS / "make-real.json").read_text(encoding="utf-8"))
     tasks = list(report["runs"]["base"]["tasks"])
     head = [f"{task}, {mode}" for task in tasks for mode in ("T = 1", "greedy", "ended")]
@@ -97,9 +101,9 @@ def real_demo() -> str:
         [
             *(line.rstrip() for line in lines),
             "",
-            f"Percent correct with 95 % intervals; {some['problems']} problems a set, {some['samples']} samples per "
-            f"problem, one seed, {made['weights']}. Made on {made['date'][:10]}, commit {made['commit']}, by "
-            f"`{made['command']}`.",
+            f"Percent correct with 95 % intervals; {some['problems']} problems a set, {some['samples']} "
+            f"samples per problem, one seed, {made['weights']}. Made on {made['date'][:10]}, commit "
+            f"{made['commit']}, by `{made['command']}`.",
         ]
     )
 
@@ -186,6 +190,14 @@ def bench(kind: str) -> str:
     return tables(kind=kind)
 
 
+def bench_gpu() -> str:
+    """What each GPU showed: one table for each file in docs/gpu/."""
+    from dft_lora.bench.table import gpu_table
+
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(GPUS.glob("*.json"))]
+    return "\n\n".join(map(gpu_table, results)) or "No GPU is recorded yet."
+
+
 def findings() -> str:
     """The lines of the findings with their contrasts, then the accuracy behind them."""
     result = json.loads((RESULTS / "findings.json").read_text(encoding="utf-8"))
@@ -256,6 +268,8 @@ def findings() -> str:
 
 def remedies() -> str:
     """What ends DFT's answers: one table per base, with each kind against SFT and against plain DFT."""
+    if not (RESULTS / "real.json").is_file():
+        return NOT_YET
     bases = json.loads((RESULTS / "real.json").read_text(encoding="utf-8"))["bases"]
     blocks = []
     for base, parts in bases.items():
@@ -297,6 +311,8 @@ def difference(part: dict[str, Any]) -> str:
 
 def rates() -> str:
     """Sampled accuracy on the validation set by learning rate, with the first seed."""
+    if not (RESULTS / "real.json").is_file():
+        return NOT_YET
     bases = json.loads((RESULTS / "real.json").read_text(encoding="utf-8"))["bases"]
     tried = {base: parts["rates"]["found"] for base, parts in bases.items() if "rates" in parts}
     lines = ["| base | | learning rate: percent correct at T = 1 |", "|---|---|---|"]
@@ -305,6 +321,90 @@ def rates() -> str:
             said = ", ".join(f"{rate}: {100 * share:.1f}" for rate, share in by_rate.items())
             lines.append(f"| {base} | {kind} | {said} |")
     return "\n".join(lines)
+
+
+def choices() -> str:
+    """Multiple choice on the real bases against published figures."""
+    return bench("choices") or NOT_YET
+
+
+def advice() -> str:
+    """What `diagnose` advised against what came out, over the recorded experiments."""
+    from dft_lora.experiments.advice import advice_table
+
+    return advice_table(RESULTS)
+
+
+def lab() -> str:
+    """The report of the recorded lab."""
+    from dft_lora.experiments.lab_report import markdown
+
+    file = RESULTS / "lab.json"
+    if not file.is_file():
+        return "The lab has not been run in full yet."
+    return markdown(json.loads(file.read_text(encoding="utf-8")))
+
+
+def rl(file: Path = RESULTS / "rl.json") -> str:
+    """For each base: the methods with their accuracy and cost, then the claims."""
+    if not file.is_file():
+        return NOT_YET
+    bases = json.loads(file.read_text(encoding="utf-8"))["bases"]
+    return "\n\n".join(
+        "\n".join([f"### {name}", "", *rl_table(base), "", *rl_claims(base), "", rl_made(base)])
+        for name, base in bases.items()
+    )
+
+
+def rl_table(base: dict[str, Any]) -> list[str]:
+    """A line for each method; what its runs cost is the mean over seeds."""
+    tasks = base["settings"]["tasks"]
+    head = ["", "rate", *tasks, "minus SFT", *(f"{task}, greedy" for task in tasks), "minus SFT, greedy"]
+    head += ["pass@4", "entropy", "tokens generated", "tokens trained on", "processor s", "MB", "seeds"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for kind, part in base["table"].items():
+        line, cost = part["found"], part["found"]["cost"]
+        cells = [kind, f"{line['learning_rate']:g}" if cost else ""]
+        for suffix, against in (("", "against_sft"), (" greedy", "against_sft_greedy")):
+            cells += [f"{100 * line['accuracy'][task + suffix]:.1f}" for task in tasks]
+            cells.append("" if kind == "sft" else difference(line[against]))
+        cells += [f"{100 * line['pass_at_4']:.1f}", f"{line['entropy']:.3f}"]
+        for key in ("generated_tokens", "trained_tokens", "processor_seconds", "peak_memory_mb"):
+            cells.append(f"{np.mean([run[key] for run in cost]):,.0f}" if cost else "")
+        lines.append(f"| {' | '.join([*cells, str(line['seeds'])])} |")
+    return lines
+
+
+def rl_claims(base: dict[str, Any]) -> list[str]:
+    """Each claim with its verdicts and the contrasts of sampled answers behind them."""
+    if base["claims"] is None:
+        return ["The claims are judged once all methods have run."]
+    found = base["claims"]["found"]
+    lines = [
+        "| claim | T = 1 | greedy | rests on, at T = 1 | points, 95 % interval |",
+        "|---|---|---|---|---|",
+    ]
+    for name, line in found["sampled"].items():
+        rows = [(part["what"], difference(part)) for part in line["parts"]] or [("", "")]
+        if "cost_ratio" in line:
+            ratios = ", ".join(f"{ratio:.2f}" for ratio in line["cost_ratio"])
+            rows.append(("processor seconds, DFT / GRPO, each seed", ratios))
+        for i, row in enumerate(rows):
+            verdicts = (line["verdict"], found["greedy"][name]["verdict"])
+            first = (line["claim"], *(f"**{said}**" for said in verdicts)) if i == 0 else ("", "", "")
+            lines.append(f"| {' | '.join((*first, *row))} |")
+    return lines
+
+
+def rl_made(base: dict[str, Any]) -> str:
+    """The settings, and where and when the first line was made."""
+    settings, made = base["settings"], next(iter(base["table"].values()))
+    rates = ", ".join(f"{rate:g}" for rate in settings["rates_tried"])
+    return (
+        f"At most {settings['problems']} problems a set, {settings['samples']} samples each. Learning rates "
+        f"that every method tried: {rates}. Made from {made['date']} on, commit {made['commit']}, torch "
+        f"{made['versions']['torch']}."
+    )
 
 
 PARTS: dict[str, Callable[[], str]] = {
@@ -317,12 +417,17 @@ PARTS: dict[str, Callable[[], str]] = {
     "real-demo": real_demo,
     "remedies": remedies,
     "rates": rates,
+    "rl": rl,
     "objectives": objectives,
     "hardware": hardware,
+    "advice": advice,
+    "lab": lab,
+    "bench-choices": choices,
     "bench-loss": partial(bench, "loss"),
     "bench-train": partial(bench, "train"),
     "bench-packing": partial(bench, "packing"),
     "bench-memory": partial(bench, "memory"),
+    "bench-gpu": bench_gpu,
     "bench-longest": partial(bench, "longest"),
 }
 

@@ -83,7 +83,7 @@ def _child(arguments, log, setup):
 
 def lines(run_dir: Path) -> list[dict]:
     """`metrics.jsonl` without what differs between two runs of the same steps: time and memory."""
-    clock = {"seconds", "tokens_per_second", "peak_memory_mb"}
+    clock = {"seconds", "processor_seconds", "tokens_per_second", "peak_memory_mb"}
     text = (run_dir / "metrics.jsonl").read_text()
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in text.splitlines()]
 

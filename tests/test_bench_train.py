@@ -1,14 +1,18 @@
 """The training bench: a small real run of it, and the tables made from committed results."""
 
 import json
+import time
 from collections import Counter
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from dft_lora.bench.table import RESULTS, tables, train_table
+from dft_lora.bench.rl import STAGES, Stopwatch, Work
+from dft_lora.bench.rl import measure as measure_rl
+from dft_lora.bench.table import RESULTS, rl_table, tables, train_table
 from dft_lora.bench.train import COMPARISON, LADDER, OURS, VARIANTS, Measurement, Shape, measure, summary
 
 SMALL = Measurement(Shape(64, 2, 151_936, 128, 2, 256), steps=1, rounds=1, threads=1)
@@ -60,6 +64,37 @@ def test_a_peer_that_is_not_installed_is_named_and_not_replaced(monkeypatch):
     monkeypatch.setattr(train, "find_spec", lambda name: None)
     assert "trl is not installed" in COMPARISON[1].missing
     assert OURS.missing == "" and set(VARIANTS) >= {variant.name for variant in LADDER}
+
+
+@pytest.mark.slow
+def test_a_grpo_and_a_dpo_step_stage_by_stage():
+    """Each side in a process of its own; TRL's where it is installed, named where it is not."""
+    work = Work(Shape(), "tiny", prompts=2, answers=2, tokens=24, micro_batch=2, rounds=1, threads=1)
+    result = measure_rl(work)
+    for name, side in result["sides"].items():
+        assert side["missing"] or set(side["stages"]) == {*STAGES, "whole"}, name
+        assert f"| {name} |" in rl_table(result)
+    ours = result["sides"]["grpo, ours"]["stages"]
+    assert all(ours[stage][1] > 0 for stage in STAGES)
+    assert result["sides"]["dpo, ours"]["stages"]["rollout"] == [0, 0]
+
+
+def test_stages_add_up_to_the_whole_step():
+    """A stage within another is taken off the outer one; what is left of the step is `update`."""
+    watch = Stopwatch()
+    owner = SimpleNamespace(inner=lambda: time.sleep(0.02))
+    owner.outer = lambda: (time.sleep(0.01), owner.inner())
+    watch.around(owner, "inner", "reward")
+    watch.around(owner, "outer", "rollout")
+    watch.ready()
+    for _ in range(2):
+        owner.outer()
+        watch.step_done()
+    (step,) = watch.figures()["steps"]  # the first step is thrown away
+    for clock in (0, 1):
+        assert sum(step[stage][clock] for stage in STAGES) == pytest.approx(step["whole"][clock])
+    assert step["reward"][0] >= 0.02 and step["rollout"][0] >= 0.01 and step["loss"] == (0, 0)
+    assert step["rollout"][0] + step["reward"][0] <= step["whole"][0]
 
 
 def test_medians_are_over_steps_and_rounds():

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from dft_lora.bench import choices as bench_choices
+from dft_lora.bench.table import choices_table
+from dft_lora.config import load_recipe
 from dft_lora.data.templates import Renderer
 from dft_lora.errors import DataError, RequestError
 from dft_lora.evaluation.attempts import read_attempts
+from dft_lora.evaluation.base_run import base_run
 from dft_lora.evaluation.choices import Texts, choice_examples, score_texts
 from dft_lora.evaluation.evaluate import evaluate
 from dft_lora.evaluation.report import build
@@ -373,3 +377,44 @@ def test_an_engine_that_cannot_score_is_refused(runs, local, tmp_path):
         RequestError, match=r"--task openbookqa: scores its choices, .* 'vllm' cannot do; use plain"
     ):
         evaluate([path], ["openbookqa"], changes=["engine=vllm"])
+
+
+# --- against published figures ---------------------------------------------------------------------
+
+
+def test_the_bench_scores_as_an_evaluation_does(rows, tmp_path):
+    rows("arc-challenge", ROWS["arc-challenge"], {**ROWS["arc-challenge"], "question": "What meows?"})
+    (row,) = bench_choices.measure(["tiny"], ["arc-challenge"], 2, ["nf4"])["rows"]
+    folder = base_run(load_recipe("tiny_dft"), tmp_path / "base")
+    evaluate([folder.path], ["arc-challenge"])
+    result = TaskResults.read(folder, "arc-challenge")
+    assert row["accuracy"] == {"acc": result.choices["sum"], "acc_norm": result.choices["normalised"]}
+    assert (row["problems"], row["rule"], row["chance"]) == (2, "acc_norm", pytest.approx(1 / 3))
+
+
+def test_the_bench_asks_commonsenseqa_with_letters_and_with_texts(rows):
+    rows("commonsenseqa", ROWS["commonsenseqa"])
+    ((lettered,), by_length), ((texts,), by_length_too) = (
+        bench_choices.problems_of(name, 9) for name in ("commonsenseqa", "commonsenseqa-texts")
+    )
+    assert lettered.choices == ("A", "B", "C") and not by_length
+    assert texts.choices == ("a cat", "two dogs", "rain") and by_length_too
+    assert texts.question == "Question: What barks?\nAnswer:" and texts.answer == "B"
+    assert bench_choices.question_of(lettered) == "What barks?"
+
+
+def test_the_table_of_the_bench_gives_the_difference_from_what_was_published():
+    row = {
+        "base": "b",
+        "quantization": "nf4",
+        "set": "openbookqa",
+        "problems": 100,
+        "rule": "acc",
+        "accuracy": {"acc": 0.3, "acc_norm": 0.5},
+        "ci95": [0.2, 0.4],
+        "chance": 0.25,
+        "published": [0.345, "a card"],
+    }
+    made = {"command": "c", "date": "2026-01-01T", "commit": "x", "versions": {"torch": 1, "transformers": 1}}
+    text = choices_table({"rows": [row, row | {"published": None}], "provenance": made})
+    assert "| 30.0 (20.0 to 40.0) | 25 | 34.5 [1] | -4.5 (-14.5 to +5.5) |" in text and "[1] a card" in text

@@ -64,10 +64,10 @@ def test_the_longest_answer_is_the_tasks_own_unless_it_is_set(fresh, change, tok
 
 def test_a_limit_above_the_tasks_own_is_obeyed(fresh):
     recipe = RunFolder(fresh[0]).recipe()  # run.json holds 4096, the default, as it holds every field
-    assert answer_limit("gsm8k", recipe.override([]).evaluate) == 1024
+    assert answer_limit(get_task("gsm8k"), recipe.override([]).evaluate) == 1024
     for tokens in (500, 3000, 4096):
         changed = recipe.override([f"evaluate.max_new_tokens={tokens}"])
-        assert answer_limit("gsm8k", changed.evaluate) == tokens
+        assert answer_limit(get_task("gsm8k"), changed.evaluate) == tokens
 
 
 def command(*arguments, launcher=()):

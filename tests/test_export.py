@@ -2,15 +2,20 @@
 
 import json
 import os
+import re
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from hub_stand_in import hub
 
 from dft_lora.cli import main
 from dft_lora.config import load_recipe
+from dft_lora.data.templates import Renderer
 from dft_lora.errors import MissingPart, RequestError, RunError
 from dft_lora.export import card, difference, logits_of, merge, probe_rows, push, to_gguf, vllm_command
 from dft_lora.model.load import load_adapters, load_base, load_tokenizer
@@ -78,6 +83,50 @@ def test_the_card_holds_the_report(run, tmp_path):
         assert "| tiny-run | arithmetic | 50.0% | 40.0% to 60.0% | 55.0% | 200 |" in card(run)
     finally:
         run.report_file.unlink()
+
+
+def test_the_cards_python_asks_as_in_training(run, merged):
+    """The code block of the merged model's card, run as it stands."""
+    (code,) = re.findall(r"```python\n(.*?)```", (merged[0] / "README.md").read_text(), re.S)
+    names = {}
+    exec(code.replace('"tiny-run"', repr(str(merged[0]))), names)
+    renderer = Renderer(load_tokenizer(run.recipe().model), run.run()["template"])
+    asked = [{"role": "user", "content": names["question"]}]
+    assert names["prompt"] == renderer.prompt_text(asked)
+    assert names["ids"].input_ids[0].tolist() == renderer.prompt_ids(asked)
+
+
+def test_a_push_to_a_stand_in_for_the_hub(run, tmp_path):
+    """What arrives is the adapter and a card, in a private repository, and nothing of this machine."""
+
+    def push(hub):
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.address,
+            "HF_HUB_OFFLINE": "",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_TOKEN": "hf_stand_in",
+            "no_proxy": "*",
+        }
+        line = [sys.executable, "-m", "dft_lora", "push", str(run.path), "me/tiny-dft"]
+        return subprocess.run(line, env=environment, capture_output=True, text=True)
+
+    with hub() as it:
+        done = push(it)
+        assert done.returncode == 0 and done.stdout.strip() == f"{it.address}/me/tiny-dft", done.stderr
+        assert it.created["name"] == "tiny-dft" and it.created["visibility"] == "private"
+        assert it.tokens >= {"Bearer hf_stand_in"}
+        names = {path.name for path in run.adapter.iterdir()}
+        assert it.files.keys() == names | {"README.md"}
+        assert all(it.files[name] == (run.adapter / name).read_bytes() for name in names)
+        said = it.files["README.md"].decode()
+        assert said == card(run, repository="me/tiny-dft") and "tiny-run=me/tiny-dft" in said
+        assert str(run.path.parent) not in said
+        it.refuses = "/api/repos/create"
+        done = push(it)
+        (line,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+        assert done.returncode == 1 and "the Hub did not accept me/tiny-dft" in line
+        assert "hf auth login" in line and "Traceback" not in done.stderr
 
 
 def test_the_hub_is_reached_or_its_absence_told_in_a_line(run, monkeypatch):

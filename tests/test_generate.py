@@ -94,6 +94,23 @@ def mixed_requests(samples: int = 4, prompts: int = 6) -> list[Request]:
     ]
 
 
+def test_an_answer_ends_where_ends_says_so_and_changes_no_other(model):
+    """`ends` sees every prefix of an answer; what it cuts is the answer without it, up to there."""
+    requests, seen = mixed_requests(), []
+
+    def ends(ids):
+        seen.append(tuple(ids))
+        return ids[-1] % 5 == 0
+
+    whole, cut = (run(model, requests, batch_rows=8, **more) for more in ({}, {"ends": ends}))
+    for one, other in zip(whole, cut, strict=True):
+        first = next((i for i, token in enumerate(one.ids) if token % 5 == 0), None)
+        assert other.ids == one.ids[: None if first is None else first + 1]
+        assert (other.finished, other.end) == ((True, None) if first is not None else (one.finished, one.end))
+        assert {tuple(other.ids[: i + 1]) for i in range(len(other.ids))} <= set(seen)
+    assert any(c.ids != w.ids for c, w in zip(cut, whole, strict=True)) and any(c.end for c in cut)
+
+
 class ForwardCount:
     """Rows and columns of every forward of `model`, in order."""
 

@@ -5,12 +5,16 @@ By default with few steps and problems; `pytest -m slow` runs them at the reader
 
 import json
 import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from patience import HANG
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMALL = {"STEPS": 3, "PROBLEMS": 4}  # what a notebook names so, a test sets
 
 
@@ -64,10 +68,40 @@ def test_a_notebook_is_short_stripped_and_opens_on_colab(path):
     )
 
 
-def test_all_four_are_there():
+@pytest.mark.slow
+def test_the_quickstart_runs_in_the_float16_of_a_t4(tmp_path):
+    """The T4's rule on a CPU: float16 with loss scaling. One changed line stands for the GPU."""
+    nbformat = pytest.importorskip("nbformat")
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace('changes = [f"output', 'changes = ["model.dtype=float16", f"output')
+    nbformat.write(notebook, path := tmp_path / "quickstart.ipynb")
+    execute(path, tmp_path, **SMALL)
+    (run,) = tmp_path.rglob("run.json")
+    assert json.loads(run.read_text())["provenance"]["dtype"] == "float16"
+
+
+@pytest.mark.slow
+def test_the_install_cell_leaves_colabs_torch(tmp_path):
+    """What the cell installs, resolved for Colab's Python with the versions that must stay."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed"]
+    command += ["--target", str(tmp_path), "--only-binary=:all:", "--python-version", "3.12"]
+    tags = ["manylinux1", "manylinux2010", "manylinux2014", *(f"manylinux_2_{n}" for n in range(5, 36))]
+    command += [f"--platform={tag}_x86_64" for tag in tags]
+    command += ["-c", str(ROOT / "constraints-colab.txt"), "--report", str(tmp_path / "report.json")]
+    subprocess.run([*command, *project["dependencies"]], check=True, timeout=HANG)
+    items = json.loads((tmp_path / "report.json").read_text())["install"]
+    chosen = {item["metadata"]["name"].lower(): item["metadata"]["version"] for item in items}
+    assert chosen["torch"] == "2.11.0" and chosen["numpy"] == "2.0.2"
+    assert {"transformers", "bitsandbytes", "math-verify", "gradio"} <= set(chosen)
+
+
+def test_all_five_are_there():
     assert [p.stem for p in NOTEBOOKS] == [
         "01_quickstart",
         "02_dft_from_scratch",
         "03_sft_vs_dft",
         "04_should_i_use_dft",
+        "05_sft_dft_grpo",
     ]

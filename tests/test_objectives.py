@@ -108,6 +108,16 @@ def gift(x, sg, beta=20.0):
     return -(target_MV * x.p_MV.log()).sum(-1) + constant
 
 
+def target_sft(x, sg, eta=0.5):
+    """Cross-entropy to the target distribution, less its constant; q is the reference here."""
+    y_M = (x.p_MV == x.p[:, None]).double().argmax(1)
+    at_y_MV = torch.nn.functional.one_hot(y_M, x.p_MV.shape[1])
+    p_M1 = sg(x.p)[:, None]
+    target_MV = p_M1 * at_y_MV + (1 - p_M1) * x.base_MV
+    constant = (1 - sg(x.p)) * (x.base_MV * x.base_MV.log()).sum(-1)
+    return -(target_MV * x.p_MV.log()).sum(-1) + constant
+
+
 FORMULAS = {
     "sft": lambda x, sg: -x.p.log(),
     "dft": dft,
@@ -125,6 +135,7 @@ FORMULAS = {
     "prift": lambda x, sg: -x.base * x.p.log(),
     "gift": gift,
     "psft": lambda x, sg, clip=0.28: -torch.minimum(x.p / x.base, (x.p / x.base).clamp(1 - clip, 1 + clip)),
+    "target-sft": target_sft,
     "cadft": cadft,
     "eaft": eaft,
     "deft": deft,
@@ -133,6 +144,8 @@ FORMULAS = {
     ),
     "chord-phi": lambda x, sg: -sg(x.p * (1 - x.p)) * x.p.log(),
     "focal": lambda x, sg, gamma=2.0: -((1 - x.p) ** gamma) * x.p.log(),
+    "knee": lambda x, sg, tau=0.3: -sg((x.p / tau).clamp(max=1)) * x.p.log(),
+    "relative": lambda x, sg: -sg((x.p * (-(x.p_MV * x.p_MV.log()).sum(-1)).exp()).clamp(max=1)) * x.p.log(),
 }
 """The loss of each token [M]; `sg` stops the gradient."""
 
@@ -145,8 +158,10 @@ NUMBERS = {
     "asft": {"lam": 0.7},
     "gift": {"beta": 1.5},
     "psft": {"clip": 0.5},
+    "target-sft": {"eta": 0.3},
     "infosft": {"ceiling": 0.6},
     "focal": {"gamma": 0.5},
+    "knee": {"tau": 0.6},
 }
 REQUESTS = [(name, {}) for name in FORMULAS] + list(NUMBERS.items())
 
@@ -215,6 +230,7 @@ def test_an_annealed_power_goes_from_sft_to_dft():
         (("dft", {"end": 1}), False),
         (("sft", {}), False),
         (("threshold", {}), True),
+        (("knee", {}), True),
     ],
     ids=str,
 )
@@ -252,6 +268,19 @@ def test_the_uneven_batch_meets_every_bound_on_both_sides():
             assert (values < limit).any() and (values > limit).any(), limit
     lengths = torch.bincount(x.sequence)
     assert len(lengths) == 20 and len(lengths.unique()) > 2
+
+
+def test_relative_tells_a_new_fact_from_a_contradiction():
+    """p = 0.1 has SFT's weight among ten equal digits, and about DFT's where the model is sure."""
+    wanted = objective("relative")
+
+    def weight(other):
+        p_V = torch.tensor([0.1, *other], dtype=torch.float64)
+        scores = token_logps(torch.ones(1, 1).double(), p_V.log()[:, None], torch.tensor([0]))
+        return float(wanted.weight(scores))
+
+    assert weight([0.1] * 9) == pytest.approx(1)
+    assert weight([0.9]) == pytest.approx(0.1 * math.exp(-0.1 * math.log(0.1) - 0.9 * math.log(0.9)))
 
 
 # What the paper says (arXiv 2508.05629)
@@ -340,6 +369,35 @@ def test_every_other_pair_differs():
     for i, a in enumerate(slopes):
         for b in list(slopes)[i + 1 :]:
             assert (distance(slopes[a], slopes[b]) > 1e-3) != ((a, b) in twins), (a, b)
+
+
+@pytest.mark.parametrize("eta", [0.2, 1.0])
+def test_target_sft_is_cross_entropy_to_its_target(eta):
+    """As a training step computes it: q is proportional to model^(1 - eta) teacher^eta, with no such tensor.
+
+    Where the teacher is the model itself, that is DFT.
+    """
+    wanted = objective("target-sft", eta=eta)
+    hidden, weight, bias, teacher = UNEVEN.tensors
+    targets, kept = UNEVEN.targets, UNEVEN.targets != -100
+
+    def by_engine(teacher):
+        h = hidden.clone().requires_grad_()
+        mixture = (1 - eta) * hidden + eta * teacher
+        assert distance(wanted.toward(hidden, teacher), mixture) < 1e-6
+        reference = token_logps(mixture, weight, targets, bias, keep_jacobian=True)
+        scores = token_logps(h, weight, targets, bias, needs=wanted.needs, reference=reference)
+        return torch.autograd.grad(wanted(scores), h)[0]
+
+    h = hidden.clone().requires_grad_()
+    logp_MV = (h[kept] @ weight.T + bias).log_softmax(-1)
+    teacher_MV = (teacher[kept] @ weight.T + bias).log_softmax(-1)
+    q_MV = ((1 - eta) * logp_MV + eta * teacher_MV).softmax(-1).detach()
+    at_y_MV = torch.nn.functional.one_hot(targets[kept], len(weight))
+    p_M1 = logp_MV.detach().exp().gather(1, targets[kept, None])
+    loss = -((p_M1 * at_y_MV + (1 - p_M1) * q_MV) * logp_MV).sum()
+    assert distance(by_engine(teacher), torch.autograd.grad(loss, h)[0]) < 1e-12
+    assert distance(by_engine(hidden), by_formula("dft", {})[1]) < 1e-12
 
 
 def step_signals(wanted, case) -> dict[str, torch.Tensor]:

@@ -13,7 +13,6 @@ import pytest
 from test_loss import ALONE
 
 ROOT = Path(__file__).parent.parent
-BUILD = "import sys, setuptools.build_meta as build; print(getattr(build, sys.argv[1])(sys.argv[2]))"
 
 
 def tracked() -> list[str]:
@@ -23,18 +22,10 @@ def tracked() -> list[str]:
     return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
 
 
-def built(source: Path, kind: str, out: Path) -> Path:
-    """Build with setuptools as pip does, without fetching it anew."""
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD, f"build_{kind}", str(out)], cwd=source, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return out / done.stdout.splitlines()[-1]
-
-
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built from the sdist, which is built from a copy of the tracked files."""
+def dist(tmp_path_factory) -> Path:
+    """What `python -m build` makes of a copy of the tracked files: the sdist, and a wheel from it."""
+    pytest.importorskip("build", reason="pip install build")
     try:
         if int(version("setuptools").split(".")[0]) < 77:
             pytest.skip("setuptools is older than pyproject.toml asks for")
@@ -44,11 +35,37 @@ def wheel(tmp_path_factory) -> Path:
     for name in tracked():
         (home / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, home / "source" / name)
-    with tarfile.open(built(home / "source", "sdist", home)) as sdist:
-        sdist.extractall(home / "sdist", filter="data")
-    (unpacked,) = (home / "sdist").iterdir()
-    assert (unpacked / "examples" / "alpaca.yaml").is_file() and (unpacked / "LICENSE").is_file()
-    return built(unpacked, "wheel", home)
+    # without isolation: setuptools is here, and is not fetched anew
+    line = [
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--outdir",
+        str(home / "dist"),
+        str(home / "source"),
+    ]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return home / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(dist) -> Path:
+    return next(dist.glob("*.whl"))
+
+
+def test_the_index_would_take_both_files_and_show_the_readme(dist):
+    pytest.importorskip("twine", reason="pip install twine")
+    line = [sys.executable, "-m", "twine", "check", "--strict", *map(str, dist.iterdir())]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("PASSED") == 2, done.stdout
+
+
+def test_the_sdist_holds_what_the_repository_does(dist):
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as sdist:
+        held = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {"examples/alpaca.yaml", "LICENSE", "README.md"} <= held
 
 
 @pytest.fixture(scope="module")

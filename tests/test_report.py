@@ -85,6 +85,8 @@ def test_small_differences_are_called_noise_and_holm_only_raises(report):
         ({"template": "plain", "template_hash": "u"}, "template 'chat' and 'plain'"),
         ({"template_hash": "u"}, "different token ids"),
         ({"engine": "vllm"}, "engine 'plain' and 'vllm'"),
+        ({"shots": 4}, "shots 0 and 4"),
+        ({"stop": ["Q:"]}, r"stop \[\] and \['Q:'\]"),
         ({"problems_hash": "x"}, "different texts or answers"),
     ],
 )

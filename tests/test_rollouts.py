@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from safetensors.torch import load_file
 from dft_lora.config import load_recipe
 from dft_lora.data.batches import examples_of
 from dft_lora.errors import DataError, RecipeError, RunError
+from dft_lora.model.generate import Completion
 from dft_lora.tasks import get_task
+from dft_lora.tasks.base import Judge
 from dft_lora.training.loop import train
 from dft_lora.training.plan import make_plan
 from dft_lora.training.ranks import Ranks
-from dft_lora.training.rollouts import pack_groups, stream_seed, unpack_groups
+from dft_lora.training.rollouts import pack_groups, stream_seed, unpack_groups, up_to_the_stop
 from dft_lora.training.trainer import Trainer
 
 SMALL = (
@@ -187,6 +190,30 @@ def test_a_truncated_answer_counts_as_wrong_or_as_it_is_judged():
     assert rewards["wrong"] < rewards["judged"]
 
 
+class StopsAtTwoNewlines(Judge):
+    def cut(self, text):
+        return text.split("\n\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "end", "kept", "answer", "ended"),
+    [
+        ("ab\n\ncd", 9, "ab\n\n", "ab", True),  # the stop rule came first: neither `cd` nor the end token
+        ("ab\n\ncd", None, "ab\n\n", "ab", True),  # so it is not truncated
+        ("ab\ncd", 9, "ab\ncd\t", "ab\ncd", True),
+        ("ab\ncd", None, "ab\ncd", "ab\ncd", False),
+        ("\n\ncd", 9, "\n\n", "", True),
+        ("", 9, "\t", "", True),
+    ],
+)
+def test_an_answer_ends_at_the_stop_rule_of_its_task(text, end, kept, answer, ended):
+    """As in evaluation; and no token that came later is learned from."""
+    letters = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+    completion = Completion([*map(ord, text)], end is not None, end)
+    found = up_to_the_stop(completion, letters, StopsAtTwoNewlines())
+    assert found == ([*map(ord, kept)], answer, ended)
+
+
 # --- resuming -------------------------------------------------------------------------------------------
 
 
@@ -352,12 +379,20 @@ def test_rollouts_that_are_all_cut_end_the_run_by_name(tmp_path):
         train(recipe)
 
 
+RESIDENT = ("weights", "adapter", "gradients", "optimizer")
+FITS = {"train.micro_batch_size": 8, "predicted_peak": 2**30}
+
+
 @pytest.mark.parametrize("name", ["tiny_dpo", "tiny_ppo"])
 def test_preflight_measures_a_run_with_rollouts(name):
-    from dft_lora.training.preflight import preflight
+    from dft_lora.training.preflight import preflight, preflight_table
 
-    found = preflight(load_recipe(name, SMALL))
+    found = preflight(load_recipe(name, [*SMALL, "rollouts.rows=256"]))
     assert found["peak"] > 0 and found["longest_micro_batch"][1] >= 48
+    resident, decoding = sum(found["bytes"][part] for part in RESIDENT), found["answers"]["bytes"]
+    assert found["answers"]["rows"] == 256 and found["peak"] >= resident + decoding
+    text = preflight_table(found | {"rollout_rows": 32, "proposal": FITS})
+    assert "decoding, at most" in text and "--set rollouts.rows=32" in text
 
 
 def test_doctor_reads_the_data_of_a_run_with_rollouts():

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from bitsandbytes import functional
 from click.testing import CliRunner
 
 from dft_lora.bench.memory import _trace
@@ -14,9 +15,10 @@ from dft_lora.data.templates import Example
 from dft_lora.loss import objective
 from dft_lora.model import backends, row_blocks
 from dft_lora.model.head import bare
+from dft_lora.model.load import load_base
 from dft_lora.training.learner import Learner
 from dft_lora.training.preflight import preflight_table
-from dft_lora.training.probe import longest_batch, probe, resident_bytes
+from dft_lora.training.probe import longest_batch, measure, probe, resident_bytes
 from dft_lora.training.ranks import Ranks
 from dft_lora.training.trace import traced
 
@@ -113,6 +115,29 @@ def test_token_ids_and_masks_have_values(learner):
     index += 1
     assert index.max().item() == 4 and not torch.equal(index, index + 1)
     assert torch.randn(3, device="meta").sum().item() == 0
+
+
+def test_the_fit_for_auto_predicts_what_many_rows_take(base):
+    """Also where unpacked weights outweigh the activations of one row: the growth shows from two rows on."""
+    rows = [Example(str(i), tuple(range(1, 61 - i % 4)), 8) for i in range(16)]
+    recipe = recipe_of(base, gradient_checkpointing=True, batch_size=16).override(["data.packing=false"])
+    with traced(recipe, DFT, 0) as learner:
+        fit = measure(learner, rows, checkpointing=True)
+        probe(
+            learner, longest_batch(learner, rows, 1), gauged=False
+        )  # makes the gradients, which are resident
+        for count in (2, 4, 16):
+            found = probe(learner, longest_batch(learner, rows, count))
+            assert fit.peak(found.N, found.M) == pytest.approx(found.peak, rel=0.1), count
+
+
+def test_a_base_can_be_loaded_after_a_trace(base):
+    """bitsandbytes keeps one table of numbers for the process: tracing must not leave it without contents."""
+    functional.name2qmap.clear()
+    with traced(recipe_of(base), DFT, 0):
+        pass
+    model, _ = load_base(recipe_of(base).model)
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
 
 
 def test_a_sharded_base_is_held_in_parts(base):

@@ -7,14 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from dft_lora.cli import main
 from dft_lora.config import load_recipe
 from dft_lora.data.batches import examples_of, ungrouped
 from dft_lora.errors import RecipeError
 from dft_lora.evaluation.tokens import score
+from dft_lora.experiments.shipped import shipped_runs
 from dft_lora.loss import objective, objective_names
-from dft_lora.model.load import load_base
+from dft_lora.model.load import load_adapters, load_base
+from dft_lora.model.teacher import as_teacher
 from dft_lora.training.loop import train
 from dft_lora.training.plan import make_plan
 from dft_lora.training.ranks import Ranks
@@ -146,9 +149,39 @@ def test_a_step_of_pairs_is_the_same_in_micro_batches_of_any_size(divided_by, di
 @pytest.mark.parametrize("name", objective_names())
 def test_every_objective_takes_a_step(name):
     own = [] if objective(name).learns_from == "solutions" else ["rollouts={samples: 4, max_new_tokens: 48}"]
+    own += [f"objective.teacher={shipped_runs()[1].path}"] if objective(name).toward is not None else []
     gradients, figures = one_step(f"objective.name={name}", "train.micro_batch_size=4", *own)
     assert figures["loss"] is not None and figures["nll"] > 0
     assert any(gradient.abs().sum() > 0 for gradient in gradients.values())
+
+
+def test_a_teacher_is_used_and_stays_as_it_is(tmp_path):
+    """Its probabilities are those of its run; only the trained adapter moves, is saved, and resumes."""
+    teacher = shipped_runs()[1]
+    target = ("objective={name: target-sft, eta: 0.7}", f"objective.teacher={teacher.path}", *SMALL)
+    whole, parts = (f"output={tmp_path / name}" for name in ("whole", "parts"))
+    trainer = Trainer(make_plan(load_recipe("tiny_dft", target)), Ranks(load_recipe("tiny_dft", target)))
+    learner, groups = trainer.learner, trainer.source.groups(0)
+    frozen = {n: p.clone() for n, p in learner.adapter_model.named_parameters() if ".teacher." in n}
+    trainer.step(0)
+    now = dict(learner.adapter_model.named_parameters())
+    assert frozen and all(torch.equal(now[name], weight) for name, weight in frozen.items())
+    assert all(".default." in n for n, p in now.items() if p.requires_grad)
+    model = load_adapters(load_base(trainer.plan.recipe.model)[0], {"sft": teacher.adapter})
+    table = score(model, examples_of(groups), pad_id=trainer.plan.renderer.pad_id, adapter="sft")
+    learner.adapter_model.eval()
+    with as_teacher(learner.adapter_model):
+        again = [learner.token_scores(learner.adapter_model, b).logp for b in batches_of(learner, groups)]
+    assert sorted(torch.cat(again).tolist()) == pytest.approx(sorted(table.logp_M.tolist()), abs=1e-4)
+    train(load_recipe("tiny_dft", (*target, whole, "train.save_steps=1")))
+    train(load_recipe("tiny_dft", (*target, parts, "train.max_steps=1")))
+    train(load_recipe("tiny_dft", (*target, parts)), resume=True, extend=True)
+    one, other = (tmp_path / name / "adapter/adapter_model.safetensors" for name in ("whole", "parts"))
+    assert one.read_bytes() == other.read_bytes() and "teacher" not in str(load_file(one).keys())
+
+
+def batches_of(learner, groups):
+    return learner.arrange(groups, learner.layout.micro_batch_size, learner.pad_id)
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -147,6 +148,35 @@ def test_accelerate_in_two_processes(plan, own, tmp_path):
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert_same({name.removeprefix("module."): weight for name, weight in one.items()}, own)
+
+
+def test_axolotl(plan, own, tmp_path, monkeypatch):
+    """The plugin of the page, called as axolotl calls it, with a stand-in for its base class alone."""
+    import transformers
+
+    stand_in = ModuleType("axolotl.integrations.base")
+    stand_in.BasePlugin = object
+    for name in ("axolotl", "axolotl.integrations"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    names = {}
+    exec(example("axolotl"), names)
+    model = built(plan)
+    trainer = transformers.Trainer(
+        model, arguments(tmp_path), train_dataset=rows_of(plan), data_collator=padded
+    )
+    names["Dft"]().post_trainer_create(None, trainer)
+    trainer.train()
+    assert losses_of(trainer) == pytest.approx(own[0], rel=1e-4)
+    assert_same(adapter_of(model), own)
+
+
+def test_every_example_of_the_page_is_run():
+    """A section with Python has a test above, named after its heading."""
+    sections = re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+    shown = {heading for heading, text in sections if "```python" in text}
+    source = Path(__file__).read_text()
+    assert shown == set(re.findall(r'example\("(.*?)"\)', source))
 
 
 def test_just_the_loss():

@@ -3,18 +3,23 @@
 import re
 import shutil
 import time
+from dataclasses import replace
 from itertools import pairwise
 from statistics import median
 
 import pytest
 import torch
-from ui_cases import PROBLEM, Forwards, alone, hooks_left, runs, session
+from ui_cases import HOSTILE, PROBLEM, Forwards, alone, hooks_left, runs, session
 
 from dft_lora.config import ModelConfig
+from dft_lora.data.templates import Renderer
 from dft_lora.errors import RequestError
+from dft_lora.evaluation.choices import Texts, choice_examples, score_texts
 from dft_lora.model.load import resolve
 from dft_lora.runs.folder import RunFolder
-from dft_lora.ui.session import MAX_CHARACTERS, Question, Session
+from dft_lora.tasks.base import Problem
+from dft_lora.ui.choices import choices_view
+from dft_lora.ui.session import MAX_CHARACTERS, Answer, Picked, Question, Session, _judge
 from dft_lora.ui.views import tokens_view
 
 # --- answers ---------------------------------------------------------------------------------------
@@ -162,6 +167,65 @@ def test_a_problem_longer_than_the_models_positions_is_refused():
         next(session().answers(Question("7 " * 3000, max_new_tokens=16)))
     with pytest.raises(RequestError, match=r"run 'sftt' is not on this page.*did you mean 'sft'"):
         next(session().answers(Question(PROBLEM), ["sftt"]))
+
+
+# --- picked problems -------------------------------------------------------------------------------
+
+CHOICE = Problem.ask("q", "Question: What barks?\nAnswer:", answer="B", choices=("a cat", "two dogs", "rain"))
+
+
+def picked(task: str, original: Problem = CHOICE, **edited) -> Question:
+    """A question whose problem was picked from a task; `edited` are fields that the visitor changed."""
+    fields = {"problem": original.question, "reference": "B", "picked": Picked(task, original)}
+    return Question(**fields | edited)
+
+
+def test_a_picked_problem_is_judged_by_its_task_until_it_is_edited():
+    said = [Answer("sft", 0, text=text) for text in ("the correct answer is answer2", "(A)", "42")]
+    question = picked("arc-challenge-generative")
+    _judge(said, question.as_problem(), question.judge)
+    assert [a.verdict.status for a in said] == ["correct", "wrong", "unparsable"]
+    edited = picked("arc-challenge-generative", problem="What is 40 + 2?", reference="42")
+    _judge(said, edited.as_problem(), edited.judge)
+    assert edited.task is None and said[2].verdict.correct
+
+
+def test_a_reference_that_names_no_choice_is_refused():
+    with pytest.raises(RequestError, match=r"reference: .*A, B, C"):
+        picked("arc-challenge-generative", reference="D")
+
+
+def test_programs_get_no_verdict_and_are_not_run():
+    question = picked("humaneval", Problem.ask("p", "def f():\n"), max_new_tokens=4)
+    assert question.judge is None
+    *_, answers = session().answers(question)
+    assert all(answer.verdict is None and answer.state != "writing" for answer in answers)
+
+
+def test_choices_in_one_batch_have_the_log_probabilities_of_each_run_alone():
+    together = session().choices(picked("arc-challenge"))
+    assert list(together) == session().runs
+    renderer = Renderer(session().renderer.tokenizer, "raw")
+    for run, logps in together.items():
+        texts = Texts(choice_examples(renderer, CHOICE), session().adapters[run])
+        ((_, (alone_,)),) = score_texts(session().model, [texts], pad_id=renderer.pad_id)
+        assert logps == pytest.approx(alone_, abs=1e-3)
+    assert len({tuple(logps) for logps in together.values()}) == 3
+
+
+def test_choices_that_are_too_long_are_refused():
+    with pytest.raises(RequestError, match="exceed the model's"):
+        long = Problem.ask("q", "7 " * 3000, answer="A", choices=("1", "2"))
+        session().choices(picked("arc-challenge", long, reference="A"))
+
+
+def test_the_view_marks_each_runs_answer_and_the_right_one():
+    question = picked("siqa", replace(CHOICE, choices=(HOSTILE[0], HOSTILE[1], "rain")))
+    view = choices_view(question, {"base": [-1.0, -2.0, -3.0], "dft": [-3.0, -1.0, -2.0]})
+    rows = re.findall(r"<tr>(<td.*?)</tr>", view)
+    assert ["◆" in row for row in rows] == [True, True, False]
+    assert ["✓" in row for row in rows] == [False, True, False]
+    assert "0.665" in rows[0] and "<script" not in view and "<img" not in view and "\n" not in view
 
 
 # --- tokens ----------------------------------------------------------------------------------------

@@ -195,5 +195,5 @@ def test_a_film_begins_at_the_base_and_ends_at_the_run(trained, monkeypatch):
 
 def test_columns_of_the_page_stay_its_own(trained):
     training, names = trained
-    assert not set(names) & set(session().runs) and set(names) <= set(session().choices)
+    assert not set(names) & set(session().runs) and set(names) <= set(session().every)
     assert [session().add(folder) for folder in training.folders] == names, "a run is loaded once"

@@ -14,7 +14,7 @@ from ui_cases import HOSTILE, runs
 
 from dft_lora.errors import DataError
 from dft_lora.runs.folder import RunFolder
-from dft_lora.tasks.judge import Verdict
+from dft_lora.tasks.judge import Verdict, judge
 from dft_lora.ui.counts import Tally, wilson
 from dft_lora.ui.results import results_view
 from dft_lora.ui.session import Answer
@@ -94,12 +94,21 @@ def test_wilson_is_the_score_interval(hits, n):
 def test_a_tally_counts_answers_and_names_the_majority():
     texts = ["#### 4", "so \\boxed{4}", "#### 5", "", "#### 5", "#### 5"]
     answers = [
-        Answer("sft", i, text=text, state="done", verdict=Verdict("correct" if "4" in text else "wrong"))
-        for i, text in enumerate(texts)
+        Answer("sft", i, text=text, state="done", verdict=judge(text, "4")) for i, text in enumerate(texts)
     ]
     tally = Tally.of("sft", answers)
     assert (tally.correct, tally.samples, tally.unparsable) == (2, 6, 1)
     assert tally.answers == (("5", 3), ("4", 2)) and tally.majority == "5" and tally.right == {"4"}
+
+
+def test_a_tally_of_judged_answers_counts_what_the_judge_read():
+    """A multiple-choice answer is its letter, whatever else the text contains that looks like mathematics."""
+    verdicts = [Verdict("correct", "B"), Verdict("correct", "B"), Verdict("unparsable")]
+    answers = [
+        Answer("sft", i, text="answer2 of 42", state="done", verdict=v) for i, v in enumerate(verdicts)
+    ]
+    tally = Tally.of("sft", answers)
+    assert tally.answers == (("B", 2),) and tally.unparsable == 1 and tally.right == {"B"}
 
 
 def test_votes_are_recorded_with_the_runs_identities_and_counted(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from ..runs.folder import make_writable
 from .table import (
     RESULTS,
     TABLES,
+    choices_table,
     generation_table,
+    gpu_table,
     longest_table,
     loss_table,
     memory_table,
     packing_table,
+    rl_table,
     tables,
     train_table,
 )
@@ -215,6 +219,40 @@ def generation(model, rows, prompts, tokens, rounds, threads, as_is, quick, out)
 
 
 @main.command()
+@click.option("--hidden", default=512, type=POSITIVE, help="D of the random Qwen2")
+@click.option("--layers", default=8, type=POSITIVE)
+@click.option("--vocabulary", default=151_936, type=POSITIVE, help="V")
+@click.option("--prompts", default=8, type=POSITIVE, help="prompts of the GRPO step, pairs of the DPO step")
+@click.option("--answers", default=8, type=click.IntRange(2), help="answers to each prompt")
+@click.option("--tokens", default=128, type=click.IntRange(2), help="tokens of an answer")
+@click.option("--rounds", default=3, type=POSITIVE, help="rounds, each in fresh processes")
+@click.option("--threads", default=2, type=POSITIVE)
+@click.option("--only", default="", help="only sides whose name contains this")
+@click.option(
+    "--small", is_flag=True, help="a check: the embedded base, little work, one round; keeps no JSON"
+)
+@out_option
+def rl(hidden, layers, vocabulary, prompts, answers, tokens, rounds, threads, only, small, out) -> None:
+    """Time and memory of a GRPO and of a DPO step, stage by stage, beside TRL's where it is installed."""
+    from .rl import SIDES, Work, measure
+    from .train import Shape
+
+    if not any(only in side.name for side in SIDES):
+        raise RequestError(f"--only {only!r}: in none of {', '.join(repr(s.name) for s in SIDES)}")
+    if small:
+        work = Work(
+            Shape(), "tiny", prompts=2, answers=2, tokens=24, micro_batch=2, rounds=1, threads=threads
+        )
+    else:
+        shape = Shape(hidden, layers, vocabulary, hidden * 11 // 2)
+        work = Work(shape, None, prompts, answers, tokens, rounds=rounds, threads=threads)
+    result = measure(work, only)
+    if out or not small:
+        keep(result, out, f"rl-{result['dtype']}")
+    click.echo(rl_table(result))
+
+
+@main.command()
 @click.option(
     "--recipe", "names", multiple=True, help="a shipped recipe; may be repeated (default: all large)"
 )
@@ -228,6 +266,59 @@ def memory(names, out) -> None:
     result = measure_recipes(names or tuple(GPUS))
     keep(result, out, "memory-recipes")
     click.echo(memory_table(result))
+
+
+@main.command()
+@click.option(
+    "--base",
+    "bases",
+    multiple=True,
+    type=click.Choice(["smollm2-135m", "gemma-3-270m", "tiny"]),
+    default=("smollm2-135m", "gemma-3-270m"),
+    show_default=True,
+    help="may be repeated",
+)
+@click.option("--set", "names", multiple=True, default=None, help="may be repeated  [default: all at hand]")
+@click.option("--limit", default=200, show_default=True, type=POSITIVE, help="first problems of each set")
+@click.option("--harness", is_flag=True, help="also count equal choices of lm-evaluation-harness (lm-eval)")
+@click.option("--threads", default=1, show_default=True, type=POSITIVE)
+@out_option
+def choices(bases, names, limit, harness, threads, out) -> None:
+    """Multiple choice by log-likelihood on the real bases, against published figures."""
+    import torch
+
+    from .choices import SETS, measure
+
+    if unknown := set(names) - set(SETS):
+        raise RequestError(f"--set {min(unknown)!r}: not one of {', '.join(SETS)}")
+    if harness and find_spec("lm_eval") is None:
+        raise MissingPart("--harness: lm-evaluation-harness is not installed; pip install lm-eval")
+    torch.set_num_threads(threads)
+    result = measure(bases, names or SETS, limit, harness=harness)
+    keep(result, out, f"choices-{'-'.join(bases)}")
+    click.echo(choices_table(result))
+
+
+@main.command()
+@click.option("--out", type=UserPath(path_type=Path), default=Path("runs/gpu"), help="folder of the JSON")
+@click.option("--minutes", default=10.0, type=click.FloatRange(0.5, 600), help="for all stages together")
+@click.option("--device", default="cuda", type=click.Choice(["cuda", "cpu"]), callback=available)
+@click.option("--small", is_flag=True, help="small sizes: a rehearsal, also without a GPU")
+@click.option("--stage", "stages", multiple=True, help="only this one; may be repeated")
+def gpu(out, minutes, device, small, stages) -> None:
+    """Prove on a GPU what this project claims of one: exactness, speed, memory. Needs no network."""
+    from .gpu.run import run
+    from .gpu.stages import STAGES
+
+    names = [stage.name for stage in STAGES]
+    if unknown := set(stages) - set(names):
+        raise RequestError(f"--stage {min(unknown)!r}: not one of {', '.join(names)}")
+    if device == "cpu" and not small:
+        raise RequestError("--device cpu: add --small; the sizes of a GPU would take hours")
+    make_writable(out, "--out")
+    path = run(out, device, small, minutes, lambda line: click.echo(line, err=True), stages)
+    click.echo(f"{path}\n", err=True)
+    click.echo(gpu_table(json.loads(path.read_text())))
 
 
 @main.command()

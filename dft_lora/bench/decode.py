@@ -80,7 +80,7 @@ def theirs(model: Any, requests: Sequence[Request]) -> list[Ticks]:
 
 
 def theirs_mended(model: Any, requests: Sequence[Request]) -> list[Ticks]:
-    with _dense_head(model):
+    with dense_head(model):
         return theirs(model, requests)
 
 
@@ -109,7 +109,9 @@ def _generated(model: Any, requests: list[Request], adapter: str | None) -> Tick
 
 
 @contextmanager
-def _dense_head(model: Any) -> Iterator[None]:
+def dense_head(model: Any) -> Iterator[None]:
+    """Hand the head a dense copy of its input, while it lasts."""
+
     def dense(_head: Any, arguments: tuple) -> tuple:
         return (arguments[0].contiguous(),)
 

@@ -36,29 +36,30 @@ class Inputs:
 
 
 def prescribed(
-    N: int, D: int, V: int, *, supervised: float = 0.6, dtype=torch.bfloat16, seed: int = 0
+    N: int, D: int, V: int, *, supervised: float = 0.6, dtype=torch.bfloat16, seed: int = 0, device="cpu"
 ) -> Inputs:
     """Hidden states under which the targets have prescribed probabilities, bimodal as after DFT.
 
     logit(p) is drawn from N(8, 3) for half of the tokens, N(-8, 3) for a third and N(0, 2) for the rest. A
     random head with logits of standard deviation 4 puts log sum exp near 20, so |z| is 20 to 30 as in trained
-    models; a multiple of the target's row is added to each hidden state until p is the drawn one.
+    models; a multiple of the target's row is added to each hidden state until p is the drawn one. Numbers are
+    drawn on the CPU, and the rest is computed on the `device`.
     """
     g = torch.Generator().manual_seed(seed)
-    weight_VD = torch.randn(V, D, generator=g).div_(D**0.5).to(dtype)
-    targets_N = torch.randint(V, (N,), generator=g)
+    weight_VD = torch.randn(V, D, generator=g).div_(D**0.5).to(dtype).to(device)
+    targets_N = torch.randint(V, (N,), generator=g).to(device)
     mean_N = torch.tensor([8.0, -8.0, 0.0])[
         torch.multinomial(torch.tensor([3.0, 2.0, 1.0]), N, replacement=True, generator=g)
     ]
-    wanted_N = mean_N + torch.where(mean_N == 0, 2, 3) * torch.randn(N, generator=g)
-    hidden_ND = 4 * torch.randn(N, D, generator=g)
+    wanted_N = (mean_N + torch.where(mean_N == 0, 2, 3) * torch.randn(N, generator=g)).to(device)
+    hidden_ND = 4 * torch.randn(N, D, generator=g).to(device)
     row_ND = weight_VD[targets_N].float()
     row_ND /= row_ND.square().sum(-1, keepdim=True)
     for _ in range(4):  # the other logits move a little with the target's
         logp_N = token_logps(hidden_ND.to(dtype), weight_VD, targets_N).logp
         odds_N = logp_N - torch.log(-torch.expm1(logp_N.clamp_max(-1e-6)))
         hidden_ND += (wanted_N - odds_N)[:, None] * row_ND
-    targets_N[torch.rand(N, generator=g) >= supervised] = -100
+    targets_N[(torch.rand(N, generator=g) >= supervised).to(device)] = -100
     return Inputs(hidden_ND.to(dtype), weight_VD, targets_N, f"prescribed probabilities, seed {seed}")
 
 

@@ -54,7 +54,7 @@ def measure(
     seconds = {variant.name: [] if variant in fast else [first[variant]] for variant in variants}
     for round_ in range(rounds + 1):
         for variant in fast:
-            spent, _ = _run(variant, x)
+            spent, _ = run_variant(variant, x)
             _say(f"round {round_}", variant, spent)
             if round_:
                 seconds[variant.name].append(spent)
@@ -95,7 +95,7 @@ def true_gradient(x: Inputs, rows: int = 32) -> Tensor:
     return torch.cat(gradients)
 
 
-def _run(variant: LossVariant, x: Inputs) -> tuple[float, Tensor | None]:
+def run_variant(variant: LossVariant, x: Inputs) -> tuple[float, Tensor | None]:
     """(seconds, gradient) of one forward and backward pass."""
     cuda = x.hidden_ND.is_cuda
     clock = time.perf_counter if cuda else time.process_time
@@ -153,20 +153,22 @@ def _alone(name: str, folder: str, device: str, threads: str) -> dict[str, float
     torch.set_num_threads(int(threads))
     variant = next(variant for variant in VARIANTS if variant.name == name)
     x = Inputs(**torch.load(Path(folder) / "inputs.pt"))
-    _warm_up(variant, x)
+    warm_up(variant, x)
     memory = memory_of(x.hidden_ND.device)
     before = memory.now()
     memory.reset()
-    first, gradient_ND = _run(variant, x)
+    first, gradient_ND = run_variant(variant, x)
     peak = memory.peak()
     torch.save(gradient_ND, Path(folder) / "gradient.pt")
     return {"peak_mb": (peak - before) / MIB, "first": first}
 
 
-def _warm_up(variant: LossVariant, x: Inputs) -> None:
+def warm_up(variant: LossVariant, x: Inputs) -> None:
     """A pass over four tokens and 512 words, so that imports and library set-up are not counted later."""
     some = torch.cat([x.supervised[:2], (x.targets_N == -100).nonzero()[:2, 0]])
-    _run(variant, Inputs(x.hidden_ND[some], x.weight_VD[:512].clone(), x.targets_N[some].clamp(max=511), ""))
+    run_variant(
+        variant, Inputs(x.hidden_ND[some], x.weight_VD[:512].clone(), x.targets_N[some].clamp(max=511), "")
+    )
 
 
 def _say(when: str, variant: LossVariant, seconds: float) -> None:

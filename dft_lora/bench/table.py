@@ -142,6 +142,120 @@ def memory_table(result: dict[str, Any]) -> str:
     )
 
 
+def choices_table(result: dict[str, Any]) -> str:
+    """One result of `bench choices` as Markdown: ours, what was published, and the difference in points."""
+    made = result["provenance"]
+    lines = [
+        "| base | held as | set | problems | rule | ours, % (interval) | chance | published | difference |",
+        "|---|---|---|---:|---|---:|---:|---:|---:|",
+    ]
+    sources = []
+    for row in result["rows"]:
+        share, (low, high) = row["accuracy"][row["rule"]], row["ci95"]
+        cells = [row["base"], row["quantization"], row["set"], str(row["problems"]), f"`{row['rule']}`"]
+        cells += [f"{100 * share:.1f} ({100 * low:.1f} to {100 * high:.1f})", f"{100 * row['chance']:.0f}"]
+        if row["published"]:
+            figure, source = row["published"]
+            sources += [] if source in sources else [source]
+            cells += [f"{100 * figure:.1f} [{sources.index(source) + 1}]"]
+            cells += [
+                f"{100 * (share - figure):+.1f} ({100 * (low - figure):+.1f} to {100 * (high - figure):+.1f})"
+            ]
+        else:
+            cells += ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    compared = [
+        f"{row['equal_choices'][row['rule']]} of {row['problems']} ({row['base']}, {row['set']})"
+        for row in result["rows"]
+        if "equal_choices" in row
+    ]
+    same = ""
+    if compared:
+        same = f" lm-evaluation-harness {made['peers']['lm-eval']}, with its own tasks on the same rows and "
+        same += f"unpacked weights, chose the same: {', '.join(compared)}."
+    notes = "; ".join(f"[{number}] {source}" for number, source in enumerate(sources, start=1))
+    versions = made["versions"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Published: {notes}. 95 % intervals over our problems, the first of each set; no examples in "
+            f"the prompt. Made by `{made['command']}` on {made['date'][:10]}, commit {made['commit']}, torch "
+            f"{versions['torch']}, transformers {versions['transformers']}.{same}",
+        ]
+    )
+
+
+def rl_table(result: dict[str, Any]) -> str:
+    """One result of `bench rl` as Markdown: a line a side, seconds and processor seconds of each stage."""
+    work, made = result["work"], result["provenance"]
+    shape = work["shape"]
+    base = work["base"] or (
+        f"Qwen2 of random weights, D = {shape['D']}, {shape['layers']} layers, V = {shape['V']:,}"
+    )
+    stages = ("rollout", "reward", "reference", "loss", "update", "whole")
+    lines = [
+        f"A step of {work['prompts']} prompts with {work['answers']} answers of {work['tokens']} tokens "
+        f"(grpo), or of {work['prompts']} pairs (dpo): {base}, nf4, LoRA r 8, {result['dtype']}, "
+        f"micro-batches of {work['micro_batch']}; {result['device']}, {work['threads']} thread(s), "
+        f"{work['rounds']} round(s); torch {made['versions']['torch']}, "
+        f"TRL {made['peers']['trl'] or 'not installed'}, "
+        f"{made['date'][:10]}, commit {made['commit']}. Seconds, in brackets processor seconds.",
+        "",
+        f"| | {' | '.join(stages)} | ratio | MB above the loaded model | ratio |",
+        "|---|" + "---:|" * (len(stages) + 3),
+    ]
+    for name, side in result["sides"].items():
+        if not side["runs"]:
+            lines.append(f"| {name} | not run: {side['missing']} |" + " |" * (len(stages) + 2))
+            continue
+        first = result["sides"].get(f"{name.split(',')[0]}, ours", {})
+        first = first if first.get("runs") else side
+        cells = [f"{side['stages'][s][0]:.2f} ({side['stages'][s][1]:.2f})" for s in stages]
+        ratios = [a / b for a, b in zip(side["stages"]["whole"], first["stages"]["whole"], strict=True)]
+        cells.append(f"{ratios[0]:.2f} ({ratios[1]:.2f})")
+        more = side["above_loaded_mb"]
+        cells += [f"{more:.0f}", f"{more / first['above_loaded_mb']:.2f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gpu_table(result: dict[str, Any]) -> str:
+    """One result of `bench gpu` as Markdown: a line for each result of each stage."""
+    machine, made = result["machine"], result["provenance"]
+    peers = ", ".join(f"{name} {v}" for name, v in made["peers"].items() if v and name != "python")
+    words = {"memory_gb": "{} GB", "capability": "compute capability {}", "cuda": "CUDA {}"}
+    facts = [text.format(machine[key]) for key, text in words.items() if key in machine]
+    lines = [
+        f"**{', '.join([machine['name'], *facts])}**; torch {made['versions']['torch']}, transformers "
+        f"{made['versions']['transformers']}, bitsandbytes {made['versions']['bitsandbytes']}"
+        f"{', ' + peers if peers else ''}; {made['date'][:10]}, commit {made['commit']}.",
+        "",
+        "| stage | seconds | | |",
+        "|---|---:|---|---|",
+    ]
+    for stage, found in result["stages"].items():
+        rows = [(name, _figures(value)) for name, value in found["results"].items()]
+        rows += [("", f"{key}: {found[key]}") for key in ("error", "missing") if key in found]
+        for i, (name, text) in enumerate(rows):
+            head = f"{stage} | {found['seconds']:.0f}" if i == 0 else " | "
+            lines.append(f"| {head} | {name} | {text} |")
+    return "\n".join(lines)
+
+
+def _figures(found: dict[str, Any]) -> str:
+    """`seconds 0.12, peak mb 345, equal yes` of a result's figures."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "**no**"
+        if isinstance(value, float):
+            return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        return f"{value:,}" if isinstance(value, int) else str(value)
+
+    return ", ".join(f"{key.replace('_', ' ')} {shown(value)}" for key, value in found.items())
+
+
 def longest_table(result: dict[str, Any]) -> str:
     """One result of `bench longest` as Markdown: a line for each model and technique."""
     made, GB = result["provenance"], 2**30
@@ -167,6 +281,8 @@ def longest_table(result: dict[str, Any]) -> str:
 
 
 TABLES = {
+    "choices": choices_table,
+    "rl": rl_table,
     "memory": memory_table,
     "longest": longest_table,
     "loss": loss_table,

@@ -359,7 +359,7 @@ def write_inputs(folder: Path, m: Measurement) -> Recipe:
     """
     if m.model is None:
         text, tokenizer = gsm8k()
-        _write_random_base(folder / "base", m.shape, tokenizer)
+        write_random_base(folder / "base", m.shape, tokenizer)
         base, text = str(folder / "base"), text | {"template": "qwen-boxed", "sample": 512}
     else:
         base, text = m.model, {"source": "word-problems", "template": "plain"}
@@ -381,7 +381,7 @@ def write_inputs(folder: Path, m: Measurement) -> Recipe:
     return recipe
 
 
-def _write_random_base(folder: Path, shape: Shape, tokenizer: str) -> None:
+def write_random_base(folder: Path, shape: Shape, tokenizer: str) -> None:
     """A Qwen2 of random weights with Qwen's tokenizer."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..config import DataConfig
 from ..errors import DataError
-from ..tasks import get_task
 from ..tasks.base import Problem
+from .own_tasks import find_task
 from .sources import Rows
 from .templates import Example
 
@@ -38,20 +39,23 @@ Found = tuple[dict[str, int], list[Finding]]
 """A count for each check, and a finding for each count that is not zero."""
 
 
-def check_data(rows: Rows, rendered: Sequence[Example], limit: int, tasks: Iterable[str]) -> Found:
+def check_data(
+    rows: Rows, rendered: Sequence[Example], limit: int, tasks: Iterable[str], data: DataConfig
+) -> Found:
     """`check_rows` and `check_examples` together, where all rows were rendered."""
     (counts, findings), (more_counts, more_findings) = (
-        check_rows(rows, tasks),
+        check_rows(rows, tasks, data),
         check_examples(rendered, limit),
     )
     return counts | more_counts, findings + more_findings
 
 
-def check_rows(rows: Rows, tasks: Iterable[str], own_answers: bool = False) -> Found:
+def check_rows(rows: Rows, tasks: Iterable[str], data: DataConfig, own_answers: bool = False) -> Found:
     """Check the texts of all rows. With `own_answers` they need no solution, but a reference answer.
 
-    `tasks` are those that the run will be evaluated on. A row that asks the same question as one of them, up
-    to case and white space, is an overlap. Raises RequestError for a task that does not exist.
+    `tasks` are those that the run will be evaluated on; `data` names the columns of an own test set. A row
+    that asks the same question as one of them, up to case and white space, is an overlap. Raises RequestError
+    for a task that does not exist.
     """
     lacking = (
         {"without_answer": ("no answer: left out", [p.id for p in rows.problems if p.answer is None])}
@@ -65,14 +69,15 @@ def check_rows(rows: Rows, tasks: Iterable[str], own_answers: bool = False) -> F
         "duplicates": ("same text as an earlier row: kept", _repeated(rows.problems)),
     }
     unchecked = []
-    for task in tasks:
+    for task in [find_task(name, data) for name in tasks]:
         try:
-            asked = {_normalized(problem) for problem in get_task(task).problems()}
+            asked = {normalized(problem) for problem in task.problems()}
         except DataError as error:
-            unchecked.append(Finding(f"overlap with {task} not checked: {error}", ()))
+            unchecked.append(Finding(f"overlap with {task.name} not checked: {error}", ()))
             continue
-        shared = [problem.id for problem in rows.problems if _normalized(problem) in asked]
-        noted[f"overlap_with_{task}"] = (f"same question as in the evaluation task {task}: kept", shared)
+        shared = [problem.id for problem in rows.problems if normalized(problem) in asked]
+        what = f"same question as in the evaluation task {task.name}: kept"
+        noted[f"overlap_with_{task.name}"] = (what, shared)
 
     by_reason = defaultdict(list)
     for bad in rows.bad:
@@ -138,5 +143,6 @@ def _repeated(problems: Sequence[Problem]) -> list[str]:
     return repeated
 
 
-def _normalized(problem: Problem) -> str:
+def normalized(problem: Problem) -> str:
+    """A question as it is compared with others: without case, and with single spaces."""
     return " ".join(problem.question.casefold().split())

@@ -20,7 +20,7 @@ import math
 import os
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -93,18 +93,34 @@ def load_problems(data: DataConfig, seed: int = 0, kind: Kind = "solutions") -> 
     if not total:
         raise DataError(f"data.source {data.source!r} has no rows")
     if len(bad) > data.skip_bad_rows * total:
-        first = "; ".join(f"row {row.number}: {row.reason}" for row in bad[:3])
-        more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise DataError(
-            f"{data.source}: {len(bad)} of {total} rows cannot be used ({first}{more}); "
-            "fix them, or allow a share of bad rows with data.skip_bad_rows"
-        )
+        remedy = "fix them, or allow a share of bad rows with data.skip_bad_rows"
+        raise DataError(f"{data.source}: {_counted(bad, total)}; {remedy}")
     if not good:
         raise DataError(f"data.source {data.source!r}: no row can be used")
     if data.sample is not None and data.sample < len(good):
         chosen = sorted(random.Random(seed).sample(range(len(good)), data.sample))
         good = [good[i] for i in chosen]
     return Rows([problem for row in good for problem in row], bad, len(good) + len(bad))
+
+
+def load_tests(path: str, data: DataConfig) -> list[Problem]:
+    """The problems of a test set: its rows have a solution, a reference answer, or both.
+
+    Columns are named as in `data`, or by default in a row without its prompt. Raises DataError if a row
+    cannot be used (naming the first ones), or if there is none.
+    """
+    good, bad = _read(data.model_copy(update={"source": path}), _test)
+    if bad:
+        raise DataError(f"{path}: {_counted(bad, len(good) + len(bad))}; fix them")
+    if not good:
+        raise DataError(f"{path}: has no rows")
+    return [problem for row in good for problem in row]
+
+
+def _counted(bad: Sequence[BadRow], total: int) -> str:
+    first = "; ".join(f"row {row.number}: {row.reason}" for row in bad[:3])
+    more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return f"{len(bad)} of {total} rows cannot be used ({first}{more})"
 
 
 def judgeable(rows: Rows, data: DataConfig) -> list[Problem]:
@@ -251,6 +267,36 @@ def _asked(number: int, row: Any, data: DataConfig) -> list[Problem]:
     if data.completion in row or "messages" in row:  # where the reference answer may be
         return _problems(number, row, data)
     return [Problem(f"row-{number}", _prompt(row, data.prompt), answer=_own_answer(row, data))]
+
+
+def _test(number: int, row: Any, data: DataConfig) -> list[Problem]:
+    """The problems of a row of a test set. An answer may be missing or null, but not of a wrong type."""
+    _check_row(row)
+    if not _has_prompt(row, data.prompt) and DataConfig().prompt in row:
+        data = DataConfig(source=data.source)
+    column = data.answer or ANSWER
+    data = data.model_copy(update={"answer": None if row.get(column) is None else column})
+    row = {k: v for k, v in row.items() if v is not None or k not in (column, data.completion)}
+    if data.prompt not in row and _ends_with_user(row.get("messages")):
+        asked = tuple(_turns(row["messages"], last="user"))
+        found = [Problem(f"row-{number}", asked, answer=_own_answer(row, data))]
+    else:
+        found = _asked(number, row, data)
+    if found[-1].solution is None and found[-1].answer is None:
+        raise _Unusable(f"has neither a solution ({data.completion!r}) nor a reference answer ({column!r})")
+    return found
+
+
+def _ends_with_user(messages: Any) -> bool:
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return isinstance(last, dict) and last.get("role") == "user"
+
+
+def _has_prompt(row: dict[str, Any], prompt: str) -> bool:
+    """Whether a row has the column `prompt`, or all columns of a text with columns in braces."""
+    return prompt in row or (
+        "{" in prompt and all(name in row for name in re.findall(r"\{([^{}]+)\}", prompt))
+    )
 
 
 def _check_row(row: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -150,14 +150,19 @@ class Example:
         return len(self.ids) - max(1, self.prompt_length)
 
 
+def spaced(before: str, after: str) -> str:
+    """Two texts, with a space between them unless there is white space already."""
+    return before + after if not before or before[-1].isspace() else f"{before} {after}"
+
+
 class Renderer:
-    """A template bound to a tokenizer.
+    """A template bound to a tokenizer. `shots`: solved problems of one turn, written before every prompt.
 
     Raises ModelError when the tokenizer has no end token, RecipeError when a template cannot be used.
     """
 
-    def __init__(self, tokenizer: Any, template: str = "auto"):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, template: str = "auto", shots: Sequence[Problem] = ()):
+        self.tokenizer, self.shots = tokenizer, shots
         self.template = get_template(template, tokenizer)
         if tokenizer.eos_token_id is None:
             from ..errors import ModelError
@@ -170,23 +175,42 @@ class Renderer:
         if self.template.chat is not None:
             self._check_chat()
 
+    def after(self, shots: Sequence[Problem]) -> Renderer:
+        """This renderer with solved problems before every prompt."""
+        return Renderer(self.tokenizer, self.template.name, shots) if shots else self
+
     def prompt_text(self, messages: Messages) -> str:
         """The prompt as text, up to the point where the answer begins."""
-        template, turns = self.template, [dict(turn) for turn in messages]
-        if template.text is not None:
-            parts = {"{system}": ""}
-            if "{system}" in template.text and turns[0]["role"] == "system":
-                parts["{system}"] = turns.pop(0)["content"]
-            if len(turns) != 1:
-                name = shown(template.name)
-                raise DataError(f"template {name} takes one user turn, not {len(turns)}; use template: chat")
-            parts["{question}"] = turns[0]["content"]
-            # In one pass: a question may itself contain the word {system}.
-            return re.sub("|".join(map(re.escape, parts)), lambda found: parts[found[0]], template.text)
-        if template.system and turns[0]["role"] != "system":
-            turns.insert(0, {"role": "system", "content": template.system})
-        turns[-1]["content"] += template.suffix
+        if self.template.text is not None:
+            solved = [spaced(self._filled(shot.messages), str(shot.solution)) for shot in self.shots]
+            return "\n\n".join([*solved, self._filled(messages)])
+        turns = [dict(turn) for turn in messages]
+        if self.template.system and turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": self.template.system})
+        turns[-1]["content"] += self.template.suffix
+        first = int(turns[0]["role"] == "system")
+        turns[first:first] = [turn for shot in self.shots for turn in self._solved(shot)]
         return self._chat(turns, add_generation_prompt=True)
+
+    def _filled(self, messages: Messages) -> str:
+        """A template's text with the turns in it."""
+        text, turns = str(self.template.text), list(messages)
+        parts = {"{system}": ""}
+        if "{system}" in text and turns[0]["role"] == "system":
+            parts["{system}"] = turns.pop(0)["content"]
+        if len(turns) != 1:
+            name = shown(self.template.name)
+            raise DataError(f"template {name} takes one user turn, not {len(turns)}; use template: chat")
+        parts["{question}"] = turns[0]["content"]
+        # In one pass: a question may itself contain the word {system}.
+        return re.sub("|".join(map(re.escape, parts)), lambda found: parts[found[0]], text)
+
+    def _solved(self, shot: Problem) -> list[dict[str, str]]:
+        """A solved problem as two turns of a chat."""
+        return [
+            {"role": "user", "content": shot.question + self.template.suffix},
+            {"role": "assistant", "content": str(shot.solution)},
+        ]
 
     def _chat(self, turns: Messages, **more: Any) -> str:
         """Turns through the chat template. Raises DataError for turns that it refuses."""
@@ -232,6 +256,19 @@ class Renderer:
     def decode(self, ids: Sequence[int]) -> str:
         """An answer's text, without end tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def has_text(self, texts: Sequence[str]) -> Callable[[Sequence[int]], bool]:
+        """Whether one of the texts occurs at the end of an answer, asked after each of its tokens.
+
+        Only the last tokens are decoded: a token adds one byte at least, and a special token its name.
+        """
+        longest = max((len(text.encode()) for text in texts), default=0)
+
+        def ends(ids: Sequence[int]) -> bool:
+            tail = self.tokenizer.decode(list(ids[-longest - 8 :]))
+            return any(text in tail for text in texts)
+
+        return ends
 
     def pieces(self, ids: list[int], window: int = 8) -> list[str]:
         """The text that each token adds; special tokens by name.

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..runs.folder import RunFolder, parsing, read_json, read_lines, write_json, write_text, writing
-from ..tasks.base import Attempt, Problem
+from ..tasks.base import Attempt, Problem, Task
 from ..tasks.judge import Verdict
 from .protocol import GREEDY, Protocol
 from .shard import Shard
@@ -33,11 +33,13 @@ class Answers:
         self,
         folder: RunFolder,
         protocol: Protocol,
+        task: Task,
         problems: Sequence[Problem],
         overwrite: bool,
         shard: Shard,
     ):
-        self.folder, self.protocol, self.problems, self.shard = folder, protocol, problems, shard
+        self.folder, self.protocol, self.task, self.shard = folder, protocol, task, shard
+        self.problems, self.judged = problems, [p for p in problems if task.judges(p)]
         self.file = folder.evaluation(protocol.task)
         self.metadata_file = self.file.with_suffix(".json")
         self.overwrite = overwrite
@@ -53,12 +55,12 @@ class Answers:
     @property
     def asked(self) -> int:
         """The number of answers in a complete evaluation, including the greedy ones."""
-        return len(self.problems) * (self.protocol.samples + 1)
+        return len(self.judged) * (self.protocol.samples + 1)
 
     def missing(self) -> list[tuple[Problem, int]]:
         """The (problem, sample) pairs that this process has yet to answer; sample -1 is the greedy answer."""
         samples = (GREEDY, *range(self.protocol.samples))
-        mine = self.problems[self.shard.rank :: self.shard.world]
+        mine = self.judged[self.shard.rank :: self.shard.world]
         return [(p, s) for p in mine for s in samples if (p.id, s) not in self.done]
 
     def begin(self, provenance: dict[str, Any]) -> None:
@@ -71,13 +73,19 @@ class Answers:
                     old.unlink(missing_ok=True)
         self.overwrite = False
         if self.shard.is_main and not self.metadata_file.is_file():
-            problems = {
-                p.id: {"question": p.question, "answer": p.answer, "tags": dict(p.tags)}
-                | ({"choices": list(p.choices)} if p.choices else {})
-                for p in self.problems
-            }
-            metadata = {"protocol": asdict(self.protocol), "provenance": provenance, "problems": problems}
+            problems = {p.id: _facts(p) | self._own_facts(p) for p in self.problems}
+            metadata = {"protocol": self.protocol.recorded(), "provenance": provenance, "problems": problems}
             write_json(self.metadata_file, metadata)
+
+    def _own_facts(self, problem: Problem) -> dict[str, Any]:
+        """What only the file of an own test set has: reports and the page do not read it again."""
+        if self.task.file is None:
+            return {}
+        return {
+            "judged": self.task.judges(problem),
+            "turns": len(problem.messages),
+            "solution": problem.solution,
+        }
 
     def add(self, attempts: Iterable[Attempt]) -> None:
         """Append attempts to this process's file."""
@@ -102,6 +110,29 @@ class Answers:
 
     def _parts(self) -> list[Path]:
         return sorted(self.file.parent.glob(f"{self.protocol.task}.rank-*.jsonl"))
+
+
+def _facts(problem: Problem) -> dict[str, Any]:
+    facts = {"question": problem.question, "answer": problem.answer, "tags": dict(problem.tags)}
+    return facts | ({"choices": list(problem.choices)} if problem.choices else {})
+
+
+def own_problems(folder: RunFolder) -> dict[str, list[Problem]]:
+    """The problems of each own test set that a run was evaluated on; those of several turns are left out."""
+    found: dict[str, list[Problem]] = {}
+    for file in sorted((folder.path / "evaluation").glob("*.json")):
+        metadata = read_json(file)
+        with parsing(file):
+            if "file" in metadata["protocol"]:
+                problems = [
+                    Problem.ask(
+                        name, p["question"], solution=p["solution"], answer=p["answer"], tags=p["tags"]
+                    )
+                    for name, p in metadata["problems"].items()
+                    if p["turns"] == 1
+                ]
+                found |= {file.stem: problems} if problems else {}
+    return found
 
 
 def attempt_line(attempt: Attempt) -> str:

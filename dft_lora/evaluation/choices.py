@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..data.batches import IGNORE
-from ..data.templates import Example, Renderer
+from ..data.templates import Example, Renderer, spaced
 from ..loss import Head, token_logps
 from ..model.adapters import adapter_layers, mixed
 from ..model.generation_memory import PREFILL_TOKENS
@@ -66,17 +66,13 @@ def choice_examples(renderer: Renderer, problem: Problem) -> list[Example]:
     prompt = renderer.prompt_text(problem.messages)
     found = []
     for choice in problem.choices:
-        given, scored = (_joined(prompt, choice), problem.ending) if problem.ending else (prompt, choice)
-        ids = renderer.text_ids(_joined(given, scored))
+        given, scored = (spaced(prompt, choice), problem.ending) if problem.ending else (prompt, choice)
+        ids = renderer.text_ids(spaced(given, scored))
         length = min(len(renderer.text_ids(given.rstrip())), len(ids) - 1)
         found.append(Example(problem.id, tuple(ids), length))
     if len({example.ids[0] for example in found}) == 1:
         return found
     return [replace(e, ids=(renderer.eos_id, *e.ids), prompt_length=e.prompt_length + 1) for e in found]
-
-
-def _joined(before: str, after: str) -> str:
-    return before + after if not before or before[-1].isspace() else f"{before} {after}"
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def diagnose(recipe: Recipe, examples: int = EXAMPLES) -> dict[str, Any]:
     """
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
     rows = load_problems(recipe.data, recipe.train.seed)
-    counts, findings = check_rows(rows, recipe.evaluate.tasks)
+    counts, findings = check_rows(rows, recipe.evaluate.tasks, recipe.data)
     solved = [problem for problem in rows.problems if problem.solution is not None]
     chosen, rendered = _draw(solved, examples, renderer, recipe)
     if not chosen:

@@ -40,6 +40,8 @@ class Plain:
         base, hardware = load_base(recipe.model, for_answers=True)
         check_head(base)
         self.model, self.renderer = load_adapters(base, adapters), renderer
+        stop = recipe.evaluate.stop
+        self.ends = renderer.has_text(stop) if stop else None
         self.provenance = {"device": hardware.name, "dtype": dtype_name(hardware.dtype)}
 
     def generate(self, requests: Sequence[Request], on_progress: Callable[[int, Completion], None]) -> None:
@@ -48,6 +50,7 @@ class Plain:
             requests,
             stop_ids=self.renderer.stop_ids,
             pad_id=self.renderer.pad_id,
+            ends=self.ends,
             on_progress=on_progress,
         )
 

@@ -72,7 +72,7 @@ def evaluate(
     same_base(folders, recipes)
     same_settings(folders, recipes, free={"tasks"} if tasks else ())
     renderer = renderer_of(folders, recipes)
-    asked = asked_problems(asked_tasks(recipes, tasks), settings, renderer, limit)
+    asked = asked_problems(asked_tasks(recipes, tasks), recipes[0], renderer, limit)
     base = unchanged_base(folders, recipes[0].model)
     shard = Shard.of_this_process()
     work = {}
@@ -81,7 +81,7 @@ def evaluate(
             protocol = Protocol.of(
                 its.task, its.problems, settings, its.renderer, folder.adapter_digest, base
             )
-            work[title, name] = Answers(folder, protocol, its.problems, overwrite, shard)
+            work[title, name] = Answers(folder, protocol, its.task, its.problems, overwrite, shard)
     complete = all(answers.missing() == [] for answers in work.values())
     if ENGINES[settings.engine].scores_tokens:
         complete &= all(references_scored(folder, asked, base) for folder in folders)
@@ -121,6 +121,7 @@ def _complete(
         score_references(engine.model, renderer, folders, asked, base)
     shard.wait()
     for answers in work.values() if shard.is_main else ():
+        answers.add(())  # a file, even if nothing was sampled
         answers.gather()
     shard.wait()
 
@@ -129,6 +130,11 @@ def _kept(work: Collection[Answers]) -> str:
     """The message of an interrupted evaluation: how many answers are kept."""
     kept, asked = sum(len(a.on_disk()) for a in work), sum(a.asked for a in work)
     return f"evaluation stopped: {kept} of {asked} answers are kept"
+
+
+def before(text: str, stop: Collection[str]) -> str:
+    """A text up to the first of the stop texts in it."""
+    return text[: min((place for stop_ in stop if (place := text.find(stop_)) >= 0), default=len(text))]
 
 
 def _answer(engine: Engine, asked: Asked, work: Mapping[str, Answers], settings: EvaluateConfig) -> None:
@@ -140,6 +146,8 @@ def _answer(engine: Engine, asked: Asked, work: Mapping[str, Answers], settings:
     jobs: list[tuple[str, Problem, int]] = []
     for name, answers in work.items():
         jobs += [(name, problem, sample) for problem, sample in answers.missing()]
+    if not jobs:
+        return
     for _, problem, _ in jobs:
         if problem.id not in prompts:
             prompts[problem.id] = tuple(renderer.prompt_ids(problem.messages))
@@ -159,7 +167,7 @@ def _answer(engine: Engine, asked: Asked, work: Mapping[str, Answers], settings:
 
     def flush() -> None:
         whole = [renderer.decode(completion.ids) for _, completion in pending]
-        texts = [task.cut(text) for text in whole]
+        texts = [task.cut(before(text, settings.stop)) for text in whole]
         pairs = [(text, jobs[i][1]) for (i, _), text in zip(pending, texts, strict=True)]
         verdicts = task.judge_many(pairs)
         for (i, completion), text, all_, verdict in zip(list(pending), texts, whole, verdicts, strict=True):

@@ -6,12 +6,11 @@ Reports and the page read recorded protocols, so this file does not import torch
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from ..config import EvaluateConfig, digest
-from ..data.templates import Renderer
-from ..tasks import get_task
+from ..data.templates import Renderer, shown
 from ..tasks.base import Problem, Task
 
 GREEDY = -1
@@ -46,13 +45,26 @@ class Protocol:
     """The digest of the adapter; None for the bare base."""
     base: str
     """The fingerprint of the base's weights."""
+    file: str | None = None
+    """sha256 of the content of an own test set."""
+    shots: int = 0
+    stop: tuple[str, ...] = ()
+
+    def recorded(self) -> dict[str, Any]:
+        """The protocol as JSON values. Fields at their defaults are left out, as earlier versions did."""
+        return {
+            f.name: list(value) if isinstance(value, tuple) else value
+            for f in fields(self)
+            if (value := getattr(self, f.name)) != f.default or f.default is MISSING
+        }
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """The differences from a recorded protocol, each as text for an error message."""
+        mine = self.recorded()
         found = [
-            f"{k}: {other.get(k)!r} -> {v!r}"
-            for k, v in asdict(self).items()
-            if k not in (*WEIGHTS, "engine") and other.get(k) != v
+            f"{f.name}: {said(f.name, other)} -> {said(f.name, mine)}"
+            for f in fields(self)
+            if f.name not in (*WEIGHTS, "engine") and other.get(f.name) != mine.get(f.name)
         ]
         if (engine := other.get("engine", self.engine)) != self.engine:
             found.append(f"engine: {engine!r} -> {self.engine!r}")
@@ -72,26 +84,39 @@ class Protocol:
     ) -> Protocol:
         """The protocol for a run with these weights on these problems.
 
-        Where answers are chosen by log-likelihood there are no samples, and no setting of sampling counts.
+        Where answers are chosen by log-likelihood, or solutions only scored, there are no samples, and no
+        setting of sampling counts.
         """
+        sampled = not task.by_likelihood and any(map(task.judges, problems))
         drawn = {
             "samples": settings.samples,
             "temperature": settings.temperature,
             "top_p": settings.top_p,
-            "max_new_tokens": answer_limit(task.name, settings),
+            "max_new_tokens": answer_limit(task, settings),
             "seed": settings.seed,
         }
         return cls(
             task=task.name,
             problems=len(problems),
             problems_hash=digest([_identity(problem) for problem in problems]),
-            **(dict.fromkeys(drawn, 0) if task.by_likelihood else drawn),
+            **(drawn if sampled else dict.fromkeys(drawn, 0)),
             template=renderer.template.name,
             template_hash=renderer.fingerprint,
             engine=settings.engine,
             adapter=adapter,
             base=base,
+            file=task.file,
+            shots=settings.shots,
+            stop=settings.stop if sampled else (),
         )
+
+
+def said(field: str, protocol: Mapping[str, Any]) -> str:
+    """A field of a recorded protocol in an error message."""
+    value = protocol.get(field, {"shots": 0, "stop": []}.get(field))
+    if field == "template":
+        return shown(str(value))
+    return str(value)[:8] if field == "file" else repr(value)
 
 
 def _identity(problem: Problem) -> list[Any]:
@@ -112,9 +137,9 @@ def other_weights(recorded: Mapping[str, Any], adapter: str | None, base: str) -
     return None
 
 
-def answer_limit(task: str, settings: EvaluateConfig) -> int:
+def answer_limit(task: Task, settings: EvaluateConfig) -> int:
     """The most tokens of an answer: evaluate.max_new_tokens where it was set, else the task's own limit."""
     longest = settings.max_new_tokens
     if "max_new_tokens" in settings.model_fields_set:
         return longest
-    return min(longest, get_task(task).max_new_tokens)
+    return min(longest, task.max_new_tokens)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.templates import Renderer
+from ..data.templates import Example, Renderer
 from ..runs.folder import RunFolder
 from .protocol import FORGETTING
 from .run_set import Asked
 from .token_table import TokenTable, tokens_file
 from .tokens import score, text_examples
 
-SCORED = 128  # problems whose reference solutions are scored
+SCORED = 128  # problems of a task that are scored, if all its problems are judged; else all
 OTHER_TEXT = Path(__file__).with_name("other_text.txt")
 
 
@@ -25,10 +25,9 @@ def score_references(
     base: str,
 ) -> None:
     """Write every run's token table for the reference solutions of each task and for the unrelated text."""
-    texts = {
-        task: [its.renderer.render(p) for p in its.problems if p.solution is not None][:SCORED]
-        for task, its in asked.items()
-    } | {FORGETTING: text_examples(renderer, OTHER_TEXT.read_text(encoding="utf-8").split("\n\n"))}
+    texts = {task: _solutions(its, renderer) for task, its in asked.items()} | {
+        FORGETTING: text_examples(renderer, OTHER_TEXT.read_text(encoding="utf-8").split("\n\n"))
+    }
     for name, folder in folders.items():
         adapter = name if folder.has_adapter else None
         for title, examples in texts.items():
@@ -36,6 +35,14 @@ def score_references(
             if examples and not _is_current(folder, title, base):
                 table = score(model, examples, pad_id=renderer.pad_id, adapter=adapter)
                 table.save(file, {"adapter": folder.adapter_digest or "", "base": base})
+
+
+def _solutions(asked: Asked, renderer: Renderer) -> list[Example]:
+    if asked.task.file is not None:
+        renderer = asked.renderer
+    solved = [problem for problem in asked.problems if problem.solution is not None]
+    most = SCORED if all(map(asked.task.judges, asked.problems)) else None
+    return [renderer.render(problem) for problem in solved[:most]]
 
 
 def references_scored(folder: RunFolder, asked: Mapping[str, Asked], base: str) -> bool:

@@ -17,7 +17,7 @@ from ..errors import RequestError
 from ..runs.folder import RunFolder, make_writable, write_json, write_text
 from ..runs.provenance import certificate
 from . import statistics as st
-from .protocol import FORGETTING, WEIGHTS, Protocol
+from .protocol import FORGETTING, WEIGHTS, Protocol, said
 from .task_results import TaskResults, complete_tasks, evaluated_tasks
 from .text import report_markdown
 from .token_metrics import token_metrics
@@ -45,12 +45,16 @@ def build(
             "template": folder.run()["template"],
             **(trained(folder) if folder.has_adapter else {"objective": None}),
             "adapter": folder.adapter_digest,
-            "tasks": {task: result.summary() for task, result in results[name].items()},
+            "tasks": {task: result.summary() for task, result in results[name].items() if result.problems},
         }
+        if texts := {task: said for task, r in results[name].items() if (said := r.text_summary())}:
+            runs[name]["texts"] = texts
     pairs = [_compare(a, b, results[a], results[b], free) for a, b in combinations(names, 2)]
+    paired_texts = [entry for _, entries in pairs for entry in entries]
     return {
         "runs": runs,
-        "paired": _with_holm([entry for entries in pairs for entry in entries]),
+        "paired": _with_holm([entry for entries, _ in pairs for entry in entries]),
+        **({"paired_texts": paired_texts} if paired_texts else {}),
         "tokens": token_metrics(dict(zip(names, folders, strict=True))),
         "steps": {name: steps(folder) for name, folder in zip(names, folders, strict=True)},
         "provenance": certificate(**_weights(folders)),
@@ -84,20 +88,37 @@ def _weights(folders: Sequence[RunFolder]) -> dict[str, str]:
 
 def _compare(
     a: str, b: str, left: Mapping[str, TaskResults], right: Mapping[str, TaskResults], free: Collection[str]
-) -> list[dict[str, Any]]:
-    """Entries for b - a over the same problems, sampled and greedy, one per task that both runs have."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Entries for b - a over the same problems, one per task that both runs have.
+
+    First those of judged answers, sampled and greedy, then those of scored texts: their NLL.
+    """
     shared = [task for task in left if task in right]
     if not shared:
         raise RequestError(
             f"{a} was evaluated on {', '.join(left)}, {b} on {', '.join(right)}: no task in common; "
             "evaluate both on the same task"
         )
-    entries = []
+    entries, texts = [], []
     for task in shared:
         if differing := _differences(left[task], right[task], free):
             raise RequestError(
                 f"{a} and {b} were evaluated on {task!r} under different protocols: {differing}"
             )
+        scored, again = left[task].texts, right[task].texts
+        if scored is not None and again is not None:
+            change_E = again.nll_E - scored.nll_E
+            texts.append(
+                {
+                    "a": a,
+                    "b": b,
+                    "task": task,
+                    "nll_difference": float(change_E.mean()),
+                    "ci95": list(st.unbounded_interval(change_E)),
+                }
+            )
+        if not left[task].problems:
+            continue
         drawn = st.compare(st.avg_at_n(left[task].correct_PS), st.avg_at_n(right[task].correct_PS))
         greedy = st.compare(left[task].greedy_P, right[task].greedy_P)
         entries.append(
@@ -109,17 +130,17 @@ def _compare(
                 **{f"greedy_{k}": v for k, v in paired(greedy).items()},
             }
         )
-    return entries
+    return entries, texts
 
 
 def _differences(left: TaskResults, right: TaskResults, free: Collection[str]) -> str:
     """The differences between two protocols as text; empty if there are none."""
     reported_below = {"problems", "problems_hash", "template_hash"}
-    known = {f.name for f in fields(Protocol)} - reported_below - {*free, *WEIGHTS}
+    known = [f.name for f in fields(Protocol) if f.name not in reported_below | {*free, *WEIGHTS}]
     found = [
-        f"{k} {show(left.protocol[k])} and {show(right.protocol[k])}"
-        for k, show in ((k, shown if k == "template" else repr) for k in left.protocol)
-        if k in known and left.protocol[k] != right.protocol[k]
+        f"{k} {said(k, left.protocol)} and {said(k, right.protocol)}"
+        for k in known
+        if left.protocol.get(k) != right.protocol.get(k)
     ]
     only = [len(set(x.problems) - set(y.problems)) for x, y in ((left, right), (right, left))]
     if any(only):
@@ -158,7 +179,10 @@ def steps(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
     for path in sorted((folder.path / "steps").glob("step-*")):
         run = RunFolder.open(path)
         for task in complete_tasks(run):
-            scores_P = st.avg_at_n(TaskResults.read(run, task).correct_PS)
+            result = TaskResults.read(run, task)
+            if not result.problems:
+                continue
+            scores_P = st.avg_at_n(result.correct_PS)
             entry = {"step": run.run()["step"], "avg": float(scores_P.mean())}
             curve[task].append(entry | {"ci95": list(st.interval(scores_P))})
     return curve
@@ -179,7 +203,8 @@ def write_report(
 
         make_writable(out, "report")
         write_json(out / "report.json", report)
-        plots.accuracy(report, out / "plots" / "accuracy.png")
+        if any(run["tasks"] for run in report["runs"].values()):
+            plots.accuracy(report, out / "plots" / "accuracy.png")
         plots.curves(named, out / "plots" / "training.png")
         for title, metrics in report["tokens"].items():
             if title != FORGETTING:

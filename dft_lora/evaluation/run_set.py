@@ -6,14 +6,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import EvaluateConfig, ModelConfig, Recipe
+from ..config import ModelConfig, Recipe
+from ..data.own_tasks import find_task
 from ..data.templates import Renderer, shown
-from ..errors import RequestError
+from ..errors import DataError, RequestError
 from ..model.fingerprint import base_fingerprint
 from ..model.load import load_tokenizer
 from ..runs.folder import RunFolder
-from ..tasks import get_task
 from ..tasks.base import Problem, Task
+from .shots import shots_for
 
 
 def recipes_of(folders: Sequence[RunFolder], changes: Sequence[str]) -> list[Recipe]:
@@ -39,29 +40,53 @@ class Asked:
 
 
 def asked_problems(
-    names: Sequence[str], settings: EvaluateConfig, renderer: Renderer, limit: int | None = None
+    names: Sequence[str], recipe: Recipe, renderer: Renderer, limit: int | None = None
 ) -> dict[str, Asked]:
-    """The tasks of these names with at most `limit` problems each.
+    """The tasks of these names, or in these files, with at most `limit` problems each, by title.
 
     A task with a template of its own is asked with that one, unless evaluate.template names another. Raises
-    RequestError for a task that needs a permission or an engine that the settings do not give.
+    RequestError for a task that needs a permission or an engine that the settings do not give, and for a test
+    set that cannot be used.
     """
     if limit is not None and limit < 1:
         raise RequestError(f"--limit: {limit}; give at least 1")
-    asked = {}
+    settings = recipe.evaluate
+    asked: dict[str, Asked] = {}
     for name in names:
-        task = get_task(name).allowed(settings.allow_code)
-        if task.by_likelihood and settings.engine != "plain":
+        task = find_task(name, recipe.data).allowed(settings.allow_code)
+        if task.file is not None and task.name in asked:
             raise RequestError(
-                f"--task {name}: scores its choices, which evaluate.engine {settings.engine!r} cannot do; "
-                "use plain"
+                f"--task {name}: two test sets are named {task.name!r}; rename one of the files"
             )
+        if task.by_likelihood:
+            _needs_plain(name, "its choices", settings.engine)
         problems = task.problems()[:limit]
         if not problems:
             raise RequestError(f"--task {name}: the task has no problems")
+        if not all(map(task.judges, problems)):
+            _needs_plain(name, "solutions of rows without a reference answer", settings.engine)
         own = task.template if settings.template == "same" else None
-        asked[name] = Asked(task, problems, Renderer(renderer.tokenizer, own) if own else renderer)
+        its = Renderer(renderer.tokenizer, own) if own else renderer
+        asked[task.name] = Asked(task, problems, its.after(shots_for(task, recipe)))
+        if task.file is not None:
+            _check_prompts(name, asked[task.name])
     return asked
+
+
+def _needs_plain(name: str, scored: str, engine: str) -> None:
+    if engine != "plain":
+        raise RequestError(
+            f"--task {name}: scores {scored}, which evaluate.engine {engine!r} cannot do; use plain"
+        )
+
+
+def _check_prompts(name: str, asked: Asked) -> None:
+    """Raises RequestError for a row of an own test set that the template cannot write."""
+    for problem in asked.problems:
+        try:
+            asked.renderer.prompt_text(problem.messages)
+        except DataError as error:
+            raise RequestError(f"--task {name}: {problem.id}: {error}") from None
 
 
 def renderer_of(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> Renderer:

@@ -1,6 +1,6 @@
 """One run's results on one task: from the files of an evaluation to arrays and an entry of the report.
 
-Legend: P problems, S samples of each.
+Legend: P problems, S samples of each, E scored solutions.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ from ..tasks.choice import LETTERS, normalised
 from . import statistics as st
 from .attempts import read_attempts
 from .protocol import GREEDY, other_weights
+from .token_metrics import summary
+from .token_table import TokenTable, tokens_file
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TaskResults:
-    """One run's judged answers to one task. `correct_PS` and `greedy_P` hold 0 and 1."""
+    """One run's judged answers to one task. `correct_PS` and `greedy_P` hold 0 and 1.
+
+    `problems` are those that are judged; `texts` are the solutions of an own test set that are not.
+    """
 
     protocol: dict[str, Any]
     problems: list[str]
@@ -43,16 +48,18 @@ class TaskResults:
     greedy_text_P: list[str]
     choices: dict[str, Any] | None = None
     """Where answers are chosen by log-likelihood: accuracy by both rules, how probable the right one is."""
+    texts: TokenTable | None = None
 
     @classmethod
     def read(cls, folder: RunFolder, task: str) -> TaskResults:
         """Raises RequestError when the evaluation is missing, damaged, incomplete, or of other weights."""
         with parsing(folder.evaluation(task)):
-            return cls._of(*_complete(folder, task))
+            metadata, attempts = _complete(folder, task)
+            return cls._of(metadata, attempts, _texts(folder, task, metadata["problems"]))
 
     @classmethod
-    def _of(cls, metadata: dict[str, Any], attempts: list[Attempt]) -> TaskResults:
-        problems = metadata["problems"]
+    def _of(cls, metadata: dict[str, Any], attempts: list[Attempt], texts: TokenTable | None) -> TaskResults:
+        problems = _judged(metadata["problems"])
         samples = range(metadata["protocol"]["samples"]) or (GREEDY,)  # choices are not sampled
         answer = {(attempt.problem, attempt.sample): attempt for attempt in attempts}
         drawn_PS = [[answer[problem, sample] for sample in samples] for problem in problems]
@@ -69,13 +76,14 @@ class TaskResults:
             truncated=_share(attempt.truncated for attempt in drawn),
             unparsable=_share(status == "unparsable" for status in statuses),
             timed_out=_share(status == "timed_out" for status in statuses),
-            mean_tokens=float(np.mean([attempt.tokens for attempt in drawn])),
+            mean_tokens=_mean([attempt.tokens for attempt in drawn]),
             answers_PS=[
                 [(a.verdict.correct and problems[a.problem]["answer"]) or a.verdict.extracted for a in row]
                 for row in drawn_PS
             ],
             greedy_text_P=[attempt.text for attempt in greedy_P],
             choices=_choices(problems, greedy_P),
+            texts=texts,
         )
 
     def summary(self) -> dict[str, Any]:
@@ -102,6 +110,12 @@ class TaskResults:
             "mean_tokens": self.mean_tokens,
             "by_tag": self._by_tag(),
         } | ({"choices": self.choices} if self.choices else {})
+
+    def text_summary(self) -> dict[str, Any] | None:
+        """Metrics of the solutions without a reference answer; None if there are none."""
+        if self.texts is None:
+            return None
+        return {"rows": len(self.texts.nll_E), **summary(self.texts), "template": self.protocol["template"]}
 
     def _by_tag(self) -> dict[str, dict[str, Any]]:
         """Accuracy per value of each tag that has few values: steps, level, subject."""
@@ -138,18 +152,35 @@ def _complete(folder: RunFolder, task: str) -> tuple[dict[str, Any], list[Attemp
     protocol = metadata["protocol"]
     base = local_fingerprint(folder.recipe().model) or protocol.get("base")
     if why := other_weights(protocol, folder.adapter_digest, base):
+        name = f"{task}.jsonl" if "file" in protocol else task
         raise RequestError(
             f"{folder.path}: its answers to {task!r} are out of date: {why}; "
-            f"run dft-lora evaluate {folder.path} --task {task} --overwrite"
+            f"run dft-lora evaluate {folder.path} --task {name} --overwrite"
         )
+    judged = _judged(metadata["problems"])
+    unscored = len(judged) < len(metadata["problems"]) and not tokens_file(folder, task).is_file()
     attempts = read_attempts(folder.evaluation(task))
     given = {(attempt.problem, attempt.sample) for attempt in attempts}
-    if missing := len(metadata["problems"]) * (protocol["samples"] + 1) - len(given):
+    if (missing := len(judged) * (protocol["samples"] + 1) - len(given)) or unscored:
+        what = f"{missing} answers to {task!r}" if missing else f"the scores of {task!r}"
         raise RequestError(
-            f"{folder.path}: {missing} answers to {task!r} are missing "
+            f"{folder.path}: {what} are missing "
             "(the evaluation was interrupted); run dft-lora evaluate again to complete it"
         )
     return metadata, attempts
+
+
+def _judged(problems: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded problems whose answers are judged: of an own test set, those with a reference answer."""
+    return {name: facts for name, facts in problems.items() if facts.get("judged", True)}
+
+
+def _texts(folder: RunFolder, task: str, problems: Mapping[str, Any]) -> TokenTable | None:
+    """The scored solutions of the problems that are not judged; None if there are none."""
+    judged_E = np.array([facts.get("judged", True) for facts in problems.values() if facts.get("solution")])
+    if judged_E.all():
+        return None
+    return TokenTable.load(tokens_file(folder, task)).of(~judged_E)
 
 
 def complete_tasks(folder: RunFolder) -> list[str]:
@@ -200,7 +231,12 @@ def choice_probabilities(logps: Sequence[float]) -> list[float]:
 
 
 def _share(values: Iterable[bool]) -> float:
-    return float(np.mean(list(values)))
+    return _mean(list(values))
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean; 0 of no values, which a test set without reference answers has."""
+    return float(np.mean(values)) if len(values) else 0.0
 
 
 def _powers(n: int) -> list[int]:

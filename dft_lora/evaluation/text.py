@@ -11,7 +11,14 @@ from .protocol import FORGETTING
 
 
 def report_table(report: dict[str, Any]) -> str:
-    """One row per run and task, then the paired differences."""
+    """One row per run and task, then the paired differences; the same for texts that are only scored."""
+    parts = [_accuracy_table(report), _texts_table(report)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _accuracy_table(report: dict[str, Any]) -> str:
+    if not any(run["tasks"] for run in report["runs"].values()):
+        return ""
     head = ["run", "task", "avg@n", "95 % interval", "greedy", "ended", "unparsable"]
     rows = [
         [
@@ -51,6 +58,42 @@ def report_table(report: dict[str, Any]) -> str:
     return text
 
 
+def _texts_table(report: dict[str, Any]) -> str:
+    """Solutions of an own test set without reference answers: nothing is sampled, their tokens are scored."""
+    found = [
+        (run, task, r) for run, entry in report["runs"].items() for task, r in entry.get("texts", {}).items()
+    ]
+    if not found:
+        return ""
+    head = ["run", "text", "rows", "NLL", "95 % interval", "token accuracy", "mean p", "p(end)"]
+    rows = [
+        [
+            run,
+            task,
+            str(r["rows"]),
+            f"{r['nll']:.3f}",
+            f"{r['nll_ci95'][0]:.3f} to {r['nll_ci95'][1]:.3f}",
+            percent(r["token_accuracy"]),
+            f"{r['mean_probability']:.3f}",
+            f"{r['p_end']:.3f}",
+        ]
+        for run, task, r in found
+    ]
+    text = aligned(head, rows)
+    if changes := report.get("paired_texts"):
+        rows = [
+            [
+                f"{e['b']} - {e['a']}",
+                e["task"],
+                f"{e['nll_difference']:+.3f}",
+                f"{e['ci95'][0]:+.3f} to {e['ci95'][1]:+.3f}",
+            ]
+            for e in changes
+        ]
+        text += "\n\n" + aligned(["difference", "text", "NLL", "95 % interval"], rows)
+    return text
+
+
 def report_markdown(report: dict[str, Any]) -> str:
     """report.md: the table, accuracy by tag, sharpening, tokens, plots, provenance."""
     parts = ["# Comparison", report_table(report)]
@@ -72,8 +115,10 @@ def report_markdown(report: dict[str, Any]) -> str:
             f"## By {tag}",
             aligned(["run", "task", tag, "avg@n", "95 % interval", "greedy", "problems"], rows),
         ]
-    parts += _sharpening(report) + _tokens(report)
-    parts += ["## Plots", "![Accuracy](plots/accuracy.png)", "![Training](plots/training.png)"]
+    judged = any(run["tasks"] for run in report["runs"].values())
+    parts += (_sharpening(report) if judged else []) + _tokens(report)
+    parts += ["## Plots", *(["![Accuracy](plots/accuracy.png)"] if judged else [])]
+    parts.append("![Training](plots/training.png)")
     parts += [
         f"![Token probabilities, {title}](plots/probabilities-{title}.png)"
         for title in report["tokens"]

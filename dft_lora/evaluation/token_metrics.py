@@ -35,6 +35,21 @@ def token_metrics(folders: Mapping[str, RunFolder]) -> dict[str, Any]:
     return {title: _metrics(tables) for title, tables in found.items()}
 
 
+def summary(table: TokenTable) -> dict[str, Any]:
+    """The metrics of one table; `nll` and its interval are means over solutions, the others over tokens."""
+    return {
+        "tokens": len(table.ids_M),
+        "nll": float(table.nll_E.mean()),
+        "nll_ci95": list(st.unbounded_interval(table.nll_E)),
+        "mean_probability": float(table.p_M.mean()),
+        "p_end": float(table.end_E.mean()),
+        **({} if table.top1_M is None else {"token_accuracy": float(table.top1_M.mean())}),
+        "entropy": float(table.entropy_M.mean()),
+        "share_below_0.1": float((table.p_M < 0.1).mean()),
+        "share_above_0.9": float((table.p_M > 0.9).mean()),
+    }
+
+
 def _metrics(tables: Mapping[str, TokenTable]) -> dict[str, Any]:
     first = next(iter(tables.values()))
     metrics: dict[str, Any] = {}
@@ -45,14 +60,7 @@ def _metrics(tables: Mapping[str, TokenTable]) -> dict[str, Any]:
         pull = np.bincount(bin_M, table.pull_M, minlength=BINS) / np.maximum(count, 1)
         dft = np.bincount(bin_M, table.pull_M * table.p_M, minlength=BINS) / np.maximum(count, 1)
         metrics[name] = {
-            "tokens": len(table.ids_M),
-            "nll": float(table.nll_E.mean()),
-            "nll_ci95": list(st.unbounded_interval(table.nll_E)),
-            "mean_probability": float(table.p_M.mean()),
-            "p_end": float(table.end_E.mean()),
-            "entropy": float(table.entropy_M.mean()),
-            "share_below_0.1": float((table.p_M < 0.1).mean()),
-            "share_above_0.9": float((table.p_M > 0.9).mean()),
+            **summary(table),
             "edges": edges.tolist(),
             "histogram": count.tolist(),
             "sft_gradient": pull.tolist(),

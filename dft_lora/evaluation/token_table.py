@@ -32,6 +32,8 @@ class TokenTable:
     logp_M: np.ndarray
     entropy_M: np.ndarray
     pull_M: np.ndarray
+    top1_M: np.ndarray | None = None
+    """Whether the token was the most probable one; None in tables of earlier versions."""
 
     @property
     def p_M(self) -> np.ndarray:
@@ -52,13 +54,22 @@ class TokenTable:
         """Probability of the last token of each example: for a solution, its end token."""
         return self.p_M[np.flatnonzero(np.diff(self.example_M, append=-1))]
 
+    def of(self, chosen_E: np.ndarray) -> TokenTable:
+        """The tokens of the chosen examples, a mask, which are numbered anew."""
+        kept_M, number_E = chosen_E[self.example_M], np.cumsum(chosen_E) - 1
+        arrays = {name: array[kept_M] for name, array in self._arrays().items()}
+        return TokenTable(**arrays | {"example_M": number_E[arrays["example_M"]]})
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {name: array for name, array in vars(self).items() if array is not None}
+
     def save(self, file: Path, weights: Mapping[str, str] | None = None) -> None:
         """Write the table. `weights` identifies the adapter and the base that it was computed with."""
         from safetensors.numpy import save_file
 
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.name}.tmp")
-        arrays = {name: np.ascontiguousarray(array) for name, array in vars(self).items()}
+        arrays = {name: np.ascontiguousarray(array) for name, array in self._arrays().items()}
         save_file(arrays, temporary, dict(weights or {}))
         temporary.replace(file)
 

@@ -44,9 +44,9 @@ def score(
             h_MD.to(head.weight_VD.dtype), targets=y_M, **head.arguments(), keep_jacobian=True
         )
         pull_M = scores.need("jacobian").float().norm(dim=-1)
-        parts = (example_M, y_M, scores.logp, scores.entropy, pull_M)
+        parts = (example_M, y_M, scores.logp, scores.entropy, pull_M, scores.is_top1)
         columns.append(tuple(part.detach().cpu().numpy() for part in parts))
-    of_M, ids_M, logp_M, entropy_M, pulls_M = (np.concatenate(c) for c in zip(*columns, strict=True))
+    of_M, ids_M, logp_M, entropy_M, pulls_M, top1_M = (np.concatenate(c) for c in zip(*columns, strict=True))
     order_M = np.argsort(of_M, kind="stable")
     return TokenTable(
         ids_M[order_M].astype(np.int32),
@@ -54,6 +54,7 @@ def score(
         logp_M[order_M].astype(np.float32),
         entropy_M[order_M].astype(np.float32),
         pulls_M[order_M].astype(np.float32),
+        top1_M[order_M].astype(np.uint8),
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 CONTINUES = "run the same command again to continue"
 
-NAMES = ("findings", "real")
+NAMES = ("findings", "real", "rl", "tasks", "lab")
 """Modules of this package with a function `run(out, seeds, only)` that yields lines for the terminal."""
 
 

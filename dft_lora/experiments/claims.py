@@ -65,10 +65,11 @@ def contrast(
     """b - a: its mean over the seeds of both, the interval over problems, each seed, whether b is above a."""
     seeds = min(len(a), len(b))
     a_GP, b_GP = (np.array([read(folder) for folder in folders[:seeds]]) for folders in (a, b))
-    return _judged(what, a_GP, b_GP)
+    return judged(what, a_GP, b_GP)
 
 
-def _judged(what: str, a_GP: np.ndarray, b_GP: np.ndarray) -> dict[str, Any]:
+def judged(what: str, a_GP: np.ndarray, b_GP: np.ndarray) -> dict[str, Any]:
+    """`contrast` of scores [seeds, problems]."""
     compared = st.compare(a_GP.mean(0), b_GP.mean(0))
     seeds = (b_GP - a_GP).mean(1).tolist()
     low, high = compared.ci95

@@ -76,7 +76,7 @@ def own_samples(
     if run is not None:
         model = load_adapters(model, {run.name: run.adapter})
     answers = sample_answers(
-        model, renderer, judge, problems, config, seed=recipe.train.seed, adapter=adapter
+        model, renderer, judge, problems, config, seed=recipe.train.seed, adapter=adapter, title="answers"
     )
     refuse_all_truncated(answers, config, recipe.model.name)
     asked = sum(map(len, answers))

@@ -18,16 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import RequestError, did_you_mean
 from ..evaluation.protocol import FORGETTING
 from ..evaluation.task_results import TaskResults
 from ..evaluation.token_table import TokenTable, tokens_file
-from ..model.fingerprint import base_fingerprint
-from ..runs.folder import RunFolder, read_json, write_json
-from ..runs.provenance import certificate
+from ..runs.folder import RunFolder
 from ..tasks import available
 from .claims import FINDINGS, RIVALS, accuracy, contrast, greedy, kinds, sampled
 from .findings import STUDY as EMBEDDED
+from .parts import in_parts
 from .study import Fields, Runs, Study
 
 REMEDIES: dict[str, Fields] = {
@@ -141,30 +139,4 @@ def run(out: Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[s
 
     Raises RequestError for an unknown part.
     """
-    for name in only:
-        if name not in STUDIES:
-            raise RequestError(f"--only {name!r}: no such part{did_you_mean(name, STUDIES)}")
-    for name in only or STUDIES:
-        study = STUDIES[name]()
-        runs, folder = Runs(study, out / name.replace(", ", "-").replace(" ", "-"), seeds), out / "parts"
-        base = base_fingerprint(runs.recipe("main", "sft", study.rates[0], seeds[0]).model)
-        for part, find in parts_of(name, runs):
-            file = folder / f"{name} {part}.json".replace("/", " ")
-            if not file.is_file() or read_json(file)["seeds"] != list(seeds):
-                made = {"base": name, "part": part, "seeds": list(seeds), "problems": study.problems}
-                write_json(file, {**made, "found": find(), **certificate(fingerprint=base)})
-                write_report(out)
-            yield f"{name:22} {part:24} {_verdict(read_json(file)['found'])}"
-
-
-def write_report(out: Path) -> None:
-    """Put all finished parts together: OUT/real.json, base -> part -> what was found."""
-    bases: dict[str, Any] = {}
-    for file in sorted((out / "parts").glob("*.json")):
-        entry = read_json(file)
-        bases.setdefault(entry.pop("base"), {})[entry.pop("part")] = entry
-    write_json(out / "real.json", {"bases": bases})
-
-
-def _verdict(found: Any) -> str:
-    return found.get("verdict", "done") if isinstance(found, dict) else "done"
+    yield from in_parts("real", out, seeds, only, STUDIES, parts_of)

@@ -58,6 +58,8 @@ class Objective:
     """Answers of the model itself to one problem that it must at least compare."""
     step_signals: ClassVar[Callable[..., dict[str, Tensor]] | None] = None
     """Mean NLL of each example of an optimizer step [E] -> signals [E], for all of `signals`."""
+    toward: ClassVar[Callable[..., Tensor] | None] = None
+    """Where the reference is not the base: (hidden states of the model, of a teacher) -> of the reference."""
 
     def __call__(self, scores: TokenScores) -> Tensor:
         raise NotImplementedError
@@ -330,6 +332,35 @@ class Psft(Objective):
         return -log_ratio_M.clamp_max(log1p(self.clip)).exp().sum()  # clamped before exp can overflow
 
 
+@dataclass(frozen=True)
+class TargetSft(Objective):
+    """- sg(p) log p + sg(1 - p) KL(q || model), q proportional to model^(1 - eta) teacher^eta, detached.
+
+    Target-SFT, arXiv 2606.11189: up to a constant, cross-entropy to p at the target and 1 - p spread as q.
+    eta 0 is DFT; 0.5 is ours. Under one linear head, q is the distribution at the hidden state
+    (1 - eta) h + eta h_teacher, so the reference is scored there and no [M, V] tensor exists.
+
+    Costs one more pass of the backbone, with the teacher's adapter, and of the loss. Weakness: on a token
+    that the model finds absurd it follows the teacher alone, right or wrong.
+    """
+
+    name = "target-sft"
+    needs = frozenset({"reference_kl"})
+    eta: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_number(self, "eta", lambda eta: 0 < eta <= 1, "must lie in (0, 1] (0 is the objective 'dft')")
+
+    def toward(self, hidden: Tensor, teacher: Tensor) -> Tensor:  # type: ignore[override]
+        """See Objective; both [..., D]."""
+        return torch.lerp(hidden.detach().float(), teacher.float(), self.eta).to(hidden.dtype)
+
+    def __call__(self, scores: TokenScores) -> Tensor:
+        logp_M = scores.logp.detach()
+        kl_M = scores.need("reference_kl")
+        return (-torch.expm1(logp_M) * kl_M - logp_M.exp() * scores.logp).sum()
+
+
 class Cadft(Weighted):
     """- sg(p * exp(-max(0, z))) log p, z the standard score of the example's mean NLL in its optimizer step.
 
@@ -443,6 +474,46 @@ class Focal(Objective):
 
 
 @dataclass(frozen=True)
+class Knee(TokenWeighted):
+    """- sg(min(1, p / tau)) log p: SFT down to p = tau, DFT's slope below. From this kit's lab.
+
+    DFT does two things at once: it mutes the least probable tokens, and it learns half-known ones more slowly
+    than SFT. Only the first protects against wrong labels. This keeps SFT's full weight above tau, and unlike
+    `threshold` a token below tau still learns, the more the closer it is. tau -> 0 is SFT.
+
+    Weakness: a token that the base finds absurd starves as in DFT; its weight is only 1 / tau times as large.
+    """
+
+    name = "knee"
+    tau: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_number(
+            self, "tau", lambda tau: 0 < tau < 1, "must lie between 0 and 1 (0 is 'sft', 1 is 'dft')"
+        )
+
+    def token_weight(self, logp: Tensor) -> Tensor:
+        return (logp.detach().exp() / self.tau).clamp_max(1)
+
+
+class Relative(Weighted):
+    """- sg(min(1, p e^H)) log p, H the entropy of the predicted distribution. From this kit's lab.
+
+    e^-H is the probability of a typical token of that distribution. A target as probable as that is no
+    surprise, even at p = 0.1: the model does not know (a new fact: ten digits, all alike), and SFT's weight
+    is right. A target far below it contradicts a model that is sure (a wrong label), and DFT's caution is
+    right. DFT itself cannot tell the two apart, since it looks at p alone.
+
+    Weakness: the base may be sure and wrong. A foreign format is such a case: its tokens starve as in DFT.
+    """
+
+    name = "relative"
+
+    def weight(self, scores: TokenScores) -> Tensor:
+        return (scores.logp.detach() + scores.entropy.detach()).clamp_max(0).exp()
+
+
+@dataclass(frozen=True)
 class Custom(Objective):
     """Any function of the scores.
 
@@ -482,7 +553,7 @@ _REGISTRY: dict[str, type[Objective]] = {
     kind.name: kind
     for kind in (
         Sft, Dft, DftSentence, DftGeometric, IwSft, IwSftToken, Power, Threshold, Asft, Prift, Gift, Psft,
-        Cadft, Eaft, Deft, InfoSft, ChordPhi, Focal,
+        TargetSft, Cadft, Eaft, Deft, InfoSft, ChordPhi, Focal, Knee, Relative,
     )
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .lora_inputs import keep_inputs_narrow
 from .row_blocks import norms_in_blocks
 from .sharding import shard
 from .starts import correct_quantization, start_of
+from .teacher import add_teacher
 
 
 def prepare(recipe: Recipe) -> None:
@@ -51,6 +53,8 @@ def _plain(recipe: Recipe, device: torch.device, loaded: tuple[Any, Hardware] | 
     if recipe.adapter.init == "loftq":
         plain = recipe.model.model_copy(update={"quantization": "none"})
         correct_quantization(model, load_base(plain, torch.device("cpu"))[0])
+    if recipe.objective.teacher is not None:
+        add_teacher(model, Path(recipe.objective.teacher) / "adapter")
     start = start_of(model, recipe.adapter)
     if hardware.dtype != torch.float32:
         keep_inputs_narrow(model)

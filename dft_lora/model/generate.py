@@ -68,7 +68,10 @@ class Request:
 
 @dataclass
 class Completion:
-    """An answer: its tokens without the end token; `finished` is False where max_new_tokens cut it."""
+    """An answer: its tokens without the end token; `finished` is False where max_new_tokens cut it.
+
+    The tokens of a stop text are part of it.
+    """
 
     ids: list[int]
     finished: bool
@@ -83,12 +86,14 @@ def generate(
     stop_ids: Collection[int],
     pad_id: int,
     batch_rows: int | None = None,
+    ends: Callable[[Sequence[int]], bool] | None = None,
     on_progress: Callable[[int, Completion], None] | None = None,
 ) -> list[Completion]:
     """The completions of `requests`, in their order; at most `batch_rows` are decoded at a time.
 
     None: as many as fit in half of the free memory (generation_memory.py).
 
+    `ends(ids)` is asked after each token of an answer, which is over once it says so: a stop text.
     `on_progress(i, completion)` is called as soon as request i is done: a bar, or a file to resume from.
     Raises ModelError for an unknown adapter, RunError when the model returns logits that are not finite.
     """
@@ -97,11 +102,11 @@ def generate(
         batch_rows = rows_that_fit(model, longest)
     ids: list[list[int]] = [[] for _ in requests]
     done: dict[int, Completion] = {}
-    for step in _decode(model, requests, stop_ids, pad_id, batch_rows):
+    for step in _decode(model, requests, stop_ids, pad_id, batch_rows, ends):
         for index, token in step.tokens:
             ids[index].append(token)
-        for index, end in step.ended:
-            done[index] = Completion(ids[index], finished=end is not None, end=end)
+        for index, finished, end in step.ended:
+            done[index] = Completion(ids[index], finished, end)
             if on_progress:
                 on_progress(index, done[index])
     return [done[index] for index in range(len(requests))]
@@ -208,18 +213,23 @@ class _Row:
     uniform: np.random.Generator
     length: int = 0
     last: int = -1
-    made: int = 0
+    ids: list[int] = field(default_factory=list)
 
 
 @dataclass
 class _Step:
     tokens: list[tuple[int, int]] = field(default_factory=list)
-    ended: list[tuple[int, int | None]] = field(default_factory=list)
-    """Requests that are done, with their end token; None where max_new_tokens cut them."""
+    ended: list[tuple[int, bool, int | None]] = field(default_factory=list)
+    """Requests that are done: whether they ended before max_new_tokens cut them, and their end token."""
 
 
 def _decode(
-    model: nn.Module, requests: Sequence[Request], stop_ids: Collection[int], pad_id: int, batch_rows: int
+    model: nn.Module,
+    requests: Sequence[Request],
+    stop_ids: Collection[int],
+    pad_id: int,
+    batch_rows: int,
+    ends: Callable[[Sequence[int]], bool] | None = None,
 ) -> Generator[_Step, None, None]:
     """Fill free places from the waiting groups, else feed every row its last token; draw; let rows go."""
     batch = _Batch(model, requests, pad_id)
@@ -236,16 +246,21 @@ def _decode(
             h_RD = batch.admit(rows)
         else:
             h_RD = batch.advance()
-        step, gone = _Step(), {}
+        step = _Step()
         for row, token in zip(rows, _choose(batch.head, h_RD, rows), strict=True):
-            row.last, row.made = token, row.made + 1
-            if token not in stops:
-                step.tokens.append((row.index, token))
-            if token in stops or row.made == row.request.max_new_tokens:
-                gone[row.index] = token if token in stops else None
-        step.ended = sorted(gone.items())
-        if gone:
-            batch.release(gone.keys())
+            row.last = token
+            if token in stops:
+                step.ended.append((row.index, True, token))
+                continue
+            row.ids.append(token)
+            step.tokens.append((row.index, token))
+            if ends is not None and ends(row.ids):
+                step.ended.append((row.index, True, None))
+            elif len(row.ids) == row.request.max_new_tokens:
+                step.ended.append((row.index, False, None))
+        step.ended.sort()
+        if step.ended:
+            batch.release({index for index, _, _ in step.ended})
         yield step
 
 

@@ -8,7 +8,9 @@ on the embedded base).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -94,8 +96,16 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_mb` start again from the memory in use; on a CPU, where the system can (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak MB so far: allocated memory on CUDA, resident memory of the process on a CPU."""
+    """Peak MB since the last reset: allocated memory on CUDA, resident memory of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource

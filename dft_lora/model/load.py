@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .head import bare
 from .known import KNOWN, known_file, unpacked_base
 from .limits import refuse_running_state
 from .memory import free_memory
+from .random_base import fill_, seed_of
 from .starts import CHANGES_BASE
 from .tiny import TINY_DIR
 
@@ -171,9 +173,14 @@ def load_base(
     if config.quantization != "none":
         storage = hardware.dtype if shardable else torch.uint8
         arguments |= {"quantization_config": _quantized(config.quantization, hardware.dtype, storage)}
+    seed = seed_of(resolve(config))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            device_map={"": "cpu" if shardable else hardware.device}, **arguments
+        model = (
+            AutoModelForCausalLM.from_pretrained(
+                device_map={"": "cpu" if shardable else hardware.device}, **arguments
+            )
+            if seed is None
+            else _random_weights(model_config, config.quantization, hardware, seed)
         )
     except (OSError, ValueError) as error:
         raise _not_found(config, "no weights of", error) from None
@@ -198,15 +205,36 @@ def _shapes_alone(model_config: Any, quantization: str, dtype: torch.dtype) -> A
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     if quantization != "none":
-        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-        from transformers.quantizers.base import get_keys_to_not_convert
+        _use_packed_layers(model, quantization, dtype)
+        from bitsandbytes.functional import create_dynamic_map, name2qmap
 
-        settings = _quantized(quantization, dtype, torch.uint8)
-        replace_with_bnb_linear(model, get_keys_to_not_convert(model), settings)
+        name2qmap.setdefault("dynamic", create_dynamic_map())  # kept for the process: not without contents
         for _, layer in _4bit_layers(model):
             layer.weight.data = layer.weight.data.to(dtype)
             layer.weight._quantize("meta")  # bitsandbytes' own shapes: packed numbers, scales, tables
     return model.requires_grad_(False).eval()
+
+
+def _random_weights(model_config: Any, quantization: str, hardware: Hardware, seed: int) -> Any:
+    """The model that `load_base` returns for a base of random weights (`random_base.py`)."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(model_config, dtype=hardware.dtype)
+    if quantization != "none":
+        _use_packed_layers(model, quantization, hardware.dtype)
+    fill_(model, hardware.dtype, hardware.device, seed)
+    return model
+
+
+def _use_packed_layers(model: Any, quantization: str, dtype: torch.dtype) -> None:
+    """Replace the layers of a model without contents with bitsandbytes', still unpacked."""
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    settings = _quantized(quantization, dtype, torch.uint8)
+    replace_with_bnb_linear(model, get_keys_to_not_convert(model), settings)
 
 
 def _wants_unpacked(model: Any, unpack: bool | str) -> bool:
@@ -333,20 +361,32 @@ def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
 
     model = base
     for name, path in adapters.items():
-        if not (path / "adapter_config.json").is_file():
-            raise ModelError(f"{path}: no adapter here (adapter_config.json is missing)")
-        if not (path / "adapter_model.safetensors").is_file():  # peft would load a pickle instead
-            raise ModelError(f"{path}: no adapter_model.safetensors; other formats are not supported")
-        if (path / MANIFEST).is_file() and (why := damage(path)):
-            raise ModelError(f"{path}: the adapter is damaged: {why}")
-        try:
+        check_adapter(path)
+        with fitting(path):
             if not isinstance(model, PeftModel):
                 model = PeftModel.from_pretrained(base, path, adapter_name=name)
             else:
                 model.load_adapter(path, adapter_name=name)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{path}: the adapter does not fit this base ({_first_line(error)})") from None
     return model.eval()
+
+
+def check_adapter(path: Path) -> None:
+    """Raises ModelError for a folder without a readable adapter, or with a damaged one."""
+    if not (path / "adapter_config.json").is_file():
+        raise ModelError(f"{path}: no adapter here (adapter_config.json is missing)")
+    if not (path / "adapter_model.safetensors").is_file():  # peft would load a pickle instead
+        raise ModelError(f"{path}: no adapter_model.safetensors; other formats are not supported")
+    if (path / MANIFEST).is_file() and (why := damage(path)):
+        raise ModelError(f"{path}: the adapter is damaged: {why}")
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Turn what peft raises for an adapter of another shape into a ModelError that names its folder."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{path}: the adapter does not fit this base ({_first_line(error)})") from None
 
 
 def use_checkpointing(model: Any, wanted: bool | str) -> bool:

@@ -54,7 +54,7 @@ class Vllm:
         hardware = choose(config.dtype, count_parameters(load_model_config(config)))
         dtype = dtype_name(hardware.dtype)
         self.provenance: dict[str, Any] = {"device": hardware.name, "dtype": dtype, "engine": "vllm"}
-        self.stop_ids = sorted(renderer.stop_ids)
+        self.stop_ids, self.stop = sorted(renderer.stop_ids), list(recipe.evaluate.stop)
         self.loras = {
             name: LoRARequest(name, number, str(path.resolve()))
             for number, (name, path) in enumerate(adapters.items(), start=1)
@@ -103,7 +103,8 @@ class Vllm:
                     seed=int(random_stream(request).integers(2**31)),  # vLLM's depends on the seed alone
                     max_tokens=request.max_new_tokens,
                     stop_token_ids=self.stop_ids,
-                    detokenize=False,
+                    stop=self.stop,
+                    detokenize=bool(self.stop),
                 )
                 for request in requests
             ],

@@ -261,6 +261,7 @@ VALIDATION = Part("arithmetic-validation/test", (1, 2, 3), quarters=(0,), size=1
 TRAIN = {
     "train": FINE_TUNING,
     "train-clean": replace(FINE_TUNING, wrong=0.0),
+    "train-noisy": replace(FINE_TUNING, wrong=0.25),
     "train-boxed": replace(FINE_TUNING, ending="\nAnswer: \\boxed{{{answer}}} End of solution."),
 }
 

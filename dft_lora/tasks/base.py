@@ -75,6 +75,10 @@ class Judge:
         """
         return judge_many((text, problem.answer or "") for text, problem in pairs)
 
+    def cut(self, text: str) -> str:
+        """An answer up to the point where a task's stop rule ends it."""
+        return text
+
     def reward(self, verdict: Verdict) -> float:
         """The reward of a verdict in reinforcement learning: 1 for a correct answer, else 0."""
         return float(verdict.correct)
@@ -91,13 +95,16 @@ class Task(Judge, ABC):
     by_likelihood: ClassVar[bool] = False
     """Whether a model answers by the choice whose text it finds most probable, without generating text."""
 
+    file: str | None = None
+    """sha256 of the file that a person's own test set was read from (data/own_tasks.py)."""
+
+    def judges(self, problem: Problem) -> bool:
+        """Whether answers to the problem are sampled and judged; otherwise its solution is only scored."""
+        return True
+
     def choose(self, logps: Sequence[float], problem: Problem) -> str:
         """The choice that the log-probabilities of all choices favour; the first of equals."""
         return problem.choices[max(range(len(logps)), key=logps.__getitem__)]
-
-    def cut(self, text: str) -> str:
-        """An answer up to the point where the task's stop rule ends it."""
-        return text
 
     @abstractmethod
     def problems(self, split: str = "test") -> list[Problem]:

@@ -104,6 +104,22 @@ class Written(Choice):
     by_likelihood: ClassVar[bool] = False
 
 
+@dataclass(frozen=True)
+class HeldOut(Written):
+    """A training set of which the last `held_out` questions are kept apart, to choose settings by.
+
+    `train` is the rest, `test` the questions kept apart; a benchmark's own test set stays untouched.
+    """
+
+    held_out: int = 200
+
+    def problems(self, split: str = "test") -> list[Problem]:
+        if split not in ("train", "test"):
+            return super().problems(split)
+        every = super().problems("train")
+        return every[: -self.held_out] if split == "train" else every[-self.held_out :]
+
+
 def _verdict(text: str, problem: Problem) -> Verdict:
     place = chosen_place(text, problem.choices)
     if place is None:
@@ -344,4 +360,16 @@ _KINDS = {
     "siqa": _Kind("SIQA, 1,954 social situations", "lighteval/siqa", None, "validation", _siqa, _ask_social),
 }
 
-TASKS = tuple(task for name, kind in _KINDS.items() for task in kind.tasks(name))
+_OPENBOOK = _KINDS["openbookqa"].tasks("openbookqa")[1]
+TASKS = (
+    *(task for name, kind in _KINDS.items() for task in kind.tasks(name)),
+    HeldOut(
+        "openbookqa-validation",
+        "OpenBookQA's training questions in words, 200 of them held out to choose settings by",
+        _OPENBOOK.hub,
+        _OPENBOOK.sources,
+        _OPENBOOK.problem,
+        _OPENBOOK.subset,
+        _OPENBOOK.max_new_tokens,
+    ),
+)

@@ -43,4 +43,7 @@ class Codebook(Task):
         return Problem.ask(f"{self.name}/{index}", question, solution=f"#### {code}", answer=code)
 
 
-TASKS = (Codebook("codebook", "48 made-up codes: facts that no base knows", facts=48, max_new_tokens=24),)
+TASKS = (
+    Codebook("codebook", "48 made-up codes: facts that no base knows", facts=48, max_new_tokens=24),
+    Codebook("codebook-validation", "48 other codes to choose settings by", facts=48, max_new_tokens=24),
+)

@@ -31,6 +31,7 @@ from ..model.hardware import Hardware
 from ..model.long_rows import offloaded
 from ..model.memory import give_back_large_blocks
 from ..model.starts import config_over_base, from_base, over_base
+from ..model.teacher import as_teacher
 from .checkpoints import random_state, set_random_state
 from .faults import RETREATS, Layout, out_of_memory_text, ran_out_of_memory
 from .metrics import ExampleNll, Sums, Totals
@@ -238,12 +239,15 @@ class Learner:
     def score(self, batch: Batch, sums: Sums) -> torch.Tensor:
         """The objective's sum over a micro-batch, connected to the graph; adds its metrics to `sums`."""
         objective = self.objective
-        reference = None
-        if objective.needs & REFERENCE_NEEDS and not self.keeps_reference:
+        reference, h_BLD = None, None
+        if objective.toward is not None:
+            h_BLD = self.hidden(self.model, batch)
+            reference = self.toward_teacher(h_BLD.detach(), batch, objective.toward)
+        elif objective.needs & REFERENCE_NEEDS and not self.keeps_reference:
             with torch.no_grad(), self.adapter_model.disable_adapter():  # the base itself: no second model
                 reference = self.token_scores(self.adapter_model, batch, keep_jacobian=True)
-        scores = self.token_scores(
-            self.model,
+        scores = self.scores_at(
+            self.hidden(self.model, batch) if h_BLD is None else h_BLD,
             batch,
             needs=objective.needs,
             signals=batch.signals_N(self.ranks.device),
@@ -254,6 +258,19 @@ class Learner:
         loss = objective(scores)
         sums.add(loss, scores, batch)
         return loss
+
+    @torch.no_grad()
+    def toward_teacher(
+        self, h_BLD: torch.Tensor, batch: Batch, toward: Callable[..., torch.Tensor]
+    ) -> TokenScores:
+        """The scores of the objective's reference, between the model and the teacher; without dropout."""
+        self.adapter_model.eval()
+        try:
+            with as_teacher(self.adapter_model):
+                teacher_BLD = self.hidden(self.adapter_model, batch)
+        finally:
+            self.adapter_model.train()
+        return self.scores_at(toward(h_BLD, teacher_BLD), batch, keep_jacobian=True)
 
     def look(self, batch: Batch, nll: ExampleNll) -> None:
         """Adds the mean NLL of a micro-batch's examples to `nll`, without gradients and without dropout."""
@@ -304,9 +321,16 @@ class Learner:
 
     def token_scores(self, model: Any, batch: Batch, **more: Any) -> TokenScores:
         """Forward pass of a micro-batch, scored by the chunked loss engine."""
-        device = self.ranks.device
+        return self.scores_at(self.hidden(model, batch), batch, **more)
+
+    def hidden(self, model: Any, batch: Batch) -> torch.Tensor:
+        """The last hidden states of a micro-batch, but for its last position, which predicts nothing."""
         with offloaded() if self.recipe.train.offload_activations else nullcontext():
-            h_BLD = self.hidden_states(model, **batch.inputs(device))[:, :-1]
+            return self.hidden_states(model, **batch.inputs(self.ranks.device))[:, :-1]
+
+    def scores_at(self, h_BLD: torch.Tensor, batch: Batch, **more: Any) -> TokenScores:
+        """The scores of a micro-batch whose hidden states are these."""
+        device = self.ranks.device
         if self.value_head is not None:
             value_BL1 = self.value_head(h_BLD.detach().float())
             more["signals"] = {**more.get("signals", {}), "value": value_BL1.flatten()}

@@ -16,7 +16,7 @@ from ..data.doctor import findings_table
 from ..errors import Interrupted
 from ..loss.objectives import starves
 from ..model.backends import prepare
-from ..model.hardware import Hardware
+from ..model.hardware import Hardware, reset_peak_memory
 from ..runs.folder import RunFolder
 from ..runs.plots import curves
 from .checkpoints import Checkpoints, State, write_adapter
@@ -84,6 +84,7 @@ class Run:
             )
         if ranks.is_main and not ((resume or extend) and self.folder.begun):
             RunFolder.create(self.folder.path)
+        reset_peak_memory(ranks.device)
         self.trainer = trainer = Trainer(plan, ranks, base=base)
         learner = trainer.learner
         if state is not None:

@@ -70,6 +70,8 @@ def _refuse(wanted: Objective, model: Any) -> None:
             f"objective {wanted.name!r}: weighs an example by signals of its whole optimizer step, which one "
             "forward pass does not see; use dft-lora train"
         )
+    if wanted.toward is not None:
+        raise RequestError(f"objective {wanted.name!r}: needs a teacher's adapter; use dft-lora train")
     if wanted.at(0.0) != wanted:
         raise RequestError(
             f"objective {wanted.name!r}: changes with the progress of the run, which a model does not know; "

@@ -14,9 +14,11 @@ from ..data.sources import Kind, Rows, judgeable, load_problems
 from ..data.templates import Example, Renderer
 from ..errors import DataError, RecipeError
 from ..loss import REFERENCE_NEEDS, ObjectiveError, objective
+from ..model.fingerprint import base_fingerprint
 from ..model.limits import caps_logits, positions, refuse_unknown_tokens
 from ..model.load import load_model_config, load_tokenizer
 from ..model.starts import CHANGES_BASE
+from ..runs.folder import RunFolder
 from ..tasks import judge_of
 from ..tasks.base import Problem
 
@@ -84,6 +86,7 @@ def make_plan(recipe: Recipe) -> Plan:
             f"adapter.init: {recipe.adapter.init} changes the base that {chosen.name!r} compares with; use "
             "default, or another objective"
         )
+    _check_teacher(recipe, chosen)
     base = load_model_config(recipe.model)
     if "reference_kl" in chosen.needs and caps_logits(base):
         raise RecipeError(
@@ -99,7 +102,7 @@ def make_plan(recipe: Recipe) -> Plan:
         examples = rendered
     else:
         rendered = [renderer.render(problem) for problem in rows.problems if problem.solution is not None]
-        counts, findings = check_data(rows, rendered, limit, recipe.evaluate.tasks)
+        counts, findings = check_data(rows, rendered, limit, recipe.evaluate.tasks, recipe.data)
         examples = _marked_pairs(rendered, limit) if kind == "pairs" else usable(rendered, limit)
     if not examples:
         raise DataError(
@@ -112,6 +115,29 @@ def make_plan(recipe: Recipe) -> Plan:
     )
     _refuse_long_rows(plan, positions(base))
     return plan
+
+
+def _check_teacher(recipe: Recipe, chosen: Any) -> None:
+    """Raises RecipeError for a missing or needless teacher, RequestError for one that cannot be used."""
+    teacher = recipe.objective.teacher
+    if teacher is None and chosen.toward is None:
+        return
+    if chosen.toward is None:
+        raise RecipeError(f"objective.teacher: {chosen.name!r} has no teacher; leave it out")
+    if teacher is None:
+        raise RecipeError(
+            f"objective.teacher: {chosen.name!r} needs one; name a finished run over the same base"
+        )
+    if recipe.train.shard or recipe.model.backend != "plain":
+        where = "train.shard" if recipe.train.shard else f"model.backend {recipe.model.backend!r}"
+        raise RecipeError(f"objective.teacher: not with {where}")
+    run = RunFolder.open(teacher)
+    if not (run.finished and run.has_adapter):
+        raise RecipeError(f"objective.teacher: {teacher} has no adapter of a finished run")
+    if run.base_fingerprint != base_fingerprint(recipe.model):
+        raise RecipeError(
+            f"objective.teacher: {teacher} has another base ({run.recipe().model.name}) than this recipe"
+        )
 
 
 def data_kind(recipe: Recipe, chosen: Any) -> Kind:
@@ -131,7 +157,7 @@ def _steps(recipe: Recipe, kind: Kind, examples: int) -> int:
 def _prompts(recipe: Recipe, renderer: Renderer, rows: Rows) -> tuple[list[Problem], list[Example], Found]:
     """Problems with a reference answer whose prompts fit, and these prompts."""
     limit = recipe.data.max_length
-    counts, findings = check_rows(rows, recipe.evaluate.tasks, own_answers=True)
+    counts, findings = check_rows(rows, recipe.evaluate.tasks, recipe.data, own_answers=True)
     asked = [(p, tuple(renderer.prompt_ids(p.messages))) for p in judgeable(rows, recipe.data)]
     fitting = [(p, Example(p.id, ids, len(ids))) for p, ids in asked if len(ids) <= limit]
     if over := tuple(p.id for p, ids in asked if len(ids) > limit):

@@ -17,6 +17,7 @@ import torch
 from ..config import Recipe
 from ..errors import RequestError
 from ..model.backends import prepare
+from ..model.generation_memory import Bound
 from ..model.hardware import dtype_name
 from ..model.memory import MIB
 from .learner import Learner
@@ -53,11 +54,11 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
     plan = make_plan(recipe)
     if elsewhere and can_trace(recipe):
         with traced(recipe, plan.objective, plan.renderer.pad_id) as learner:
-            return _measured(learner, plan, budget)
-    return _measured(Learner(recipe, plan.objective, plan.renderer.pad_id, Ranks(recipe)), plan, budget)
+            return measured(learner, plan, budget)
+    return measured(Learner(recipe, plan.objective, plan.renderer.pad_id, Ranks(recipe)), plan, budget)
 
 
-def _measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any]:
+def measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any]:
     device, train = learner.ranks.device, plan.recipe.train
     choices = (False, True) if learner.set_checkpointing else (learner.checkpointing,)
     fits = {on: measure(learner, plan.sized, on) for on in choices}
@@ -75,6 +76,9 @@ def _measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any
     resident = resident_bytes(learner)
     fit = fits[learner.checkpointing]
     available = memory_of_machine(device) if budget is None else budget
+    answers = answering(learner, plan)
+    most = max(real.peak, answers["bytes"]) if answers else real.peak
+    limit = usable(available, device, budget)
     counted = {"cuda": "CUDA allocator", "meta": "traced tensors"}.get(device.type, "live tensors")
     return {
         "device": "a GPU that is not here" if device.type == "meta" else learner.hardware.name,
@@ -86,23 +90,40 @@ def _measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any
         "bytes": resident
         | {"activations": real.saved, "loss_workspace": int(fit.workspace(real.M))}
         | {"scores_and_backward": max(0, real.peak - real.saved - int(fit.workspace(real.M)))},
-        "peak": sum(resident.values()) + real.peak,
+        "answers": answers,
+        "peak": sum(resident.values()) + most,
         "predicted_peak": sum(resident.values()) + int(fit.peak(real.N, real.M)),
         "available": available,
-        "headroom": int(usable(available, device, budget)) - sum(resident.values()) - real.peak,
+        "headroom": int(limit) - sum(resident.values()) - most,
         "seconds_a_step": seconds,
         "steps": plan.steps,
         "seconds_in_all": None if seconds is None else seconds * plan.steps,
         "proposal": propose(
             fits,
             sum(resident.values()),
-            usable(available, device, budget),
+            limit,
             real,
             learner.layout.micro_batch_size,
             train.batch_size,
         ),
+        "rollout_rows": answers and most_rows(learner, plan, limit - sum(resident.values())),
         "fit": {"checkpointing" if on else "plain": asdict(fits[on]) for on in fits},
     }
+
+
+def answering(learner: Learner, plan: Plan) -> dict[str, int] | None:
+    """Rows, tokens of the longest, and a bound of the bytes of decoding a rollout; None for a run without."""
+    if not plan.problems:
+        return None
+    rows, tokens = plan.rollouts.rows, max(len(example.ids) for example in plan.sized)
+    return {"rows": rows, "tokens": tokens, "bytes": Bound(learner.adapter_model)(rows, tokens)}
+
+
+def most_rows(learner: Learner, plan: Plan, room: float) -> int:
+    """The most rows of a rollout, up to its own, that can be decoded within `room` bytes; 0 for none."""
+    bound, tokens = Bound(learner.adapter_model), max(len(example.ids) for example in plan.sized)
+    fitting = bound.rows(tokens, int(room))
+    return min(plan.rollouts.rows, fitting) if bound(fitting, tokens) <= room else 0
 
 
 def propose(
@@ -168,13 +189,16 @@ def read_size(text: str) -> int:
 def preflight_table(found: dict[str, Any]) -> str:
     """The result as text for a terminal."""
     lines = [f"{name.replace('_', ' '):24} {size / MIB:10,.0f} MB" for name, size in found["bytes"].items()]
+    if answers := found["answers"]:
+        what = f"{answers['rows']} answers of {answers['tokens']} tokens"
+        lines.append(f"{'decoding, at most':24} {answers['bytes'] / MIB:10,.0f} MB   ({what})")
     lines += [
         f"{'peak':24} {found['peak'] / MIB:10,.0f} MB   (fit: {found['predicted_peak'] / MIB:,.0f} MB)",
         f"{'headroom':24} {found['headroom'] / MIB:10,.0f} MB   of {found['available'] / MIB:,.0f} MB",
     ]
     if found["seconds_a_step"] is not None:
         lines += [
-            f"{'per step':24} {found['seconds_a_step']:10.1f} s",
+            f"{'per step':24} {found['seconds_a_step']:10.1f} s{'   (without sampling)' if answers else ''}",
             f"{'whole run':24} {found['seconds_in_all'] / 3600:10.2f} h   ({found['steps']} steps)",
         ]
     lines += [
@@ -184,6 +208,11 @@ def preflight_table(found: dict[str, Any]) -> str:
     proposal = found["proposal"]
     if proposal is None:
         return "\n".join([*lines, "nothing fits; use a shorter data.max_length or a smaller model"])
+    rows = found["rollout_rows"]
+    if rows == 0:
+        return "\n".join([*lines, "not even one answer fits; use a shorter rollouts.max_new_tokens"])
     changes = [f"--set {k}={v}" for k, v in proposal.items() if k.startswith("train.") and v is not None]
+    if rows is not None and rows < found["answers"]["rows"]:
+        changes.append(f"--set rollouts.rows={rows}")
     peak = f"{proposal['predicted_peak'] / MIB:,.0f} MB"
     return "\n".join([*lines, f"fits: {' '.join(changes).lower()}   ({peak})"])

@@ -5,10 +5,10 @@ the backward pass:
 
     peak(N, M) = resident + max(saved(N) + workspace(M) + scores * M, backward(N))
 
-for N positions, M of them supervised. `saved` and `backward` are straight lines through two small passes:
-none of the attention kernels in use keeps an [L, L] matrix per head. On CUDA the allocator counts the bytes.
-On a CPU the live tensors are counted, which is what a GPU's allocator would see for the same dtypes, so a run
-can be fitted to a GPU that this machine does not have.
+for N positions, M of them supervised. `saved` and `backward` are straight lines through two passes, of one
+and two rows where that costs little: none of the attention kernels in use keeps an [L, L] matrix per head. On
+CUDA the allocator counts the bytes. On a CPU the live tensors are counted, which is what a GPU's allocator
+would see for the same dtypes, so a run can be fitted to a GPU that this machine does not have.
 
 Shapes (docs/shapes.md): N positions of a micro-batch, M supervised ones, V vocabulary.
 """
@@ -30,6 +30,7 @@ from ..loss import chunk_rows
 from ..model.head import bare
 from ..model.memory import MIB, LiveTensors, Memory
 from .checkpoints import random_state, set_random_state
+from .faults import ran_out_of_memory
 from .learner import Learner
 from .metrics import ExampleNll, Sums
 from .ranks import Ranks
@@ -40,7 +41,7 @@ USABLE = 0.94
 """Share of the rest that tensors may fill; the allocator loses some to fragmentation."""
 MOST_ROWS = 32
 PROBE = 256
-"""Tokens of the longer probe; the shorter one has half as many."""
+"""Tokens of the longer of the short probes; the shorter one has half as many."""
 
 
 @dataclass(frozen=True)
@@ -110,17 +111,16 @@ def auto_micro_batch(learner: Learner, examples: Sequence[Example]) -> int:
 
 
 def measure(learner: Learner, examples: Sequence[Example], checkpointing: bool) -> MemoryFit:
-    """Fit of two passes of one short row each, after a pass that allocates the gradients."""
+    """Fit of the two largest passes that memory allows, after a pass that allocates the gradients."""
     random = random_state(learner.ranks.device)
     set_checkpointing(learner, checkpointing)
-    longest = max(examples, key=lambda example: len(example.ids))
-    length = min(PROBE, len(longest.ids))
-    batches = [
-        learner.arrange(ungrouped([_cut(longest, size)]), 1, learner.pad_id)[0]
-        for size in (length // 2, length)
-    ]
+    batches = _batches(learner, examples)
     probe(learner, batches[0], gauged=False)
-    short, long = (probe(learner, batch) for batch in batches)
+    passes: list[ProbePass] = []
+    for batch in batches:
+        if ran_out_of_memory(lambda batch=batch: passes.append(probe(learner, batch))):
+            break
+    short, long = passes[-2:]
     learner.optimizer.zero_grad()
     set_random_state(random, learner.ranks.device)
     weight_VD = learner.head.weight_VD
@@ -133,6 +133,25 @@ def measure(learner: Learner, examples: Sequence[Example], checkpointing: bool) 
         rows=chunk_rows(weight_VD, V, 2**30, chunk),
     )
     return replace(fit, scores=max(0.0, long.loss_peak - long.saved - fit.workspace(long.M)) / max(1, long.M))
+
+
+def _batches(learner: Learner, examples: Sequence[Example]) -> list[Batch]:
+    """Growing micro-batches: two short rows; where it costs little, the run's longest row, then two of them.
+
+    In short rows the unpacked weights outweigh the activations and hide how the backward pass grows, and one
+    row alone has no padding. On a CPU long rows take minutes.
+    """
+    longest = max(examples, key=lambda example: len(example.ids))
+    length = min(PROBE, len(longest.ids))
+    batches = [
+        learner.arrange(ungrouped([_cut(longest, size)]), 1, learner.pad_id)[0]
+        for size in (length // 2, length)
+    ]
+    if learner.ranks.gauge is not None:
+        for batch in (longest_batch(learner, examples, rows) for rows in (1, 2)):
+            if batch.positions > batches[-1].positions:
+                batches.append(batch)
+    return batches
 
 
 def probe(learner: Learner, batch: Batch, gauged: bool = True) -> ProbePass:

@@ -12,6 +12,7 @@ from ..errors import RequestError
 from ..model.fingerprint import base_fingerprint
 from ..model.hardware import choose, dtype_name
 from ..model.load import count_parameters, load_model_config
+from ..runs.folder import RunFolder
 from .plan import Plan
 
 FREE = (
@@ -41,6 +42,8 @@ def guarded_fields(plan: Plan, device: torch.device, processes: int) -> dict[str
         for name, value in _flat(plan.recipe.as_dict()).items()
         if not name.startswith(FREE) and name not in LENGTH and name != "model.dtype"
     }
+    if teacher := plan.recipe.objective.teacher:
+        fields["objective.teacher"] = RunFolder(teacher).adapter_digest
     return fields | {
         "steps": plan.steps,
         "data": plan.data_hash,

@@ -12,6 +12,7 @@ Shapes: E answers of a rollout, T tokens of one answer.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from ..config import SEEDS, RolloutConfig
 from ..data.batches import Group, examples_of, step_indices, ungrouped
 from ..data.templates import Example, Renderer
 from ..errors import RunError
-from ..model.generate import Request, generate
+from ..model.generate import Completion, Request, generate
 from ..tasks import judge_of
 from ..tasks.base import Judge, Problem, Verdict
 from .plan import Plan, mark_pair
@@ -39,7 +40,10 @@ SAMPLES = 1_000_003
 
 @dataclass(frozen=True)
 class Answer:
-    """One judged answer. `example` holds the tokens as they were drawn, the end token included."""
+    """One judged answer. `example` holds the tokens as they were drawn, up to and with what ended it.
+
+    That is an end token, or the words of the task's stop rule; `text` ends before either.
+    """
 
     problem: Problem
     example: Example
@@ -59,8 +63,14 @@ def sample_answers(
     seed: int,
     rollout: int = 0,
     adapter: str | None = None,
+    title: str | None = None,
 ) -> list[list[Answer]]:
-    """`config.samples` judged answers to each problem, in order. `adapter` None asks the bare base."""
+    """`config.samples` judged answers to each problem, in order. `adapter` None asks the bare base.
+
+    `title`: that of the progress bar; None shows none.
+    """
+    from tqdm import tqdm
+
     asked = [
         (problem, tuple(renderer.prompt_ids(problem.messages)), sample)
         for problem in problems
@@ -76,22 +86,49 @@ def sample_answers(
         )
         for _, prompt, sample in asked
     ]
-    completions = generate(
-        model, requests, stop_ids=renderer.stop_ids, pad_id=renderer.pad_id, batch_rows=config.rows
+    with tqdm(total=len(requests), desc=title, unit="answer", leave=False, disable=title is None) as bar:
+        completions = generate(
+            model,
+            requests,
+            stop_ids=renderer.stop_ids,
+            pad_id=renderer.pad_id,
+            batch_rows=config.rows,
+            on_progress=lambda *_: bar.update(),
+        )
+    drawn, texts, stopped = zip(
+        *(up_to_the_stop(completion, renderer, judge) for completion in completions), strict=True
     )
-    texts = [renderer.decode(completion.ids) for completion in completions]
     verdicts = judge.judge_many([(text, problem) for text, (problem, _, _) in zip(texts, asked, strict=True)])
     answers = []
-    for (problem, prompt, sample), completion, text, verdict in zip(
-        asked, completions, texts, verdicts, strict=True
+    for (problem, prompt, sample), tokens, text, ended, verdict in zip(
+        asked, drawn, texts, stopped, verdicts, strict=True
     ):
-        truncated = completion.end is None
+        truncated = not ended
         if truncated and config.truncated == "wrong" and verdict.correct:
             verdict = Verdict("wrong", verdict.extracted)
-        ids = (*prompt, *completion.ids, *([] if completion.end is None else [completion.end]))
-        example = Example(f"{problem.id}/{rollout}.{sample}", ids, len(prompt))
+        example = Example(f"{problem.id}/{rollout}.{sample}", (*prompt, *tokens), len(prompt))
         answers.append(Answer(problem, example, text, verdict, judge.reward(verdict), truncated))
     return [answers[i : i + config.samples] for i in range(0, len(answers), config.samples)]
+
+
+def up_to_the_stop(completion: Completion, renderer: Renderer, judge: Judge) -> tuple[list[int], str, bool]:
+    """The tokens of an answer, its text, and whether it ended: by itself, or by the task's stop rule.
+
+    Where the stop rule cuts the text, the tokens are those that were drawn until it did: the run learns from
+    nothing that came later.
+    """
+    whole = renderer.decode(completion.ids)
+    text = judge.cut(whole)
+    if text == whole:
+        end = [] if completion.end is None else [completion.end]
+        return [*completion.ids, *end], text, bool(end)
+
+    def is_cut(count: int) -> bool:
+        start = renderer.decode(completion.ids[:count])
+        return start != text and judge.cut(start) == text
+
+    counts = range(len(completion.ids) + 1)
+    return completion.ids[: bisect_left(counts, True, key=is_cut)], text, True
 
 
 def stream_seed(seed: int, rollout: int, sample: int) -> int:
@@ -191,6 +228,7 @@ class Rollouts:
             raise RunError(f"{what}: there is no {wanted} among {len(every)} answers; nothing to learn from")
         self.rollout = rollout
         self.figures = {
+            "rollout": rollout,
             "reward": sum(answer.reward for answer in every) / len(every),
             "truncated": sum(answer.truncated for answer in every) / len(every),
             "answers": len(every),
@@ -220,6 +258,7 @@ class Rollouts:
                 seed=seed,
                 rollout=rollout,
                 adapter=ADAPTER,
+                title=f"answers, rollout {rollout + 1}" if self.learner.ranks.is_main else None,
             )
         finally:
             model.train()

@@ -51,7 +51,7 @@ class Trainer:
 
     def step(self, step: int) -> dict[str, Any]:
         """Run optimizer step `step` (from 0); returns its line of `metrics.jsonl`."""
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         settings, plan = self.recipe.train, self.plan
         groups = self.source.groups(step)
         self.learner.objective = plan.objective.at(step / plan.steps)
@@ -86,6 +86,7 @@ class Trainer:
             "padding": 1 - sums.tokens / sums.positions,
             "supervised_tokens": supervised,
             "seconds": seconds,
+            "processor_seconds": time.process_time() - busy,
             "tokens_per_second": sums.tokens / seconds,
             "peak_memory_mb": peak_memory_mb(self.ranks.device),
             **self.source.figures,

@@ -38,7 +38,7 @@ class Tally:
 
     @classmethod
     def of(cls, run: str, answers: Sequence[Answer]) -> Tally:
-        found = [(extract(answer.text), answer) for answer in answers]
+        found = [(a.verdict.extracted if a.verdict else extract(a.text), a) for a in answers]
         named = [(tidy(text), answer) for text, answer in found if text]
         verdicts = [answer.verdict for answer in answers if answer.verdict]
         return cls(

@@ -6,9 +6,9 @@ from typing import Any
 
 import gradio as gr
 
-from ..tasks.base import Problem
+from ..tasks.judge import judge
 from .events import MODEL, on_gpu, one_line_errors
-from .session import Question, Session, check_text, verdicts_on
+from .session import Question, Session, check_text
 
 
 def endpoints(session: Session) -> None:
@@ -42,8 +42,7 @@ def endpoints(session: Session) -> None:
         """Judge an answer: correct, wrong, unparsable or timed_out."""
         check_text("answer", answer)
         check_text("reference", reference)
-        (verdict,) = verdicts_on([(answer, Problem.ask("score", "", answer=reference))])
-        return verdict.status
+        return judge(answer, reference).status
 
     gr.api(compare, api_name="compare", **MODEL)
     gr.api(tokens, api_name="tokens", **MODEL)

@@ -16,6 +16,7 @@ from ..runs.folder import RunFolder
 from .endpoints import endpoints
 from .session import Session
 from .tabs.compare import compare_tab, shown_columns
+from .tabs.picker import ProblemSets
 from .tabs.results import results_tab
 from .tabs.samples import samples_tab
 from .tabs.steps import steps_tab
@@ -46,7 +47,8 @@ def build(
         gr.HTML(f'<div class="top"><h1>dft-lora</h1><p>{said}</p></div>', elem_id="top")
         with gr.Tabs(elem_id="tabs"):
             if session and ballot:
-                compare = compare_tab(session)
+                sets = ProblemSets(folders)
+                compare = compare_tab(session, sets)
                 if workshop:
                     train_tab(session, workshop, compare)
                 tokens_tab(session, compare)
@@ -54,7 +56,7 @@ def build(
                 samples_tab(session, compare)
             results_tab(folders)
             if session and ballot:
-                vote_tab(session, ballot)
+                vote_tab(session, ballot, sets)
         if session and ballot:
             page.load(
                 partial(shown_columns, session), None, compare.columns, api_visibility="private", queue=False

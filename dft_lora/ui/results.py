@@ -95,6 +95,7 @@ def results_view(folders: Sequence[RunFolder]) -> str:
             *map(_outdated, recorded.outdated),
             _headline(recorded),
             _accuracy(label, recorded),
+            _texts(label, recorded),
             _paired(label, report.get("paired", []), set(recorded.folders)),
             _probabilities(label, recorded),
             _solved(label, recorded),
@@ -177,6 +178,29 @@ def _accuracy(label: Legend, recorded: Recorded) -> str:
         title = f'<h2>{plain(task)} <span class="small">{size}</span></h2>'
         blocks.append(title + html_table(head, rows, numbers=range(2, 7), stacked=True))
     return "".join(blocks)
+
+
+def _texts(label: Legend, recorded: Recorded) -> str:
+    """Solutions of own test sets without reference answers, which are scored and not sampled."""
+    rows = [
+        [
+            label(name),
+            plain(text),
+            str(r["rows"]),
+            f"<b>{r['nll']:.3f}</b>",
+            f"{r['nll_ci95'][0]:.3f} to {r['nll_ci95'][1]:.3f}",
+            _percent(r["token_accuracy"]),
+            f"{r['mean_probability']:.3f}",
+            f"{r['p_end']:.3f}",
+        ]
+        for name in recorded.folders
+        for text, r in recorded.report["runs"].get(name, {}).get("texts", {}).items()
+    ]
+    if not rows:
+        return ""
+    head = ["run", "text", "rows", "NLL", "95 % interval", "token accuracy", "mean p", "p(end)"]
+    note = '<span class="small">without reference answers: scored token by token, nothing sampled</span>'
+    return f"<h3>Texts {note}</h3>" + html_table(head, rows, numbers=range(2, 8))
 
 
 def _paired(label: Legend, paired: Sequence[Mapping[str, Any]], known: set[str]) -> str:

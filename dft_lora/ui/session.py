@@ -14,20 +14,24 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from ..data.templates import Renderer
 from ..errors import RequestError, did_you_mean
+from ..evaluation.choices import Texts, choice_examples, score_texts
 from ..evaluation.run_set import renderer_of, same_base, unchanged_base, unique_names
 from ..model.adapters import adapter_layers, mixed
 from ..model.generate import Request, stream
 from ..model.head import check_head, hidden_states
 from ..model.load import load_adapters, load_base
 from ..runs.folder import RunFolder
-from ..tasks.base import Judge, Problem
+from ..tasks import get_task
+from ..tasks.base import Judge, Problem, Task
+from ..tasks.choice import LETTERS
 from ..tasks.judge import Verdict
 
 MAX_COLUMNS = 4
@@ -43,10 +47,19 @@ SCORED_AT_ONCE = 64  # positions whose logits [M, V] exist at the same time: 39 
 
 
 @dataclass(frozen=True)
+class Picked:
+    """A problem that was picked on the page, and the name of its task."""
+
+    task: str
+    problem: Problem
+
+
+@dataclass(frozen=True)
 class Question:
     """A question from the page or an endpoint. Every field is checked, since it comes from outside.
 
-    `samples` is the number of answers per run; they are judged against `reference` unless it is blank.
+    `samples` is the number of answers per run; they are judged against `reference` unless it is blank. The
+    task of `picked` judges them, as long as `problem` is the text that was picked.
     """
 
     problem: str
@@ -55,6 +68,7 @@ class Question:
     max_new_tokens: int = 256
     seed: int = 0
     samples: int = 1
+    picked: Picked | None = None
 
     def __post_init__(self):
         check_text("problem", self.problem)
@@ -65,10 +79,31 @@ class Question:
         check_number("max_new_tokens", self.max_new_tokens, 1, 4096, whole=True)
         check_number("seed", self.seed, 0, 2**31 - 1, whole=True)
         check_number("samples", self.samples, 1, MAX_SAMPLES, whole=True)
+        problem = self.as_problem()
+        letters = LETTERS[: len(problem.choices)]
+        if letters and problem.answer is not None and problem.answer not in tuple(letters):
+            raise RequestError(f"reference: the answer to this problem is a letter from {', '.join(letters)}")
+
+    @property
+    def task(self) -> Task | None:
+        """The task of the picked problem, unless the problem was edited."""
+        picked = self.picked
+        return get_task(picked.task) if picked and picked.problem.question == self.problem else None
+
+    @property
+    def judge(self) -> Judge | None:
+        """What judges the answers. None: they are programs, which the page never runs."""
+        try:
+            return (self.task or Judge()).allowed(False)
+        except RequestError:
+            return None
 
     def as_problem(self) -> Problem:
         """The question as a task's problem; it has no answer when there is no reference."""
-        return Problem.ask("page", self.problem, answer=self.reference if self.reference.strip() else None)
+        answer = self.reference if self.reference.strip() else None
+        if self.picked and self.task:
+            return replace(self.picked.problem, answer=answer)
+        return Problem.ask("page", self.problem, answer=answer)
 
 
 def check_text(name: str, value: Any) -> None:
@@ -180,7 +215,7 @@ class Session:
         return [name for name in self.adapters if name not in self.added]
 
     @property
-    def choices(self) -> list[str]:
+    def every(self) -> list[str]:
         """The names of all columns that a visitor may choose."""
         return list(self.adapters)
 
@@ -241,7 +276,7 @@ class Session:
             )
             for answer in answers
         ]
-        problem = question.as_problem()
+        problem, judge = question.as_problem(), question.judge
         started = time.perf_counter()
         renderer = self.renderer
         with closing(
@@ -253,8 +288,9 @@ class Session:
                 for i, answer in growing.items():
                     answer.seconds = time.perf_counter() - started
                     self._extend(answer, written.get(i), question.max_new_tokens)
-                if problem.answer is not None:
-                    _judge([answer for answer in growing.values() if answer.state != "writing"], problem)
+                if problem.answer is not None and judge is not None:
+                    finished = [answer for answer in growing.values() if answer.state != "writing"]
+                    _judge(finished, problem, judge)
                 yield answers
 
     def tokens(self, problem: str, rows: Sequence[tuple[str, Sequence[int]]]) -> list[list[Token]]:
@@ -278,6 +314,27 @@ class Session:
             first = len(prompt) - 1
             scored.append(self._score(list(ids), h_LD[first : first + len(ids)]))
         return scored
+
+    def choices(self, question: Question, runs: Sequence[str] | None = None) -> dict[str, list[float]]:
+        """Run -> the log-probability of each choice of a picked problem, asked with its task's template.
+
+        `runs`: by default the page's own columns.
+
+        Raises RequestError for a problem that is too long for the model's positions.
+        """
+        task = question.task
+        own = task.template if task else None
+        renderer = Renderer(self.renderer.tokenizer, own) if own else self.renderer
+        examples = choice_examples(renderer, question.as_problem())
+        runs = self.runs if runs is None else runs
+        sets = [Texts(examples, self._adapter(run)) for run in runs]
+        if sets[0].longest > self.positions:
+            raise RequestError(f"problem: its {sets[0].longest} tokens exceed the model's {self.positions}")
+        found: dict[str, list[float]] = {}
+        with self.lock:
+            for places, logps in score_texts(self.model, sets, pad_id=renderer.pad_id):
+                found |= {runs[i]: scores for i, scores in zip(places, logps, strict=True)}
+        return {run: found[run] for run in runs}
 
     def text_ids(self, text: str) -> list[int]:
         """The ids of a text as an answer, end token included."""
@@ -347,15 +404,10 @@ def whole_run(folder: RunFolder) -> RunFolder:
     return RunFolder(folder.path.parent.parent) if folder.path.parent.name == "steps" else folder
 
 
-def verdicts_on(pairs: Sequence[tuple[str, Problem]]) -> list[Verdict]:
-    """The verdict on each (text, problem) pair. This is the page's only call of the judge."""
-    return Judge().judge_many(pairs)
-
-
-def _judge(answers: Sequence[Answer], problem: Problem) -> None:
+def _judge(answers: Sequence[Answer], problem: Problem, judge: Judge) -> None:
     """Give each of the `answers` to one problem its verdict."""
     pairs = [(answer.text, problem) for answer in answers]
-    for answer, verdict in zip(answers, verdicts_on(pairs), strict=True):
+    for answer, verdict in zip(answers, judge.judge_many(pairs), strict=True):
         answer.verdict = verdict
 
 

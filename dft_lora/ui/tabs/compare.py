@@ -10,12 +10,13 @@ import gradio as gr
 
 from ...errors import RequestError
 from ...tasks import get_task
+from ..choices import choices_view
 from ..events import FRAME, MODEL, on_gpu, one_line_errors, validate
 from ..session import MAX_COLUMNS, Answer, Question, Session
 from ..text import DELIMITERS
 from ..views import answers_view
 from ..workshop import EXAMPLE
-from .picker import connect_picker, picker
+from .picker import ProblemSets, connect_picker, picker
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,15 @@ class CompareInputs:
     solution: gr.Textbox
     max_new_tokens: gr.Slider
     seed: gr.Number
+    picked: gr.State
     comparison: gr.State
     columns: gr.Dropdown
 
 
-def compare_tab(session: Session) -> CompareInputs:
+def compare_tab(session: Session, sets: ProblemSets) -> CompareInputs:
     example = get_task("arithmetic").problems()[EXAMPLE]
     with gr.Tab("Compare", id="compare"):
-        comparison = gr.State(None)
+        comparison, picked = gr.State(None), gr.State(None)
         with gr.Row(elem_classes="ask"):
             problem = gr.Textbox(
                 example.question,
@@ -72,7 +74,7 @@ def compare_tab(session: Session) -> CompareInputs:
                     stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
         with gr.Row(elem_classes="more"):
             with gr.Column(min_width=280), gr.Accordion("Pick a problem", open=False):
-                task, level, pick = picker()
+                task, level, pick = picker(sets)
             with gr.Column(min_width=280), gr.Accordion("Sampling", open=False):
                 temperature = gr.Slider(0, 1.5, 1.0, step=0.1, label="Temperature", info="0 means greedy")
                 samples = gr.Slider(1, 8, 1, step=1, label="Samples per run")
@@ -104,13 +106,16 @@ def compare_tab(session: Session) -> CompareInputs:
             elem_id="answers",
         )
 
-    inputs = [problem, reference, temperature, max_new_tokens, seed, samples, columns]
+    inputs = [problem, reference, temperature, max_new_tokens, seed, samples, picked, columns]
 
     @one_line_errors
     @on_gpu
     def ask(*asked) -> Iterator[tuple]:
         *fields, runs = asked
         question, runs = Question(*fields), chosen(session, runs)
+        if question.task and question.task.by_likelihood:
+            yield choices_view(question, session.choices(question, runs)), None
+            return
         shown = 0.0
         for written in session.answers(question, runs):
             over = all(answer.state != "writing" for answer in written)
@@ -139,8 +144,8 @@ def compare_tab(session: Session) -> CompareInputs:
     stop.click(None, cancels=[run], api_visibility="private").then(
         stopped, comparison, answers, show_progress="hidden", api_visibility="private"
     )
-    connect_picker(task, level, pick, [problem, reference, solution])
-    return CompareInputs(problem, reference, solution, max_new_tokens, seed, comparison, columns)
+    connect_picker(sets, task, level, pick, [problem, reference, solution, picked])
+    return CompareInputs(problem, reference, solution, max_new_tokens, seed, picked, comparison, columns)
 
 
 def chosen(session: Session, runs: Sequence[str]) -> list[str]:
@@ -154,5 +159,5 @@ def shown_columns(session: Session, names: Sequence[str] = ()) -> gr.Dropdown:
     """The choice of columns, once there is one: the base and the runs `names`, or the page's own columns."""
     value = [*(["base"] if "base" in session.adapters else []), *names][-MAX_COLUMNS:]
     return gr.Dropdown(
-        session.choices, value=value if names else session.runs, visible=session.choices != session.runs
+        session.every, value=value if names else session.runs, visible=session.every != session.runs
     )

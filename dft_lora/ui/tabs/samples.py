@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from ...errors import RequestError
 from ..counts import Tally
 from ..events import FRAME, MODEL, on_gpu, one_line_errors, validate
 from ..session import Question, Session
@@ -39,6 +40,8 @@ def samples_tab(session: Session, compare: CompareInputs) -> None:
     def draw(*values) -> Iterator[Any]:
         *fields, columns = values
         question, shown, runs = Question(*fields), 0.0, chosen(session, columns)
+        if question.task and question.task.by_likelihood:
+            raise RequestError("the runs choose among this problem's answers, so there is nothing to sample")
         for written in session.answers(question, runs):
             finished = sum(answer.state != "writing" for answer in written)
             if finished == len(written) or time.perf_counter() - shown > 4 * FRAME:
@@ -60,6 +63,7 @@ def samples_tab(session: Session, compare: CompareInputs) -> None:
             compare.max_new_tokens,
             compare.seed,
             samples,
+            compare.picked,
             compare.columns,
         ],
         view,

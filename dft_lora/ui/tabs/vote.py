@@ -8,20 +8,19 @@ from collections.abc import Callable, Iterator
 import gradio as gr
 
 from ...errors import RequestError
-from ...tasks import task_names
 from ..events import MODEL, on_gpu, one_line_errors
 from ..session import Question, Session
 from ..text import DELIMITERS
 from ..views import pair_view, standings_view
 from ..votes import Ballot, Pair
-from .picker import ANY, random_problem
+from .picker import ProblemSets
 
 
-def vote_tab(session: Session, ballot: Ballot) -> None:
+def vote_tab(session: Session, ballot: Ballot, sets: ProblemSets) -> None:
     with gr.Tab("Vote", id="vote") as tab:
         held = gr.State(None)  # the pair stays on the server: the browser learns the names after the vote
         with gr.Row(elem_classes="controls"):
-            task = gr.Dropdown(task_names(), value="arithmetic-long", label="Problem set", min_width=160)
+            task = gr.Dropdown(sets.written, value="arithmetic-long", label="Problem set", min_width=160)
             new = gr.Button("New pair", variant="primary", elem_id="new-pair", min_width=120)
         pair_shown = gr.Markdown(pair_view(None), latex_delimiters=[*DELIMITERS], elem_id="pair")
         with gr.Row(elem_classes="choices", equal_height=True):
@@ -38,7 +37,7 @@ def vote_tab(session: Session, ballot: Ballot) -> None:
     @on_gpu
     def answer(name: str) -> Iterator[tuple]:
         sides = random.SystemRandom().sample(session.runs, 2)
-        problem = random_problem(name, ANY)
+        problem = sets.random(name)
         seed = random.SystemRandom().randrange(2**31)
         question = Question(problem.question, temperature=1.0, seed=seed, max_new_tokens=_longest(session))
         for written in session.answers(question, sides):

@@ -1,0 +1,237 @@
+"""What the lab found, from its lab.json: tables with Holm-corrected differences, ranks, and the advice.
+
+Everything here is a function of the recorded result; nothing is run again.
+
+Legend: Q labels (objectives) of a regime, W regimes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from ..evaluation import statistics as st
+from .advice import MEASURED
+from .lab import MODES, REGIMES
+
+LEVEL = 0.05
+RESAMPLES = 10_000
+
+
+def lines_of(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Regime -> label -> what was found of it, in the order of REGIMES; only what is recorded."""
+    bases = result["bases"]
+    return {
+        regime: {
+            name.removeprefix("test/"): part["found"]
+            for name, part in sorted(bases[regime].items(), key=lambda item: _order(regime, item[0]))
+            if name.startswith("test/")
+        }
+        for regime in REGIMES
+        if regime in bases
+    }
+
+
+def complete(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`lines_of` the regimes in which every objective was tested: those that are ranked."""
+    lines = lines_of(result)
+    return {regime: some for regime, some in lines.items() if set(some) >= set(REGIMES[regime].labels)}
+
+
+def _order(regime: str, part: str) -> int:
+    labels, label = REGIMES[regime].labels, part.partition("/")[2]
+    return labels.index(label) if label in labels else -1
+
+
+def corrected(lines: Mapping[str, Any], rival: str, mode: str) -> dict[str, float]:
+    """Label -> p against the rival, corrected over all labels of the regime by Holm's method."""
+    against = {
+        label: line["against"][rival][mode] for label, line in lines.items() if rival in line["against"]
+    }
+    if not against:
+        return {}
+    adjusted = st.holm([part["p_value"] for part in against.values()])
+    return dict(zip(against, map(float, adjusted), strict=True))
+
+
+def regime_table(lines: Mapping[str, Any]) -> str:
+    """One regime as Markdown. Differences in points; in bold where the corrected p is below LEVEL."""
+    head = ["objective", "rate", *MODES, "ended", "minus SFT, T = 1", "minus DFT, T = 1", "at equal entropy"]
+    head += ["other text, NLL", "s a step"]
+    table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    adjusted = {rival: corrected(lines, rival, "sampled") for rival in ("sft", "dft")}
+    for label, line in lines.items():
+        accuracy = list(line["accuracy"].items())
+        means = [
+            np.mean([share for name, share in accuracy if name.endswith(" greedy") == is_greedy])
+            for is_greedy in (False, True)
+        ]
+        cells = [line["kind"], f"{line['learning_rate']:g}"]
+        cells += [f"{100 * share:.1f}" for share in (*means, line["pass@4"])]
+        cells += [f"{100 * np.mean(list(line['ended'].values())):.0f} %"]
+        for rival in ("sft", "dft"):
+            part = line["against"].get(rival)
+            clear = adjusted[rival].get(label, 1.0) < LEVEL
+            cells += [_points(part["sampled"], clear) if part else ""]
+        cells += [_points(line["at_equal_entropy"]) if "at_equal_entropy" in line else ""]
+        cells += [f"{line['other_text_nll']:.2f}", f"{line['seconds_per_step']:.2f}"]
+        table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def _points(part: Mapping[str, Any], clear: bool = False) -> str:
+    low, high = (100 * bound for bound in part["ci95"])
+    said = f"{100 * part['difference']:+.1f}"
+    return f"{f'**{said}**' if clear else said} ({low:+.1f} to {high:+.1f})"
+
+
+def ranks(scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Regime -> label -> score (higher is better) becomes label -> ranks over the regimes, best first.
+
+    Only labels that every regime has are ranked, 1 the best, ties shared. The interval of the mean rank is a
+    bootstrap over regimes. `worst_gap` is the largest distance from a regime's best score.
+    """
+    regimes = list(scores)
+    labels = [label for label in scores[regimes[0]] if all(label in scores[r] for r in regimes)]
+    score_WQ = np.array([[scores[regime][label] for label in labels] for regime in regimes])
+    rank_WQ = rankdata(-score_WQ, axis=1)
+    gap_WQ = score_WQ.max(1, keepdims=True) - score_WQ
+    drawn = np.random.default_rng(0).integers(len(regimes), size=(RESAMPLES, len(regimes)))
+    low_Q, high_Q = np.percentile(rank_WQ[drawn].mean(1), (2.5, 97.5), axis=0)
+    found: dict[str, Any] = {
+        label: {
+            "mean_rank": float(rank_WQ[:, q].mean()),
+            "ci95": [float(low_Q[q]), float(high_Q[q])],
+            "worst_gap": float(gap_WQ[:, q].max()),
+            "worst_in": regimes[int(gap_WQ[:, q].argmax())],
+        }
+        for q, label in enumerate(labels)
+    }
+    return dict(sorted(found.items(), key=lambda item: item[1]["mean_rank"]))
+
+
+def scores_of(lines: Mapping[str, Mapping[str, Any]], what: str = "sampled") -> dict[str, dict[str, float]]:
+    """Regime -> label -> sampled or greedy accuracy, pass@4, or what was kept of other text (minus NLL)."""
+
+    def score(line: Mapping[str, Any]) -> float:
+        if what == "kept":
+            return -line["other_text_nll"]
+        if what == "pass@4":
+            return line["pass@4"]
+        wanted = [s for n, s in line["accuracy"].items() if n.endswith(" greedy") == (what == "greedy")]
+        return float(np.mean(wanted))
+
+    return {regime: {label: score(line) for label, line in some.items()} for regime, some in lines.items()}
+
+
+def winner(lines: Mapping[str, Any]) -> str:
+    """`dft` or `sft` where plain DFT's interval against SFT excludes zero at T = 1; else `either`."""
+    low, high = lines["dft"]["against"]["sft"]["sampled"]["ci95"]
+    return "dft" if low > 0 else "sft" if high < 0 else "either"
+
+
+def stump(values: Sequence[float], winners: Sequence[str]) -> tuple[float, str, str]:
+    """(threshold, winner below, winner above) that is right most often; of equals the first threshold.
+
+    Thresholds lie half way between neighbouring values. There is nothing else to fit.
+    """
+    points = sorted(set(values))
+    cuts = [(a + b) / 2 for a, b in pairwise(points)] or [points[0]]
+    names = sorted(set(winners))
+    rules = [(cut, below, above) for cut in cuts for below in names for above in names]
+
+    def right(rule: tuple[float, str, str]) -> int:
+        return sum(_said(rule, v) == w for v, w in zip(values, winners, strict=True))
+
+    return max(rules, key=right)
+
+
+def _said(rule: tuple[float, str, str], value: float) -> str:
+    cut, below, above = rule
+    return below if value < cut else above
+
+
+def left_out(values: Sequence[float], winners: Sequence[str]) -> float:
+    """Leave-one-regime-out accuracy of `stump` on one quantity."""
+    hits = []
+    for i, (value, won) in enumerate(zip(values, winners, strict=True)):
+        others = [j for j in range(len(values)) if j != i]
+        rule = stump([values[j] for j in others], [winners[j] for j in others])
+        hits.append(_said(rule, value) == won)
+    return float(np.mean(hits))
+
+
+def advice(result: Mapping[str, Any]) -> dict[str, Any]:
+    """How well what `diagnose` measured predicts the winner of SFT and DFT; see docs/lab.md.
+
+    `now`: accuracy of the advice as it is given. `majority`: of always naming the most frequent winner.
+    `by_quantity`: leave-one-regime-out accuracy of one threshold on each measured quantity.
+    """
+    lines = {r: some for r, some in lines_of(result).items() if {"sft", "dft"} <= set(some)}
+    said = {regime: result["bases"][regime]["diagnosis"]["found"] for regime in lines}
+    winners = [winner(some) for some in lines.values()]
+    most = max((winners.count(name) for name in set(winners)), default=0)
+    enough = len(lines) > 2
+    return {
+        "regimes": {
+            regime: {"advised": said[regime]["favours"], "winner": won, "p": said[regime]["mean_probability"]}
+            for regime, won in zip(lines, winners, strict=True)
+        },
+        "now": float(np.mean([said[r]["favours"] == w for r, w in zip(lines, winners, strict=True)]))
+        if lines
+        else None,
+        "majority": most / len(lines) if lines else None,
+        "by_quantity": {
+            key: left_out([said[regime][key] for regime in lines], winners) for key in MEASURED if enough
+        },
+    }
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The whole report for docs/lab.md."""
+    lines = {regime: some for regime, some in lines_of(result).items() if some}
+    blocks = [
+        f"### {regime}: {REGIMES[regime].why}\n\n{regime_table(some)}" for regime, some in lines.items()
+    ]
+    if full := complete(result):
+        blocks.append("### Ranks over the regimes that are complete\n\n" + rank_table(full))
+    found = advice(result)
+    if found["regimes"]:
+        blocks.append("### Was the advice right?\n\n" + advice_text(found))
+    return "\n\n".join(blocks)
+
+
+def rank_table(lines: Mapping[str, Mapping[str, Any]]) -> str:
+    """Mean rank with its interval at T = 1, and the ranks by the other measures."""
+    by = {what: ranks(scores_of(lines, what)) for what in (*MODES, "kept")}
+    head = ["objective", "mean rank, T = 1", "95 % interval", "furthest from the best, points", "in"]
+    head += ["greedy", "pass@4", "other text kept"]
+    table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for label, row in by["sampled"].items():
+        low, high = row["ci95"]
+        cells = [label, f"{row['mean_rank']:.1f}", f"{low:.1f} to {high:.1f}"]
+        cells += [f"{100 * row['worst_gap']:.1f}", row["worst_in"]]
+        cells += [f"{by[what][label]['mean_rank']:.1f}" for what in list(by)[1:]]
+        table.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*table, "", f"{len(lines)} regimes: {', '.join(lines)}."])
+
+
+def advice_text(found: Mapping[str, Any]) -> str:
+    """The advice analysis in a table and a sentence."""
+    table = ["| regime | mean p | advised | won at T = 1 |", "|---|---:|---|---|"]
+    table += [
+        f"| {regime} | {row['p']:.2f} | {row['advised']} | {row['winner']} |"
+        for regime, row in found["regimes"].items()
+    ]
+    quantities = ", ".join(f"{key} {share:.2f}" for key, share in found["by_quantity"].items())
+    said = f"The advice as given was right in {found['now']:.2f} of the regimes; always naming the most "
+    said += f"frequent winner in {found['majority']:.2f}."
+    if quantities:
+        said += (
+            f" One threshold on a measured quantity, leaving out the regime that it predicts: {quantities}."
+        )
+    return "\n".join([*table, "", said])
