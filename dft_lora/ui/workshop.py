@@ -77,8 +77,9 @@ def defaults(base: str) -> tuple[str, str, float]:
 
 
 def objective_choices() -> list[str]:
-    """The objectives that learn from solutions, and DFT with the floor that ends answers on real bases."""
-    fitting = [name for name in objective_names() if objective(name).learns_from == "solutions"]
+    """The objectives that need solutions alone, and DFT with the floor that ends answers on real bases."""
+    known = {name: objective(name) for name in objective_names()}
+    fitting = [n for n, one in known.items() if one.learns_from == "solutions" and one.toward is None]
     return ["sft", "dft", "dft floor=0.1", *(name for name in fitting if name not in ("sft", "dft"))]
 
 

@@ -76,7 +76,7 @@ def steps_tab(session: Session, compare: CompareInputs) -> None:
             strips = "".join(strip(label(run), run, tokens) for run, tokens in scored.items())
         said = "the base, before training" if step == 0 else f"after step {step}"
         return (
-            f'<h2>{said}</h2><div class="charts">{chart}</div>'
+            f'<h2>{said}</h2><div class="charts film">{chart}</div>'
             f'<h2>The reference solution of the Compare tab</h2>{SCALE}<div class="strips">{strips}</div>'
         )
 
