@@ -363,6 +363,12 @@ def diagnose(recipe: str, changes: tuple[str, ...], examples: int, as_json: bool
     help="Show recorded results without loading a model.",
 )
 @click.option(
+    "--public",
+    is_flag=True,
+    envvar="DFT_LORA_PUBLIC",
+    help="Let visitors neither train nor upload. Implied on a Space, and by --share without --auth.",
+)
+@click.option(
     "--votes",
     default="runs/votes.jsonl",
     show_default=True,

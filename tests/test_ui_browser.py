@@ -1,10 +1,14 @@
 """The page in a real browser: headless Chromium, the real server, the embedded base."""
 
 import json
+import re
 import shutil
+import subprocess
+import tarfile
 from contextlib import closing
 from html import unescape
 from itertools import islice
+from pathlib import Path
 
 import pytest
 from patience import HANG, wait_for
@@ -16,6 +20,7 @@ from ui_cases import (
     missing,
     session,
     settle,
+    workshop,
 )
 
 from dft_lora.model.generate import stream
@@ -23,7 +28,7 @@ from dft_lora.ui import session as ui_session
 from dft_lora.ui.session import Question
 from dft_lora.ui.text import plain
 
-TABS = ("Compare", "Tokens", "Samples", "Results", "Vote")
+TABS = ("Compare", "Train", "Tokens", "Steps", "Samples", "Results", "Vote")
 SIZES = {1280: 900, 390: 844}
 FRAMES = "requestAnimationFrame(() => requestAnimationFrame(arguments[0]))"
 FORBIDDEN = "img, iframe, object, embed, script, style, link, meta, base, form, video, audio, a[href]"
@@ -266,7 +271,7 @@ def check_closed_pages(page: Page, monkeypatch, times: int) -> None:
                 stream_long(page)
                 page.driver.get("about:blank")
                 assert settle(forwards) < 512
-            assert hooks_left() == 0 and not session()._lock.locked()
+            assert hooks_left() == 0 and not session().lock.locked()
             page.open()
     page.compare()
     problem = page.run("return document.querySelector('#problem textarea').value")
@@ -368,6 +373,12 @@ def visit(page: Page, name: str) -> None:
         wait_for(lambda: page.count("#tallies .big") == 3 and not page.count("#tallies progress"))
     elif name == "Results":
         wait_for(lambda: page.text("#report"))
+    elif name == "Train":
+        wait_for(lambda: page.count("#start"))
+    elif name == "Steps":
+        wait_for(
+            lambda: page.count("#film .t") or "No run here has kept its checkpoints" in page.text("body")
+        )
     else:
         page.click("#new-pair")
         wait_for(lambda: page.count("#pair .card") == 2)
@@ -390,6 +401,102 @@ def test_every_tab_fits_and_meets_contrast_aa(driver, url, brief, width, dark):
     assert all(address.startswith((url, "data:", "blob:")) for address in page.requests())
     severe = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
     assert severe == []
+
+
+def upload(page: Page, name: str, content: bytes, folder: Path) -> None:
+    """Choose a file as a visitor does."""
+    file = folder / name
+    file.write_bytes(content)
+    page.driver.find_element("css selector", "input[type=file]").send_keys(str(file))
+
+
+def test_a_training_from_an_upload_to_compare(page, tmp_path):
+    """Refused uploads, hostile rows, pause, reload, a second visitor, stop; then the runs are columns."""
+    page.tab("Train")
+    wait_for(lambda: page.count("#start") and page.count("input[type=file]"))
+    upload(page, "bomb.zip", b"PK" + bytes(1000), tmp_path)
+    wait_for(lambda: "bomb.zip is not a .jsonl file" in page.text("body"))
+    upload(page, "huge.jsonl", b"x" * 3 * 2**20, tmp_path)
+    wait_for(lambda: "exceed the maximum allowed size" in page.text("body"))
+    rows = [json.dumps({"problem": text, "solution": text}) for text in HOSTILE[:8]]
+    upload(page, "rows.jsonl", "\n".join(rows).encode(), tmp_path)
+    wait_for(lambda: "rows.jsonl: 8 rows" in page.text("#uploaded"))
+    page.click("#inspect")
+    wait_for(lambda: page.count("#before .m1"))
+    assert page.count(f"#before :is({FORBIDDEN})") == 0
+    page.fill("#steps", "400")
+    page.click("#start")
+    wait_for(lambda: "step 2 of" in page.text("#live .status"))
+    page.click("#pause")
+    wait_for(lambda: "paused" in page.text("#live .status"))
+    assert page.count(f"#live :is({FORBIDDEN})") == page.run("return window.hits") == 0
+    assert "--resume" in page.text("#live")
+
+    page.open()  # a new page knows what was left
+    page.tab("Train")
+    wait_for(lambda: page.count("#continue"))
+    page.click("#continue")
+    wait_for(lambda: re.search(r"training … training \d+, step", page.text("#live .status")))
+    mine = page.driver.current_window_handle
+    page.driver.switch_to.new_window("tab")
+    page.open()
+    page.tab("Train")
+    wait_for(lambda: page.count("#start"))
+    page.click("#start")
+    wait_for(lambda: "a training is running (step" in page.text("body"))
+    page.driver.close()
+    page.driver.switch_to.window(mine)
+    page.click("#halt")
+    wait_for(lambda: "stopped" in page.text("#live .status") and "Compare" in page.text("#trained"))
+    page.tab("Compare")
+    wait_for(lambda: page.count("#columns"))
+    page.compare()
+    assert "sft-" in page.text("#answers .card:nth-child(2)"), "its columns are those that were trained"
+
+
+def test_closing_the_page_pauses_its_training(page):
+    page.tab("Train")
+    wait_for(lambda: page.count("#start"))
+    page.fill("#steps", "400")
+    page.click("#start")
+    wait_for(lambda: "step 1 of" in page.text("#live .status"))
+    number = workshop().running.number
+    page.driver.get("about:blank")
+    wait_for(lambda: workshop().running is None)
+    (left,) = [training for training in workshop().unfinished() if training.number == number]
+    assert all(list(folder.checkpoints.glob("step-*")) for folder in left.folders)
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory) -> str:
+    """The source of axe-core, from npm."""
+    home = tmp_path_factory.mktemp("axe")
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("no npm to take axe-core from")
+    packed = subprocess.run([npm, "pack", "axe-core@4"], cwd=home, capture_output=True, timeout=HANG)
+    if packed.returncode:
+        pytest.skip("axe-core could not be taken from npm")
+    (archive,) = home.glob("*.tgz")
+    with tarfile.open(archive) as files:
+        return files.extractfile("package/axe.min.js").read().decode()
+
+
+AXE = """axe.run({exclude: [['footer']]}, {resultTypes: ['violations']}).then(found => arguments[0](
+  found.violations.map(v => [v.id, v.help, v.nodes.map(n => n.html.slice(0, 200))])))"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", SIZES)
+def test_axe_finds_nothing(driver, url, brief, axe, width):
+    """Names, roles, contrast and order, on every tab; the footer is Gradio's."""
+    page = Page(driver, url)
+    page.open(width)
+    for name in TABS:
+        visit(page, name)
+        page.settle()
+        page.run(axe)
+        assert page.driver.execute_async_script(AXE) == [], name
 
 
 def test_a_vote_is_blind_until_it_is_cast(page):

@@ -35,8 +35,9 @@ from ui_cases import (
 )
 
 from dft_lora.cli import main
-from dft_lora.ui.server import MAX_BODY, Guard
+from dft_lora.ui.server import MAX_BODY, UPLOAD, Guard
 from dft_lora.ui.session import Question
+from dft_lora.ui.workshop import MAX_UPLOAD
 
 ROOT = Path(__file__).resolve().parent.parent
 JSON = {"Content-Type": "application/json"}
@@ -120,6 +121,28 @@ def test_a_refused_body_is_dropped_unparsed():
     asyncio.run(Guard(page)(scope, receive, send))
     assert not reached and next(parts, None) is None
     assert [message.get("status") for message in sent] == [413, None]
+
+
+@pytest.mark.parametrize(
+    ("path", "most", "passes"),
+    [(UPLOAD, MAX_UPLOAD, True), (UPLOAD, 0, False), (b"/gradio_api/queue/join", MAX_UPLOAD, False)],
+    ids=["upload", "upload to a public page", "elsewhere"],
+)
+def test_only_an_upload_to_a_page_that_trains_may_be_larger(path, most, passes):
+    reached, sent = [], []
+
+    async def page(scope, receive, send):
+        reached.append(scope)
+
+    async def receive():
+        return {"body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"content-length", str(MAX_UPLOAD).encode())]
+    asyncio.run(Guard(page, most)({"type": "http", "raw_path": path, "headers": headers}, receive, send))
+    assert bool(reached) == passes and bool(sent) == (not passes)
 
 
 def test_an_over_long_problem_is_refused_by_name(client):
@@ -311,7 +334,7 @@ def check_cancels(url: str, times: int) -> None:
             wait_for(lambda job=job: len(job.outputs()) >= 2)
             job.cancel()
             assert settle(forwards) < 400
-        assert hooks_left() == 0 and not session()._lock.locked()
+        assert hooks_left() == 0 and not session().lock.locked()
     result = client.predict(PROBLEM, "", 0.0, 12, 0, api_name="/compare")
     assert [column["text"] for column in result] == reference
 

@@ -96,7 +96,7 @@ def test_closing_stops_within_one_token_and_leaves_no_hook():
             steps.close()
             assert forwards.count == stop_after
         assert hooks_left() == 0
-    assert not session()._lock.locked()
+    assert not session().lock.locked()
 
 
 def test_two_streams_may_alternate_and_an_abandoned_one_holds_nothing():
@@ -119,7 +119,7 @@ def test_the_answer_after_a_fault_is_correct():
     *_, reference = session().answers(question)
     with Forwards(fail_at=5), pytest.raises(RuntimeError, match="fault"):
         list(session().answers(question))
-    assert hooks_left() == 0 and not session()._lock.locked()
+    assert hooks_left() == 0 and not session().lock.locked()
     *_, again = session().answers(question)
     assert [a.ids for a in again] == [a.ids for a in reference]
 
@@ -276,7 +276,7 @@ def test_rows_of_different_lengths_score_as_they_do_alone():
 def test_a_character_of_several_tokens_stays_whole():
     it = session()
     ids = it.text_ids("naïve 🙂 x")
-    pieces = it._pieces(ids)
+    pieces = it.renderer.pieces(ids)
     assert "".join(pieces[:-1]) == "naïve 🙂 x" and "\ufffd" not in "".join(pieces)
 
 

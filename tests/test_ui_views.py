@@ -1,5 +1,6 @@
 """The page's HTML, without a model or a server: text, counts, votes, recorded results."""
 
+import base64
 import html
 import json
 import re
@@ -163,6 +164,8 @@ def test_results_come_from_the_run_folders_alone(tmp_path):
     assert "No results yet" in results_view(folders) and "polyline" in results_view(folders)
     (tmp_path / "report.json").write_text(json.dumps(report(sft={}, dft={"avg": 0.875})))
     view = results_view(folders)
+    assert "do not differ beyond noise" not in view and "are correct 20.0 points more often" in view
+    assert base64.b64decode(re.search(r"base64,([^\"]*)", view)[1]).startswith(b"task,run,low95,high95,avg")
     for part in ("87.5 %", "40.0 % to 60.0 %", "+20.0", "polyline", "<rect", "12.5 %"):
         assert part in view
     counts = [int(n) for n in re.findall(r"<title>(\d+) problems</title>", view)]

@@ -32,7 +32,9 @@ from dft_lora.ui import session as ui_session
 from dft_lora.ui.server import launch
 from dft_lora.ui.session import Question, Session
 from dft_lora.ui.votes import Ballot
+from dft_lora.ui.workshop import Workshop
 
+QUICK = ("train.batch_size=2", "train.micro_batch_size=2", "data.sample=8", "adapter.r=2")
 PROBLEM = "Mia has 12 apples. Mia buys 7 more. How many apples are there now?"
 HOSTILE = [
     "<script>hit()</script>",
@@ -123,11 +125,17 @@ def session() -> Session:
     return Session(runs())
 
 
+@cache
+def workshop() -> Workshop:
+    """Trainings whose steps take milliseconds."""
+    return Workshop(runs()[0].path.parent / "page", QUICK)
+
+
 @contextlib.contextmanager
 def served(max_waiting: int = 64, **options) -> Iterator[str]:
     """Serve the page of `runs`; yields its address. (gradio_client would ask the Hub who is calling.)"""
-    votes = runs()[0].path.parent / "votes.jsonl"
-    page = launch(runs(), session(), Ballot(votes, session().identities), max_waiting=max_waiting, **options)
+    votes = Ballot(runs()[0].path.parent / "votes.jsonl", session().identities)
+    page = launch(runs(), session(), votes, workshop(), max_waiting=max_waiting, **options)
     try:
         with mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
             yield page.local_url

@@ -270,6 +270,23 @@ class Renderer:
 
         return ends
 
+    def pieces(self, ids: list[int], window: int = 8) -> list[str]:
+        """The text that each token adds; special tokens by name.
+
+        A character may take several tokens: it belongs to the last one. Each piece is the difference of two
+        decodings that start at the same token, so a tokenizer that drops a leading space drops it in both.
+        """
+        decode, special = self.tokenizer.decode, set(self.tokenizer.all_special_ids)
+        pieces = []
+        for end in range(1, len(ids) + 1):
+            if ids[end - 1] in special:
+                pieces.append(decode([ids[end - 1]]))
+                continue
+            start = max(0, end - window)
+            before, after = (decode(ids[start:stop]).rstrip("\ufffd") for stop in (end - 1, end))
+            pieces.append(after[len(before) :])
+        return pieces
+
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end an answer: eos, and the token that closes a turn in the chat template."""

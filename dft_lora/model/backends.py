@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..config import Recipe
 from .built import Built
+from .hardware import Hardware
 from .head import check_head, refuse_adapted_head
 from .load import add_lora, load_base, set_checkpointing, use_checkpointing
 from .long_rows import tile_mlps
@@ -31,18 +33,20 @@ def prepare(recipe: Recipe) -> None:
         import_unsloth()
 
 
-def build(recipe: Recipe, device: torch.device) -> Built:
+def build(recipe: Recipe, device: torch.device, base: tuple[Any, Hardware] | None = None) -> Built:
     """Build the base and adapter of a recipe on a device.
+
+    `base`: what `load_base` returned, if it is in memory already (backend `plain` only).
 
     Raises ModelError for what cannot be trained exactly, MissingPart if the backend is not installed.
     """
-    built = BACKENDS[recipe.model.backend](recipe, device)
+    built = _plain(recipe, device, base) if base else BACKENDS[recipe.model.backend](recipe, device)
     refuse_adapted_head(built.model)
     return built
 
 
-def _plain(recipe: Recipe, device: torch.device) -> Built:
-    base, hardware = load_base(recipe.model, device, shardable=recipe.train.shard)
+def _plain(recipe: Recipe, device: torch.device, loaded: tuple[Any, Hardware] | None = None) -> Built:
+    base, hardware = loaded or load_base(recipe.model, device, shardable=recipe.train.shard)
     head = check_head(base)
     torch.manual_seed(recipe.train.seed)  # the same initial adapter for every objective
     model = add_lora(base, recipe.adapter)

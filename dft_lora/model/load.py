@@ -7,6 +7,7 @@ this file knows how bitsandbytes quantizes a base.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -190,6 +191,13 @@ def load_base(
     return model.eval(), hardware
 
 
+def twin(base: Any) -> Any:
+    """A second tree of modules over the same weights: two adapters can then be in training over one base."""
+    shared: list[Any] = [*base.parameters(), *base.buffers()]
+    shared += [module.quant_state for _, module in _4bit_layers(base)]
+    return copy.deepcopy(base, {id(one): one for one in shared})
+
+
 def _shapes_alone(model_config: Any, quantization: str, dtype: torch.dtype) -> Any:
     """The model that `load_base` returns, with tensors that have no contents (`TracedTensors`)."""
     from transformers import AutoModelForCausalLM
@@ -345,6 +353,8 @@ def add_lora(base: Any, config: AdapterConfig) -> Any:
 def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
     """A peft model with the named adapters over one base, in eval mode; the base itself if there are none.
 
+    `base` may have adapters already.
+
     Raises ModelError for a folder without a readable adapter, or with a damaged one.
     """
     from peft import PeftModel
@@ -353,7 +363,7 @@ def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
     for name, path in adapters.items():
         check_adapter(path)
         with fitting(path):
-            if model is base:
+            if not isinstance(model, PeftModel):
                 model = PeftModel.from_pretrained(base, path, adapter_name=name)
             else:
                 model.load_adapter(path, adapter_name=name)

@@ -27,6 +27,7 @@ from ..errors import RunError
 from ..loss import REFERENCE_NEEDS, Objective, TokenScores, chunk_rows, token_logps
 from ..model.attention import choose_arrangement
 from ..model.backends import build
+from ..model.hardware import Hardware
 from ..model.long_rows import offloaded
 from ..model.memory import give_back_large_blocks
 from ..model.starts import config_over_base, from_base, over_base
@@ -45,12 +46,19 @@ log = logging.getLogger(__name__)
 class Learner:
     """A base with its adapter, the objective and the optimizer: `accumulate` gradients, then `update`."""
 
-    def __init__(self, recipe: Recipe, objective: Objective, pad_id: int, ranks: Ranks):
+    def __init__(
+        self,
+        recipe: Recipe,
+        objective: Objective,
+        pad_id: int,
+        ranks: Ranks,
+        base: tuple[Any, Hardware] | None = None,
+    ):
         self.recipe, self.objective, self.pad_id, self.ranks = recipe, objective, pad_id, ranks
         self.accelerator = ranks.accelerator
         if ranks.device.type == "cpu":
             give_back_large_blocks()
-        built = build(recipe, ranks.device)
+        built = build(recipe, ranks.device, base)
         self.head, self.hardware, self.checkpointing = built.head, built.hardware, built.checkpointing
         self.hidden_states, model = built.hidden_states, built.model
         self.set_checkpointing, self.start = built.set_checkpointing, built.start

@@ -16,12 +16,12 @@ from ..data.doctor import findings_table
 from ..errors import Interrupted
 from ..loss.objectives import starves
 from ..model.backends import prepare
-from ..model.hardware import reset_peak_memory
+from ..model.hardware import Hardware, reset_peak_memory
 from ..runs.folder import RunFolder
 from ..runs.plots import curves
 from .checkpoints import Checkpoints, State, write_adapter
 from .faults import SaveClock, StopSignals
-from .plan import make_plan
+from .plan import Plan, make_plan
 from .probe import auto_micro_batch
 from .ranks import Ranks
 from .resume_guard import guarded_fields, refuse_differences
@@ -43,58 +43,99 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
     """
     prepare(recipe)
     plan = make_plan(recipe)
-    folder = RunFolder(recipe.output_dir)
-    checkpoints = Checkpoints(folder.checkpoints, recipe.train.keep_checkpoints)
     with StopSignals() as stop:
-        ranks = Ranks(recipe)
+        run = Run(plan, resume=resume, extend=extend)
+        with run.trainer.progress_bar() as bar:
+            while not run.complete:
+                figures = run.step()
+                if run.ranks.is_main:
+                    show(bar, figures)
+                if run.save_if_due(stop.asked) and not run.complete:
+                    where = f"{run.folder.path}: stopped after step {run.trainer.done} of {plan.steps}"
+                    raise Interrupted(where, stop.number)
+        return run.finish()
+
+
+class Run:
+    """A run in its folder, new or resumed: `step` and `save_if_due` in turn until `complete`, then `finish`.
+
+    `base`: what `load_base` returned, for a base that is in memory already. The errors are those of `train`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        resume: bool = False,
+        extend: bool = False,
+        base: tuple[Any, Hardware] | None = None,
+    ):
+        recipe = plan.recipe
+        self.plan, self.folder = plan, RunFolder(recipe.output_dir)
+        self.checkpoints = Checkpoints(self.folder.checkpoints, recipe.train.keep_checkpoints)
+        self.ranks = ranks = Ranks(recipe)
         guarded = guarded_fields(plan, ranks.device, ranks.world)
-        state = reopen(folder, checkpoints, guarded, extend) if resume or extend else None
+        state = reopen(self.folder, self.checkpoints, guarded, extend) if resume or extend else None
         ranks.wait()  # all ranks have read before one of them writes
         if ranks.is_main and plan.findings:
             print(
                 f"{recipe.data.source}: {plan.counts['rows']} rows\n{findings_table(plan.findings)}",
                 file=sys.stderr,
             )
-        if ranks.is_main and not ((resume or extend) and folder.begun):
-            RunFolder.create(folder.path)
+        if ranks.is_main and not ((resume or extend) and self.folder.begun):
+            RunFolder.create(self.folder.path)
         reset_peak_memory(ranks.device)
-        trainer = Trainer(plan, ranks)
+        self.trainer = trainer = Trainer(plan, ranks, base=base)
         learner = trainer.learner
         if state is not None:
             trainer.restore(state)
         elif learner.finds_micro_batch:
             learner.layout = replace(learner.layout, micro_batch_size=auto_micro_batch(learner, plan.sized))
         if ranks.is_main:
-            folder.cut_metrics(trainer.done)
-            folder.write_run(
-                **trainer.metadata(), **trainer.progress(), identity=guarded, **provenance(folder, trainer)
+            self.folder.cut_metrics(trainer.done)
+            self.folder.write_run(
+                **trainer.metadata(),
+                **trainer.progress(),
+                identity=guarded,
+                **provenance(self.folder, trainer),
             )
             begin(ranks.accelerator, recipe.as_dict())
-        clock = SaveClock(recipe.train.save_steps)
-        with trainer.progress_bar() as bar:
-            while trainer.done < plan.steps:
-                figures = trainer.step(trainer.done)
-                finished = trainer.done == plan.steps
-                if ranks.is_main:
-                    warn_of_starved_ends(trainer, figures)
-                    if trainer.done % recipe.train.logging_steps == 0 or finished:
-                        folder.log(figures)
-                        track(ranks.accelerator, figures)
-                    show(bar, figures)
-                asked, due = ranks.any(stop.asked, clock.due(trainer.done))
-                if asked or due or finished:
-                    save_checkpoint(folder, checkpoints, trainer)
-                    clock.saved()
-                if asked and not finished:
-                    where = f"{folder.path}: stopped after step {trainer.done} of {plan.steps}"
-                    raise Interrupted(where, stop.number)
+        self.clock = SaveClock(recipe.train.save_steps)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all steps were made."""
+        return self.trainer.done >= self.plan.steps
+
+    def step(self) -> dict[str, Any]:
+        """Make the next optimizer step and log it; returns its line of `metrics.jsonl`."""
+        figures = self.trainer.step(self.trainer.done)
+        if self.ranks.is_main:
+            warn_of_starved_ends(self.trainer, figures)
+            if self.trainer.done % self.plan.recipe.train.logging_steps == 0 or self.complete:
+                self.folder.log(figures)
+                track(self.ranks.accelerator, figures)
+        return figures
+
+    def save_if_due(self, asked: bool = False) -> bool:
+        """Save a checkpoint if one is asked for or due, or after the last step; returns whether any rank was
+        asked."""
+        asked, due = self.ranks.any(asked, self.clock.due(self.trainer.done))
+        if asked or due or self.complete:
+            save_checkpoint(self.folder, self.checkpoints, self.trainer)
+            self.clock.saved()
+        return asked
+
+    def finish(self) -> RunFolder:
+        """Write the final adapter, after the last step."""
+        folder, trainer = self.folder, self.trainer
         trainer.check_weights()  # also for a run that was resumed after its last step
-        if ranks.is_main:
-            write_adapter(folder.adapter, learner.adapter_weights(), learner.adapter_config)
+        if self.ranks.is_main:
+            write_adapter(folder.adapter, trainer.learner.adapter_weights(), trainer.learner.adapter_config)
             folder.write_run(figures={"seconds": trainer.seconds, "last": folder.metrics()[-1]})
             curves({folder.name: folder}, folder.path / "curves.png")
-            finish(ranks.accelerator)
-    return folder
+            finish(self.ranks.accelerator)
+        return folder
 
 
 def reopen(folder: RunFolder, checkpoints: Checkpoints, now: dict[str, Any], extend: bool) -> State | None:

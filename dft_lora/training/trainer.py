@@ -10,7 +10,7 @@ import torch
 
 from ..data.batches import examples_of
 from ..errors import RunError
-from ..model.hardware import dtype_name, peak_memory_mb
+from ..model.hardware import Hardware, dtype_name, peak_memory_mb
 from ..model.load import weights_of
 from ..model.sharding import held_mb
 from ..runs.provenance import certificate
@@ -36,9 +36,15 @@ def step_source(plan: Plan, learner: Learner) -> StepSource:
 class Trainer:
     """A plan, a source of steps and a learner, after `done` steps."""
 
-    def __init__(self, plan: Plan, ranks: Ranks, source: StepSource | None = None):
+    def __init__(
+        self,
+        plan: Plan,
+        ranks: Ranks,
+        source: StepSource | None = None,
+        base: tuple[Any, Hardware] | None = None,
+    ):
         self.plan, self.recipe, self.ranks = plan, plan.recipe, ranks
-        self.learner = Learner(plan.recipe, plan.objective, plan.renderer.pad_id, ranks)
+        self.learner = Learner(plan.recipe, plan.objective, plan.renderer.pad_id, ranks, base)
         self.source = source or step_source(plan, self.learner)
         self.skips = Skips()
         self.done, self.seconds = 0, 0.0

@@ -7,8 +7,10 @@ events.py     what the events share;  theme.py, style.css, keys.js  how the page
 These import gradio; the ones below do not.
 
 session.py    the models: one base in memory, answers streamed in step, token probabilities
+workshop.py   trainings: what a visitor may ask, one at a time, what the page shows of them
+film.py       the checkpoints of runs, step by step
 text.py       untrusted text as harmless HTML
-views.py      answers, coloured tokens, samples and votes as HTML
-results.py    the recorded results as HTML and SVG
+views.py      answers, coloured tokens, samples and votes as HTML;  train_views.py  the same of trainings
+results.py    the recorded results as HTML and CSV;  charts.py  their SVG
 counts.py     shares with intervals;  votes.py  the file of blind votes
 """

@@ -45,11 +45,15 @@ def one_line_errors(function: Callable) -> Callable:
 
 
 def validate(*asked) -> list:
-    """Check a question before it enters the queue: mark the first field that is wrong."""
-    fields = list(Question.__dataclass_fields__)[: len(asked)]
+    """Check a question before it enters the queue: mark the first field that is wrong.
+
+    What follows the question's fields is not checked here.
+    """
+    fields = list(Question.__dataclass_fields__)
     try:
-        Question(*asked)
+        Question(*asked[: len(fields)])
         reason = ""
     except RequestError as error:
         reason = str(error)
-    return [gr.validate(not reason.startswith(name), reason) for name in fields]
+    names = [*fields, *[None] * (len(asked) - len(fields))]
+    return [gr.validate(name is None or not reason.startswith(name), reason) for name in names]

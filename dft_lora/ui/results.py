@@ -6,9 +6,11 @@ problem was solved, and training curves: tables and SVG for gr.HTML, in the page
 
 from __future__ import annotations
 
-import math
+import base64
+import csv
+import io
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,18 +18,11 @@ from typing import Any
 
 from ..errors import DataError
 from ..runs.folder import RunFolder, read_json, read_lines
+from .charts import bars, curves, figure, shares
 from .text import plain
 from .views import Legend, html_table, interval_bar
 
-CURVES = (
-    ("nll", "NLL, nats per token"),
-    ("mean_probability", "mean probability of the target token"),
-    ("p_end", "mean probability of the end token"),
-    ("entropy", "entropy, nats"),
-)
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 320, 170, 40, 24, 8
 BINS = 5  # at most, for the share of a problem's samples that are correct
-LEAST = 1e-4  # share of tokens at the bottom of the log scale
 
 
 @dataclass(frozen=True)
@@ -89,21 +84,23 @@ def results_view(folders: Sequence[RunFolder]) -> str:
     """For gr.HTML: the folders' reports and training logs, or the command that makes a report."""
     recorded = Recorded.read(folders)
     label = Legend([folder.name for folder in folders])
-    curves = _curves(label, {folder.name: folder.metrics() for folder in folders})
+    training = _training(label, {folder.name: folder.metrics() for folder in folders})
     if recorded is None:
         command = f"dft-lora evaluate {' '.join(str(folder.path) for folder in folders)}"
         how = f"To make them, run <code>{plain(command)}</code>."
-        return f'<p class="nothing">No results yet. {how}</p>{curves}'
+        return f'<p class="nothing">No results yet. {how}</p>{training}'
     report = recorded.report
     return "".join(
         (
             *map(_outdated, recorded.outdated),
+            _headline(recorded),
             _accuracy(label, recorded),
             _texts(label, recorded),
             _paired(label, report.get("paired", []), set(recorded.folders)),
             _probabilities(label, recorded),
             _solved(label, recorded),
-            curves,
+            training,
+            _download(recorded),
             _provenance(report.get("provenance")),
         )
     )
@@ -132,16 +129,42 @@ def _entries(recorded: Recorded) -> list[tuple[str, list[tuple[str, Mapping[str,
 # --- tables ---------------------------------------------------------------------------------------
 
 
+def _headline(recorded: Recorded) -> str:
+    """What the results say, one sentence per task: the difference of the two runs that were named last."""
+    paired = recorded.report.get("paired", [])
+    said = [_sentence(task, entries, paired) for task, entries in _entries(recorded)]
+    return "".join(f'<p class="{"" if i else "headline"}">{line}</p>' for i, line in enumerate(said))
+
+
+def _sentence(
+    task: str, entries: Sequence[tuple[str, Mapping[str, Any]]], paired: Sequence[Mapping[str, Any]]
+) -> str:
+    figures = dict(entries)
+    pairs = [e for e in paired if e["task"] == task and {e["a"], e["b"]} <= figures.keys()]
+    if not pairs:
+        run, r = max(entries, key=lambda entry: entry[1]["avg"])
+        low, high = r["ci95"]
+        return (
+            f"On {plain(task)}, {_percent(r['avg'])} of {plain(run)}’s sampled answers are correct "
+            f"(95 % interval {_percent(low)} to {_percent(high)})."
+        )
+    last = pairs[-1]
+    (low, high), difference = last["ci95"], last["difference"]
+    interval = f"95 % interval {_points(low)} to {_points(high)}"
+    greedy = " against ".join(_percent(figures[last[side]]["greedy"]) for side in ("b", "a"))
+    first, second = plain(last["a"]), plain(last["b"])
+    if low <= 0 <= high:
+        said = f"sampled answers of {second} and {first} do not differ beyond noise ({interval} points)"
+    else:
+        size, more = f"{100 * abs(difference):.1f}", "more" if difference > 0 else "less"
+        said = (
+            f"sampled answers of {second} are correct {size} points {more} often than {first}’s ({interval})"
+        )
+    return f"On {plain(task)}, {said}; greedy ones {greedy}."
+
+
 def _accuracy(label: Legend, recorded: Recorded) -> str:
-    head = [
-        "run",
-        "accuracy, 0 to 100 %",
-        "sampled",
-        "95 % interval",
-        "greedy",
-        "ended",
-        "no answer",
-    ]
+    head = ["run", "accuracy, 0 to 100 %", "sampled", "95 % interval", "greedy", "ended", "no answer"]
     blocks = []
     for task, entries in _entries(recorded):
         rows = []
@@ -150,18 +173,10 @@ def _accuracy(label: Legend, recorded: Recorded) -> str:
             bar = f'<div class="wide">{interval_bar(100 * low, 100 * r["avg"], 100 * high)}</div>'
             shares = [_percent(r["greedy"]), _percent(1 - r["truncated"]), _percent(r["unparsable"])]
             interval = f"{_percent(low)} to {_percent(high)}"
-            rows.append(
-                [
-                    label(run),
-                    bar,
-                    f"<b>{_percent(r['avg'])}</b>",
-                    interval,
-                    *shares,
-                ]
-            )
+            rows.append([label(run), bar, f"<b>{_percent(r['avg'])}</b>", interval, *shares])
         size = f"{entries[0][1]['problems']} problems, {entries[0][1]['samples']} samples each"
-        title = f'<h3>{plain(task)} <span class="small">{size}</span></h3>'
-        blocks.append(title + html_table(head, rows, numbers=range(2, 7)))
+        title = f'<h2>{plain(task)} <span class="small">{size}</span></h2>'
+        blocks.append(title + html_table(head, rows, numbers=range(2, 7), stacked=True))
     return "".join(blocks)
 
 
@@ -189,22 +204,58 @@ def _texts(label: Legend, recorded: Recorded) -> str:
 
 
 def _paired(label: Legend, paired: Sequence[Mapping[str, Any]], known: set[str]) -> str:
-    rows = [
-        [
-            f'<span class="pair">{label(e["b"])} − {label(e["a"])}</span>',
-            plain(e["task"]),
-            f"<b>{100 * e['difference']:+.1f}</b>",
-            f"{100 * e['ci95'][0]:+.1f} to {100 * e['ci95'][1]:+.1f}",
-            f"{e['p_value']:.4f}",
-        ]
-        for e in paired
-        if {e["a"], e["b"]} <= known
-    ]
-    if not rows:
+    """The differences, all on one scale around zero."""
+    paired = [e for e in paired if {e["a"], e["b"]} <= known]
+    if not paired:
         return ""
-    head = ["runs", "task", "difference", "95 % interval", "p"]
-    title = '<h3>Differences on the same problems <span class="small">in percentage points</span></h3>'
-    return title + html_table(head, rows, numbers=range(2, 5))
+    most = max(abs(bound) for e in paired for bound in e["ci95"]) or 1.0
+
+    def place(difference: float) -> float:
+        return 50 + 50 * difference / most
+
+    rows = []
+    for e in paired:
+        (low, high), difference = e["ci95"], e["difference"]
+        bar = interval_bar(place(low), place(difference), place(high))
+        rows.append(
+            [
+                f'<span class="pair">{label(e["b"])} − {label(e["a"])}</span>',
+                plain(e["task"]),
+                f'<div class="wide zero">{bar}</div>',
+                f"<b>{_points(difference)}</b>",
+                f"{_points(low)} to {_points(high)}",
+                f"{e['p_value']:.4f}",
+            ]
+        )
+    scale = f"−{100 * most:.0f} to +{100 * most:.0f} points"
+    head = ["runs", "task", scale, "difference", "95 % interval", "p"]
+    title = '<h2>Differences on the same problems <span class="small">in percentage points</span></h2>'
+    return title + html_table(head, rows, numbers=range(3, 6), stacked=True)
+
+
+def results_csv(recorded: Recorded) -> str:
+    """Every figure of the tables, one line per run and task, as CSV; shares from 0 to 1."""
+    columns = ("avg", "greedy", "truncated", "unparsable", "samples", "problems")
+    written = io.StringIO()
+    table = csv.writer(written)
+    table.writerow(["task", "run", "low95", "high95", *columns])
+    for task, entries in _entries(recorded):
+        for run, r in entries:
+            table.writerow([task, run, *r["ci95"], *(r[column] for column in columns)])
+    return written.getvalue()
+
+
+def _download(recorded: Recorded) -> str:
+    """A link that holds the file itself: the server keeps none."""
+    data = base64.b64encode(results_csv(recorded).encode()).decode()
+    return (
+        f'<p><a class="download" download="results.csv" href="data:text/csv;base64,{data}">'
+        "Download the figures as CSV</a></p>"
+    )
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.1f}".replace("-", "−")
 
 
 def _percent(share: float) -> str:
@@ -228,35 +279,12 @@ def _probabilities(label: Legend, recorded: Recorded) -> str:
     for task, _ in _entries(recorded):
         figures = tables.get(task, {})
         if shown := {run: figures[run]["histogram"] for run in recorded.folders if run in figures}:
-            charts.append(_figure(plain(task), _shares(label, shown)))
+            charts.append(figure(plain(task), shares(label, shown)))
     if not charts:
         return ""
     legend = " ".join(map(label, recorded.folders))
     note = f'<span class="small">{legend} · share of the reference solutions’ tokens, log scale</span>'
-    return f'<h3>How likely each token is {note}</h3><div class="charts">{"".join(charts)}</div>'
-
-
-def _shares(label: Legend, histograms: Mapping[str, Sequence[int]]) -> str:
-    """The share of tokens in each of equal steps of probability, as stairs."""
-    across, down = _axes((0, 1), (math.log10(LEAST), 0))
-    stairs = ""
-    for run, counts in histograms.items():
-        heights = [down(math.log10(max(LEAST, n / (sum(counts) or 1)))) for n in counts]
-        edges = [across(i / len(counts)) for i in range(len(counts) + 1)]
-        corners = [(x, y) for i, y in enumerate(heights) for x in edges[i : i + 2]]
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
-        stairs += f'<polyline class="{label.colour(run)} line" points="{points}">'
-        stairs += f"<title>{plain(run)}</title></polyline>"
-    grid = "".join(
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{down(n):.1f}" y2="{down(n):.1f}"></line>'
-        f"{_text(LEFT - 5, down(n) + 4, f'{10.0 ** (n + 2):g}%', 'end')}"
-        for n in range(round(math.log10(LEAST)), 1)
-    )
-    ends = "".join(
-        _text(across(p), HEIGHT - 6, said, anchor)
-        for p, said, anchor in ((0, "p = 0", "start"), (0.5, "0.5", "middle"), (1, "p = 1", "end"))
-    )
-    return _svg(grid + stairs + ends, "share of tokens by probability")
+    return f'<h2>How likely each token is {note}</h2><div class="charts">{"".join(charts)}</div>'
 
 
 def _solved(label: Legend, recorded: Recorded) -> str:
@@ -264,15 +292,15 @@ def _solved(label: Legend, recorded: Recorded) -> str:
     charts = []
     for task, entries in _entries(recorded):
         counted = {run: _by_share(recorded.folders[run].evaluation(task)) for run, _ in entries}
-        most = max((max(bins) for bins in counted.values() if bins), default=0)
-        for run, bins in counted.items():
-            if bins:
-                chart = _bars(bins, most, label.colour(run))
-                charts.append(_figure(f"{label(run)} {plain(task)}", chart))
+        most = max((max(counts) for counts in counted.values() if counts), default=0)
+        for run, counts in counted.items():
+            if counts:
+                chart = bars(counts, most, label.colour(run))
+                charts.append(figure(f"{label(run)} {plain(task)}", chart))
     if not charts:
         return ""
     note = '<span class="small">number of problems by share of correct samples</span>'
-    return f'<h3>How often each problem was solved {note}</h3><div class="charts">{"".join(charts)}</div>'
+    return f'<h2>How often each problem was solved {note}</h2><div class="charts">{"".join(charts)}</div>'
 
 
 def _by_share(file: Path) -> list[int]:
@@ -292,85 +320,11 @@ def _by_share(file: Path) -> list[int]:
     return bins
 
 
-def _bars(bins: Sequence[int], most: int, colour: str) -> str:
-    across, down = _axes((0, 1), (0, most or 1))
-    width = (WIDTH - LEFT) / len(bins)
-    bars = "".join(
-        f'<rect class="{colour} fill" x="{LEFT + i * width + 2:.1f}" y="{down(n):.1f}" '
-        f'width="{width - 4:.1f}" height="{down(0) - down(n):.1f}"><title>{n} problems</title></rect>'
-        f"{_text(LEFT + (i + 0.5) * width, max(down(n) - 4, 10), n)}"
-        for i, n in enumerate(bins)
-    )
-    ticks = "".join(
-        _text(across(i / len(bins)), HEIGHT - 6, f"{100 * i // len(bins)} %", anchor)
-        for i, anchor in enumerate(["middle"] * len(bins) + ["end"])
-    )
-    return _svg(bars + ticks, "problems by share of correct samples")
-
-
-def _curves(label: Legend, metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def _training(label: Legend, metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     metrics = {run: lines for run, lines in metrics.items() if lines}
     if not metrics:
         return ""
     legend = " ".join(label(run) for run in metrics)
-    charts = "".join(_figure(plain(title), _lines(label, key, metrics)) for key, title in CURVES)
-    note = f'<span class="small">{legend} · the same metrics for every objective</span>'
-    return f'<h3>Training, step by step {note}</h3><div class="charts">{charts}</div>'
-
-
-def _lines(label: Legend, key: str, metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    points = {
-        run: [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
-        for run, lines in metrics.items()
-    }
-    values = [y for series in points.values() for _, y in series]
-    steps = [x for series in points.values() for x, _ in series]
-    if not values:
-        return _svg("", "no data")
-    low, high = min(0.0, *values), max(values) or 1.0
-    across, down = _axes((min(steps), max(steps)), (low, high))
-    paths = "".join(
-        f'<polyline class="{label.colour(run)} line" points="'
-        + " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in series)
-        + f'"><title>{plain(run)}</title></polyline>'
-        for run, series in points.items()
-    )
-    grid = "".join(
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{down(y):.1f}" y2="{down(y):.1f}"></line>'
-        f"{_text(LEFT - 5, down(y) + 4, f'{y:.2g}', 'end')}"
-        for y in (low, (low + high) / 2, high)
-    )
-    ends = "".join(
-        _text(across(x), HEIGHT - 6, said, anchor)
-        for x, said, anchor in (
-            (min(steps), f"step {min(steps)}", "start"),
-            (max(steps), max(steps), "end"),
-        )
-    )
-    return _svg(grid + paths + ends, key)
-
-
-def _axes(
-    x_range: tuple[float, float], y_range: tuple[float, float]
-) -> tuple[Callable[[float], float], Callable[[float], float]]:
-    """Data to pixels."""
-    (x0, x1), (y0, y1) = x_range, y_range
-    return (
-        lambda x: LEFT + (x - x0) / ((x1 - x0) or 1) * (WIDTH - LEFT - 6),
-        lambda y: HEIGHT - BOTTOM - (y - y0) / ((y1 - y0) or 1) * (HEIGHT - BOTTOM - TOP - 8),
-    )
-
-
-def _figure(caption: str, chart: str) -> str:
-    return f"<figure><figcaption>{caption}</figcaption>{chart}</figure>"
-
-
-def _text(x: float, y: float, said: object, anchor: str = "middle") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{said}</text>'
-
-
-def _svg(body: str, title: str) -> str:
-    axis = (
-        f'<line class="axis" x1="{LEFT}" x2="{WIDTH}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"></line>'
-    )
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{plain(title)}">{axis}{body}</svg>'
+    said = "the same metrics for every objective, with their values at the last step"
+    note = f'<span class="small">{legend} · {said}</span>'
+    return f"<h2>Training, step by step {note}</h2>{curves(label, metrics)}"

@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
     from .session import Session
     from .votes import Ballot
+    from .workshop import Workshop
 
 HERE = Path(__file__).parent
 PORTS = range(7860, 7960)  # as Gradio chooses: the first one that is free
 MAX_BODY = 256 * 1024  # bytes per request; a comparison's own state is far smaller
+UPLOAD = b"/gradio_api/upload"  # the one path that may be sent more, where visitors may train
+MULTIPART = 4096  # bytes around an uploaded file
 DRAINED = 16 * 1024 * 1024  # bytes of a refused body that are read, so that the client reads the answer
 MAX_WAITING = 64  # events in the queue; the next one is refused
 POLICY = (  # whatever the page shows, it talks only to its own server
@@ -40,8 +43,8 @@ class Guard:
     """ASGI middleware: refuses a body that is too long (413) or of unknown length (411) before it is parsed,
     and adds the content security policy to every response."""
 
-    def __init__(self, app):
-        self.app = app
+    def __init__(self, app, most_uploaded: int = 0):
+        self.app, self.most_uploaded = app, most_uploaded
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -53,20 +56,22 @@ class Guard:
                 message = {**message, "headers": [*message.get("headers", []), *HEADERS]}
             await send(message)
 
-        status = self._refusal(dict(scope["headers"]))
+        uploads = self.most_uploaded and scope.get("raw_path", b"").partition(b"?")[0] == UPLOAD
+        most = self.most_uploaded + MULTIPART if uploads else MAX_BODY
+        status = self._refusal(dict(scope["headers"]), most)
         if status is None:
             await self.app(scope, receive, send_guarded)
             return
         await _drain(receive)
-        body = f'{{"detail":"a request must state its length, at most {MAX_BODY} bytes"}}'.encode()
+        body = f'{{"detail":"a request must state its length, at most {most} bytes"}}'.encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send_guarded({"type": "http.response.start", "status": status, "headers": headers})
         await send_guarded({"type": "http.response.body", "body": body})
 
     @staticmethod
-    def _refusal(headers: dict[bytes, bytes]) -> int | None:
+    def _refusal(headers: dict[bytes, bytes], most: int = MAX_BODY) -> int | None:
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > MAX_BODY:
+        if not length.isdigit() or int(length) > most:
             return 413
         return 411 if b"transfer-encoding" in headers else None
 
@@ -93,12 +98,14 @@ def credentials() -> tuple[str, str]:
 
 
 def default_runs(home: Path = Path("runs")) -> list[RunFolder]:
-    """The demo's runs below `home`, or the ones that come with the package."""
+    """The runs of `make real` or of the demo below `home`, or the ones that come with the package."""
     from ..experiments.demo import RUNS, runs
     from ..experiments.shipped import shipped_runs
 
-    made = home / "demo"
-    return runs(made) if RunFolder(made / RUNS[-1]).finished else shipped_runs()
+    for made in (home / "real", home / "demo"):
+        if RunFolder(made / RUNS[-1]).finished:
+            return runs(made)
+    return shipped_runs()
 
 
 def free_port(host: str, port: int | None) -> int:
@@ -137,18 +144,28 @@ def serve(
     share: bool = False,
     auth: bool = False,
     results_only: bool = False,
+    public: bool = False,
     votes: Path = Path("runs/votes.jsonl"),
 ) -> None:
     """Load the runs and serve their page until it is interrupted; without `run_dirs`, `default_runs`.
 
-    By default it listens on this machine only, makes no public link and sends no statistics. Raises
+    By default it listens on this machine only, makes no public link and sends no statistics. Visitors of a
+    `public` page can neither train nor upload; a Space and a shared page without login are public. Raises
     RequestError for a wrong request, before a model is loaded.
     """
+    public = public or (share and not auth) or "SPACE_ID" in os.environ
     login = credentials() if auth else None
     folders = open_runs(run_dirs) or default_runs()
     port = free_port(host, port)
     session, ballot = (None, None) if results_only else _open(folders, votes)
-    launch(folders, session, ballot, host=host, port=port, share=share, login=login).block_thread()
+    workshop = None if results_only or public else _workshop()
+    launch(folders, session, ballot, workshop, host=host, port=port, share=share, login=login).block_thread()
+
+
+def _workshop() -> Workshop:
+    from .workshop import Workshop
+
+    return Workshop()
 
 
 def _open(folders: Sequence[RunFolder], votes: Path) -> tuple[Session, Ballot]:
@@ -163,6 +180,7 @@ def launch(
     folders: Sequence[RunFolder],
     session: Session | None,
     ballot: Ballot | None,
+    workshop: Workshop | None = None,
     *,
     host: str = "127.0.0.1",
     port: int | None = None,
@@ -179,8 +197,10 @@ def launch(
 
     from .page import build
     from .theme import THEME
+    from .workshop import MAX_UPLOAD
 
-    page = build(folders, session, ballot).queue(max_size=max_waiting)
+    page = build(folders, session, ballot, workshop).queue(max_size=max_waiting)
+    most_uploaded = MAX_UPLOAD if workshop else 0
     try:
         page.launch(
             server_name=host,
@@ -190,8 +210,8 @@ def launch(
             theme=THEME,
             css=(HERE / "style.css").read_text(encoding="utf-8"),
             js=(HERE / "keys.js").read_text(encoding="utf-8"),
-            app_kwargs={"middleware": [Middleware(Guard)]},
-            max_file_size=MAX_BODY,
+            app_kwargs={"middleware": [Middleware(Guard, most_uploaded)]},
+            max_file_size=most_uploaded or MAX_BODY,
             footer_links=["api", "settings"],
             ssr_mode=False,
             pwa=False,

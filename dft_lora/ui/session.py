@@ -38,6 +38,10 @@ MAX_COLUMNS = 4
 MAX_CHARACTERS = 8_000
 MAX_LINES = 400
 MAX_SAMPLES = 64
+TORCH_RANDOM = threading.Lock()
+"""Held while torch's one random state is in use: an adapter draws its first weights from it, even one that is
+then loaded from a file, and a training step draws its dropout."""
+MAX_ADDED = 16  # runs trained on the page, which stay in memory
 ALTERNATIVES = 5
 SCORED_AT_ONCE = 64  # positions whose logits [M, V] exist at the same time: 39 MB at V = 152k
 
@@ -198,13 +202,60 @@ class Session:
         if None not in self.adapters.values() and len(names) < MAX_COLUMNS:
             self.adapters = {"base": None, **self.adapters}
             self.identities = {"base": recipes[0].model.name, **self.identities}
+        self.base = recipes[0].model.name
+        self.folders = dict(zip(names, folders, strict=True))
+        self.added: dict[str, RunFolder] = {}
+        self.held: dict[str, str | None] = {}
         self.positions: int = base.config.get_text_config().max_position_embeddings
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     @property
     def runs(self) -> list[str]:
-        """The columns' names, in order."""
+        """The names of the page's own columns, in order."""
+        return [name for name in self.adapters if name not in self.added]
+
+    @property
+    def every(self) -> list[str]:
+        """The names of all columns that a visitor may choose."""
         return list(self.adapters)
+
+    def add(self, folder: RunFolder) -> str:
+        """Load the adapter of another run over the same base; returns the name of its column.
+
+        Raises RequestError for a run over another base, and when MAX_ADDED runs were added before.
+        """
+        for name, known in self.added.items():
+            if known.path == folder.path:
+                return name
+        folders = [next(iter(self.folders.values())), folder]
+        same_base(folders, [one.recipe() for one in folders])
+        if len(self.added) == MAX_ADDED:
+            raise RequestError(
+                f"the page holds {MAX_ADDED} more runs; see it with dft-lora app {folder.path}"
+            )
+        run = whole_run(folder).path.resolve()
+        wanted = f"{run.name}-{run.parent.name}".replace(".", "_")
+        names = (wanted, *(f"{wanted}-{i}" for i in range(2, 2 + MAX_ADDED)))
+        name = next(name for name in names if name not in self.adapters)
+        self._load(name, folder.adapter)
+        self.adapters[name], self.added[name] = name, folder
+        return name
+
+    def hold(self, name: str, adapter: Path | None) -> None:
+        """Load an adapter that is no column, until `drop`; None stands for the base."""
+        if adapter is not None:
+            self._load(name, adapter)
+        self.held[name] = name if adapter else None
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter that is held and not in use."""
+        if self.held.pop(name):
+            with self.lock:
+                self.model.delete_adapter(name)
+
+    def _load(self, name: str, adapter: Path) -> None:
+        with TORCH_RANDOM, self.lock:
+            self.model = load_adapters(self.model, {name: adapter})
 
     def answers(self, question: Question, runs: Sequence[str] | None = None) -> Iterator[list[Answer]]:
         """The answers of `runs` (default: all). The same list is yielded after every token, one token longer.
@@ -256,7 +307,7 @@ class Session:
         mask_RL = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences])
         adapters = [self._adapter(run) for run, _ in rows]
         device = self.head.weight_VD.device
-        with self._lock, torch.no_grad(), mixed(adapter_layers(self.model, adapters), adapters):
+        with self.lock, torch.no_grad(), mixed(adapter_layers(self.model, adapters), adapters):
             h_RLD = hidden_states(self.model, input_ids=ids_RL.to(device), attention_mask=mask_RL.to(device))
         scored = []
         for (_, ids), h_LD in zip(rows, h_RLD, strict=True):
@@ -264,8 +315,10 @@ class Session:
             scored.append(self._score(list(ids), h_LD[first : first + len(ids)]))
         return scored
 
-    def choices(self, question: Question) -> dict[str, list[float]]:
+    def choices(self, question: Question, runs: Sequence[str] | None = None) -> dict[str, list[float]]:
         """Run -> the log-probability of each choice of a picked problem, asked with its task's template.
+
+        `runs`: by default the page's own columns.
 
         Raises RequestError for a problem that is too long for the model's positions.
         """
@@ -273,14 +326,15 @@ class Session:
         own = task.template if task else None
         renderer = Renderer(self.renderer.tokenizer, own) if own else self.renderer
         examples = choice_examples(renderer, question.as_problem())
-        sets = [Texts(examples, adapter) for adapter in self.adapters.values()]
+        runs = self.runs if runs is None else runs
+        sets = [Texts(examples, self._adapter(run)) for run in runs]
         if sets[0].longest > self.positions:
             raise RequestError(f"problem: its {sets[0].longest} tokens exceed the model's {self.positions}")
         found: dict[str, list[float]] = {}
-        with self._lock:
+        with self.lock:
             for places, logps in score_texts(self.model, sets, pad_id=renderer.pad_id):
-                found |= {self.runs[i]: scores for i, scores in zip(places, logps, strict=True)}
-        return {run: found[run] for run in self.runs}
+                found |= {runs[i]: scores for i, scores in zip(places, logps, strict=True)}
+        return {run: found[run] for run in runs}
 
     def text_ids(self, text: str) -> list[int]:
         """The ids of a text as an answer, end token included."""
@@ -301,10 +355,12 @@ class Session:
             answer.state = "truncated"
 
     def _next(self, steps: Iterator[list[tuple[int, int]]]) -> list[tuple[int, int]] | None:
-        with self._lock:
+        with self.lock:
             return next(steps, None)
 
     def _adapter(self, run: str) -> str | None:
+        if run in self.held:
+            return self.held[run]
         if run not in self.adapters:
             near = did_you_mean(str(run), self.adapters)
             raise RequestError(f"run {run!r} is not on this page ({', '.join(self.runs)}){near}")
@@ -328,7 +384,7 @@ class Session:
             return names[token]
 
         scored = []
-        pieces = self._pieces(ids)
+        pieces = self.renderer.pieces(ids)
         for start in range(0, len(ids), SCORED_AT_ONCE):
             part = slice(start, start + SCORED_AT_ONCE)
             logp_MV = self.head.logits(h_MD[part]).log_softmax(-1)
@@ -342,22 +398,10 @@ class Session:
                 scored.append(Token(text, p, top))
         return scored
 
-    def _pieces(self, ids: list[int], window: int = 8) -> list[str]:
-        """The text that each token adds; special tokens by name.
 
-        A character may take several tokens: it belongs to the last one. Each piece is the difference of two
-        decodings that start at the same token, so a tokenizer that drops a leading space drops it in both.
-        """
-        decode, special = self.renderer.tokenizer.decode, set(self.renderer.tokenizer.all_special_ids)
-        pieces = []
-        for end in range(1, len(ids) + 1):
-            if ids[end - 1] in special:
-                pieces.append(decode([ids[end - 1]]))
-                continue
-            start = max(0, end - window)
-            before, after = (decode(ids[start:stop]).rstrip("\ufffd") for stop in (end - 1, end))
-            pieces.append(after[len(before) :])
-        return pieces
+def whole_run(folder: RunFolder) -> RunFolder:
+    """The run that a checkpoint's run folder belongs to; a whole run itself."""
+    return RunFolder(folder.path.parent.parent) if folder.path.parent.name == "steps" else folder
 
 
 def _judge(answers: Sequence[Answer], problem: Problem, judge: Judge) -> None:

@@ -44,9 +44,9 @@ class Legend:
 # --- answers --------------------------------------------------------------------------------------
 
 
-def answers_view(runs: Sequence[str], answers: Sequence[Answer]) -> str:
+def answers_view(runs: Sequence[str], answers: Sequence[Answer], label: Legend | None = None) -> str:
     """For gr.Markdown: one column per run with its samples, or a placeholder when there are none."""
-    label = Legend(runs)
+    label = label or Legend(runs)
     columns = []
     for run in runs:
         mine = [answer for answer in answers if answer.run == run]
@@ -84,18 +84,30 @@ def chip(answer: Answer) -> str:
     return f'<span class="chip {kind}">{mark} {words}{said}</span>{ended}'
 
 
-def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """A table of HTML cells with a head; the columns in `numbers` are right-aligned figures."""
+def html_table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    numbers: Sequence[int] = (),
+    stacked: bool = False,
+) -> str:
+    """A table of HTML cells with a head; the columns in `numbers` are right-aligned figures.
+
+    `stacked`: on a phone each row becomes a block, with the heads (plain text) before its cells.
+    """
 
     def line(tag: str, cells: Sequence[str]) -> str:
         kinds = [' class="number"' if i in numbers else "" for i in range(len(cells))]
+        if stacked and tag == "td":
+            kinds = [f'{kind} data-head="{name}"' for kind, name in zip(kinds, head, strict=True)]
         return "".join(
             f"<{tag}{kind}>{cell}</{tag.split()[0]}>" for kind, cell in zip(kinds, cells, strict=True)
         )
 
     body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
     top = f"<thead><tr>{line('th scope=col', head)}</tr></thead>"
-    return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
+    kind = ' class="stacked"' if stacked else ""
+    table = f"<table{kind}>{top}<tbody>{body}</tbody></table>"
+    return f'<div class="scroll" tabindex="0" role="group" aria-label="table">{table}</div>'
 
 
 def count(n: int, noun: str) -> str:
@@ -114,23 +126,21 @@ def tokens_view(
     first run, and the tokens whose probabilities differ most between the two runs of `pair`.
     """
     label = Legend(runs)
-    strips = "".join(
-        _strip(label(run), _figures(tokens), tokens, lambda token: token.probability) for run, tokens in rows
-    )
-    view = f'<div class="strips">{_SCALE}{strips}</div>'
+    strips = "".join(strip(label(run), run, tokens) for run, tokens in rows)
+    view = f'{SCALE}<div class="strips">{strips}</div>'
     if pair is None:
         return view
     first, tokens = rows[0]
     peak = {norm: max(map(norm, tokens)) or 1.0 for norm in (_sft, _dft)}
     gradients = "".join(
-        _strip(name, note, tokens, lambda token, norm=norm: norm(token) / peak[norm], "grad")
+        strip(name, name, tokens, note, lambda token, norm=norm: norm(token) / peak[norm], "grad")
         for name, note, norm in (
             ("SFT gradient", "2 (1 − p): largest for unlikely tokens", _sft),
             ("DFT gradient", "2 p (1 − p): small for unlikely tokens", _dft),
         )
     )
     return (
-        f"{view}<h3>Gradient per token, under {label(first)}</h3>"
+        f"{view}<h2>Gradient per token, under {label(first)}</h2>"
         '<p class="small">The stronger the colour, the larger the gradient (L1 norm over the logits). DFT '
         "multiplies SFT’s gradient by the token’s probability, so unlikely tokens no longer dominate.</p>"
         f'<div class="strips">{gradients}</div>'
@@ -138,10 +148,11 @@ def tokens_view(
     )
 
 
-_SCALE = (
+SCALE = (
     '<p class="scale small"><span>unlikely 0</span><i class="ramp"></i><span>1 certain</span>'
     "<span>The colour shows a token’s probability, which is also its weight in DFT; in SFT every token has "
-    "weight 1. Hover over a token, or use the arrow keys, to see the alternatives.</span></p>"
+    "weight 1. Tokens below 0.25 are underlined. Hover over a token, or use the arrow keys, to see its "
+    "figures.</span></p>"
 )
 
 
@@ -158,17 +169,30 @@ def _figures(tokens: Sequence[Token]) -> str:
     return f"mean p {mean:.3f} · {count(len(tokens), 'token')}"
 
 
-def _strip(
-    name: str, note: str, tokens: Sequence[Token], shade: Callable[[Token], float], kind: str = "p"
+def _probability(token: Token) -> float:
+    return token.probability
+
+
+def strip(
+    name: str,
+    spoken: str,
+    tokens: Sequence[Token],
+    note: str = "",
+    shade: Callable[[Token], float] = _probability,
+    kind: str = "p",
 ) -> str:
+    """A strip of coloured tokens. `name` is HTML, `spoken` the same for screen readers; `note` (default: the
+    mean probability) stands beside it."""
+    note = note or _figures(tokens)
     spans = "".join(
         f'<span class="t {kind}{round(10 * shade(token))}" tabindex="-1" data-tip="{_tip(token)}">'
         f"{_shown(token.text)}</span>{_break(token.text)}"
         for token in tokens
     )
+    named = plain(f"tokens, {spoken}: {note}")
     return (
         f'<div class="strip"><header>{name}<span class="small">{note}</span></header>'
-        f'<div class="text" tabindex="0" role="group" aria-label="tokens">{spans}</div></div>'
+        f'<div class="text" tabindex="0" role="group" aria-label="{named}">{spans}</div></div>'
     )
 
 
@@ -187,7 +211,7 @@ def _tip(token: Token) -> str:
         quoted(token.text),
         f"probability (= DFT weight) {token.probability:.4f}",
         f"gradient: SFT {token.sft_gradient:.3f}, DFT {token.dft_gradient:.3f}",
-        "most likely tokens",
+        *(["most likely tokens"] if token.top else []),
         *(f"  {probability:.4f}  {quoted(text)}" for text, probability in token.top),
     ]
     return plain("\n".join(lines)).replace("\n", "&#10;")
@@ -217,7 +241,7 @@ def _differing(label: Legend, rows: Mapping[str, Sequence[Token]], pair: tuple[s
         for i, (x, y) in differing
     ]
     return (
-        f"<h3>Where {label(a)} and {label(b)} disagree most</h3>"
+        f"<h2>Where {label(a)} and {label(b)} disagree most</h2>"
         f"{html_table([*head, f'DFT weight under {label(start)}'], cells, numbers=[3])}"
     )
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import gradio as gr
 
+from ...errors import RequestError
 from ...tasks import get_task
 from ..choices import choices_view
 from ..events import FRAME, MODEL, on_gpu, one_line_errors, validate
-from ..session import Answer, Question, Session
+from ..session import MAX_COLUMNS, Answer, Question, Session
 from ..text import DELIMITERS
 from ..views import answers_view
+from ..workshop import EXAMPLE
 from .picker import ProblemSets, connect_picker, picker
-
-EXAMPLE = 20  # in the test set; at the page's default settings the demo's runs answer it differently
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Comparison:
 
     question: Question
     answers: list[Answer]
+    runs: list[str]
 
     def of(self, run: str) -> Answer:
         return next(answer for answer in self.answers if answer.run == run)
@@ -41,6 +42,7 @@ class CompareInputs:
     seed: gr.Number
     picked: gr.State
     comparison: gr.State
+    columns: gr.Dropdown
 
 
 def compare_tab(session: Session, sets: ProblemSets) -> CompareInputs:
@@ -88,6 +90,15 @@ def compare_tab(session: Session, sets: ProblemSets) -> CompareInputs:
                     max_length=8000,
                     elem_id="solution",
                 )
+        columns = gr.Dropdown(
+            session.runs,
+            value=session.runs,
+            multiselect=True,
+            max_choices=MAX_COLUMNS,
+            label="Columns",
+            visible=False,  # until there are more runs than the page's own
+            elem_id="columns",
+        )
         answers = gr.Markdown(
             answers_view(session.runs, []),
             latex_delimiters=[*DELIMITERS],
@@ -95,28 +106,29 @@ def compare_tab(session: Session, sets: ProblemSets) -> CompareInputs:
             elem_id="answers",
         )
 
-    inputs = [problem, reference, temperature, max_new_tokens, seed, samples, picked]
+    inputs = [problem, reference, temperature, max_new_tokens, seed, samples, picked, columns]
 
     @one_line_errors
     @on_gpu
     def ask(*asked) -> Iterator[tuple]:
-        question = Question(*asked)
+        *fields, runs = asked
+        question, runs = Question(*fields), chosen(session, runs)
         if question.task and question.task.by_likelihood:
-            yield choices_view(question, session.choices(question)), None
+            yield choices_view(question, session.choices(question, runs)), None
             return
         shown = 0.0
-        for written in session.answers(question):
+        for written in session.answers(question, runs):
             over = all(answer.state != "writing" for answer in written)
             if over or time.perf_counter() - shown > FRAME:
                 shown = time.perf_counter()
-                yield answers_view(session.runs, written), Comparison(question, written)
+                yield answers_view(runs, written), Comparison(question, written, runs)
             else:
-                yield gr.skip(), Comparison(question, written)
+                yield gr.skip(), Comparison(question, written, runs)
 
     def stopped(last: Comparison | None):
         for answer in last.answers if last else ():
             answer.state = "stopped" if answer.state == "writing" else answer.state
-        return answers_view(session.runs, last.answers if last else [])
+        return answers_view(last.runs if last else session.runs, last.answers if last else [])
 
     run = gr.on(
         [go.click, problem.submit],
@@ -133,4 +145,19 @@ def compare_tab(session: Session, sets: ProblemSets) -> CompareInputs:
         stopped, comparison, answers, show_progress="hidden", api_visibility="private"
     )
     connect_picker(sets, task, level, pick, [problem, reference, solution, picked])
-    return CompareInputs(problem, reference, solution, max_new_tokens, seed, picked, comparison)
+    return CompareInputs(problem, reference, solution, max_new_tokens, seed, picked, comparison, columns)
+
+
+def chosen(session: Session, runs: Sequence[str]) -> list[str]:
+    """The columns that a visitor chose; the page's own if none. Raises RequestError for too many."""
+    if len(runs) > MAX_COLUMNS:
+        raise RequestError(f"columns: {len(runs)} runs; choose at most {MAX_COLUMNS}")
+    return list(dict.fromkeys(runs)) or session.runs
+
+
+def shown_columns(session: Session, names: Sequence[str] = ()) -> gr.Dropdown:
+    """The choice of columns, once there is one: the base and the runs `names`, or the page's own columns."""
+    value = [*(["base"] if "base" in session.adapters else []), *names][-MAX_COLUMNS:]
+    return gr.Dropdown(
+        session.every, value=value if names else session.runs, visible=session.every != session.runs
+    )

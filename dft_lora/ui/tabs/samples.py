@@ -13,7 +13,7 @@ from ..counts import Tally
 from ..events import FRAME, MODEL, on_gpu, one_line_errors, validate
 from ..session import Question, Session
 from ..views import samples_view
-from .compare import CompareInputs
+from .compare import CompareInputs, chosen
 
 NO_SAMPLES = (
     '<p class="nothing">The share of correct answers, the distinct answers and the majority answer '
@@ -38,18 +38,19 @@ def samples_tab(session: Session, compare: CompareInputs) -> None:
     @one_line_errors
     @on_gpu
     def draw(*values) -> Iterator[Any]:
-        question, shown, n_runs = Question(*values), 0.0, len(session.runs)
+        *fields, columns = values
+        question, shown, runs = Question(*fields), 0.0, chosen(session, columns)
         if question.task and question.task.by_likelihood:
             raise RequestError("the runs choose among this problem's answers, so there is nothing to sample")
-        for written in session.answers(question):
+        for written in session.answers(question, runs):
             finished = sum(answer.state != "writing" for answer in written)
             if finished == len(written) or time.perf_counter() - shown > 4 * FRAME:
                 shown = time.perf_counter()
                 tallies = [
                     Tally.of(run, [a for a in written if a.run == run and a.state != "writing"])
-                    for run in session.runs
+                    for run in runs
                 ]
-                yield samples_view(session.runs, tallies, finished, n_runs * int(question.samples))
+                yield samples_view(runs, tallies, finished, len(runs) * int(question.samples))
             else:
                 yield gr.skip()
 
@@ -63,6 +64,7 @@ def samples_tab(session: Session, compare: CompareInputs) -> None:
             compare.seed,
             samples,
             compare.picked,
+            compare.columns,
         ],
         view,
         validator=validate,

@@ -7,7 +7,7 @@ import gradio as gr
 from ..events import MODEL, on_gpu, one_line_errors
 from ..session import Session, check_text
 from ..views import tokens_view
-from .compare import CompareInputs, Comparison
+from .compare import CompareInputs, Comparison, chosen
 
 NO_ANSWERS = '<p class="nothing">No answers yet. Press Compare on the Compare tab first.</p>'
 NO_SOLUTION = (
@@ -21,41 +21,53 @@ def tokens_tab(session: Session, compare: CompareInputs) -> None:
     runs = session.runs
     with gr.Tab("Tokens", id="tokens") as tab:
         with gr.Row(elem_classes="controls"):
-            which = gr.Radio(
-                [OWN, EACH, *(f"{run}’s answer" for run in runs)],
-                value=OWN,
-                label="Text",
-                elem_id="which",
-                scale=3,
-                min_width=300,
-            )
+            which = gr.Radio(_texts(runs), value=OWN, label="Text", elem_id="which", scale=3, min_width=300)
             first = gr.Dropdown(runs, value=runs[-min(2, len(runs))], label="Compare run", min_width=120)
             second = gr.Dropdown(runs, value=runs[-1], label="with run", min_width=120)
         view = gr.HTML("", elem_id="strips", js_on_load=None)
 
     @one_line_errors
     @on_gpu
-    def look(which: str, a: str, b: str, problem: str, solution: str, last: Comparison | None) -> str:
+    def look(
+        which: str, a: str, b: str, problem: str, solution: str, last: Comparison | None, columns: list[str]
+    ) -> str:
+        runs = chosen(session, columns)
         if which == OWN:
             if not solution.strip():
                 return NO_SOLUTION
             check_text("solution", solution)
             ids = session.text_ids(solution)
-        elif last is None:
+        elif last is None or (which != EACH and which not in _texts(last.runs)):
             return NO_ANSWERS
         elif which == EACH:
-            rows = [(run, session.answer_ids(last.of(run))) for run in runs if last.of(run).ids]
-            return tokens_view(runs, _with_runs(rows, session.tokens(last.question.problem, rows)), None)
+            rows = [(run, session.answer_ids(last.of(run))) for run in last.runs if last.of(run).ids]
+            return tokens_view(last.runs, _with_runs(rows, session.tokens(last.question.problem, rows)), None)
         else:
             problem, ids = last.question.problem, session.answer_ids(last.of(which.removesuffix("’s answer")))
         if not ids:
             return '<p class="nothing">That answer is empty.</p>'
         rows = [(run, ids) for run in runs]
-        return tokens_view(runs, _with_runs(rows, session.tokens(problem, rows)), (a, b))
+        pair = (a, b) if {a, b} <= set(runs) else (runs[-min(2, len(runs))], runs[-1])
+        return tokens_view(runs, _with_runs(rows, session.tokens(problem, rows)), pair)
 
-    inputs = [which, first, second, compare.problem, compare.solution, compare.comparison]
+    def offered(columns: list[str]) -> tuple:
+        runs = chosen(session, columns)
+        return (
+            gr.Radio(_texts(runs), value=OWN),
+            gr.Dropdown(runs, value=runs[-min(2, len(runs))]),
+            gr.Dropdown(runs, value=runs[-1]),
+        )
+
+    compare.columns.change(
+        one_line_errors(offered),
+        compare.columns,
+        [which, first, second],
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    inputs = [which, first, second, compare.problem, compare.solution, compare.comparison, compare.columns]
     gr.on(
-        [tab.select, which.change, first.change, second.change],
+        [tab.select, which.input, first.input, second.input],
         look,
         inputs,
         view,
@@ -63,6 +75,10 @@ def tokens_tab(session: Session, compare: CompareInputs) -> None:
         api_visibility="private",
         **MODEL,
     )
+
+
+def _texts(runs: list[str]) -> list[str]:
+    return [OWN, EACH, *(f"{run}’s answer" for run in runs)]
 
 
 def _with_runs(rows, scored) -> list:
