@@ -117,9 +117,12 @@ def measure(learner: Learner, examples: Sequence[Example], checkpointing: bool) 
     batches = _batches(learner, examples)
     probe(learner, batches[0], gauged=False)
     passes: list[ProbePass] = []
-    for batch in batches:
-        if ran_out_of_memory(lambda batch=batch: passes.append(probe(learner, batch))):
-            break
+
+    def measure_next() -> None:
+        passes.append(probe(learner, batches[len(passes)]))
+
+    while len(passes) < len(batches) and not ran_out_of_memory(measure_next):
+        pass
     short, long = passes[-2:]
     learner.optimizer.zero_grad()
     set_random_state(random, learner.ranks.device)
