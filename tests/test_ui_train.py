@@ -35,7 +35,7 @@ def zipped(content: bytes) -> bytes:
     [
         ("bomb.zip", zipped(b"0" * 10_000_000), "bomb.zip is not a .jsonl file"),
         ("bomb.jsonl", zipped(b"0" * 10_000_000), "bomb.jsonl is not UTF-8 text"),
-        ("rows.jsonl", gzip.compress(ROW), "not UTF-8 text"),
+        ("rows.jsonl", gzip.compress(ROW, mtime=0), "not UTF-8 text"),
         ("rows.jsonl", b"x" * (MAX_UPLOAD + 1), r"2,097,153 bytes; at most 2,097,152"),
         ("rows.jsonl", ROW + b"\n" + b"x" * (LONGEST_ROW + 1), r"row 2 of rows.jsonl has 20,001 characters"),
         ("rows.jsonl", (ROW + b"\n") * (MAX_ROWS + 1), r"5,001 rows; 1 to 5,000"),
