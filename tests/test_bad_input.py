@@ -175,7 +175,6 @@ EVALUATE = [
         "'evaluate.stop': must not contain an empty",
     ),
     ("evaluate run --task codebook --set shots=2", 2, "codebook has 0 solved training problems that are not"),
-    ("evaluate run --task arithmetic-long --set shots=2", 2, "evaluate.shots: split: arithmetic-long has no"),
     ("evaluate run --task humaneval", 2, "humaneval: its answers are programs"),
     ("evaluate run --task mbpp --set allow_code=no", 2, "set evaluate.allow_code: true or give"),
     ("evaluate run --task arithmetic --set allow_code=7", 2, "'evaluate.allow_code'"),
