@@ -297,7 +297,7 @@ def compare(run_dirs, out, llm_comparator, as_json) -> None:
 
 @main.command()
 @click.argument("name", type=click.Choice(EXPERIMENTS))
-@click.option("--out", type=UserPath(path_type=Path), help="Output folder.  [default: runs/NAME]")
+@click.option("--out", type=UserPath(path_type=Path), help="Output folder.  [default: runs/experiments/NAME]")
 @click.option("--seeds", default="0,1,2", show_default=True, help="Training seeds, separated by commas.")
 @click.option(
     "--only", multiple=True, metavar="PART", help="Redo only this part of the result; may be repeated."
@@ -313,7 +313,7 @@ def experiment(name: str, out: Path | None, seeds: str, only: tuple[str, ...]) -
     from .experiments import run_experiment
 
     try:
-        for line in run_experiment(name, out or Path("runs", name), [int(n) for n in numbers], only):
+        for line in run_experiment(name, out or Path("runs/experiments", name), [int(n) for n in numbers], only):
             click.echo(line)
     except Interrupted as stop:
         raise stop.and_then(CONTINUES) from None

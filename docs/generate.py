@@ -36,13 +36,17 @@ def demo_reports() -> dict[str, list[dict[str, Any]]]:
     return reports
 
 
+def demo_columns(report: dict[str, Any]) -> tuple[list[tuple[str, str]], str]:
+    """(task, sampled or greedy) of each column, and the head of the table."""
+    columns = [(task, key) for task in report["runs"]["base"]["tasks"] for key in ("avg", "greedy")]
+    return columns, " | ".join(f"{task}, {'greedy' if key == 'greedy' else 'T = 1'}" for task, key in columns)
+
+
 def demo() -> str:
-    """base, SFT and DFT of the demo on both training sets, mean of the recorded seeds; then each seed."""
+    """base, SFT and DFT of the demo on both training sets, mean of the recorded seeds."""
     reports = demo_reports()
-    first = reports["train"][0]
-    results = first["runs"]["base"]["tasks"]
-    columns = [(task, key) for task in results for key in ("avg", "greedy")]
-    head = " | ".join(f"{task}, {'greedy' if key == 'greedy' else 'T = 1'}" for task, key in columns)
+    results = reports["train"][0]["runs"]["base"]["tasks"]
+    columns, head = demo_columns(reports["train"][0])
 
     def row(label: str, run: str, recorded: list[dict[str, Any]]) -> str:
         values = [[r["runs"][run]["tasks"][task][key] for r in recorded] for task, key in columns]
@@ -54,12 +58,14 @@ def demo() -> str:
         lines += [row(SETS[split], "sft", recorded), row(SETS[split], "dft", recorded)]
     seeds, samples = len(reports["train"]), results["arithmetic"]["samples"]
     said = f"Percent correct, mean over {seeds} seeds; {results['arithmetic']['problems']} problems a set, "
-    lines += [
-        "",
-        f"{said}{samples} samples per problem. DFT minus SFT in points, with paired 95 % intervals:",
-        "",
-    ]
-    lines += [f"| trained on | seed | {head} |", "|---" * (2 + len(columns)) + "|"]
+    return "\n".join([*lines, "", f"{said}{samples} samples per problem."])
+
+
+def demo_seeds() -> str:
+    """DFT minus SFT for each recorded demo."""
+    reports = demo_reports()
+    columns, head = demo_columns(reports["train"][0])
+    lines = [f"| trained on | seed | {head} |", "|---" * (2 + len(columns)) + "|"]
     for split, recorded in reports.items():
         for seed, report in enumerate(recorded):
             cells = [lead(report, task, key) for task, key in columns]
@@ -409,6 +415,7 @@ def rl_made(base: dict[str, Any]) -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "demo": demo,
+    "demo-seeds": demo_seeds,
     "demo-training": demo_training,
     "demo-sets": demo_sets,
     "recipes": recipes,

@@ -28,7 +28,8 @@ MARK = "demo.json"  # lists what a demo wrote; the next demo replaces nothing el
 QUICK = ("train.max_steps=6", "evaluate.samples=1")
 QUICK_LIMIT = 12
 BASES = ("tiny", *KNOWN)
-REAL_LIMIT = 80  # problems of each task on a real base: the whole command takes minutes on two cores
+REAL = ("evaluate.samples=2",)
+REAL_LIMIT = 60  # problems of each task on a real base: the whole command takes minutes on two cores
 HUMAN = "school-problems"  # a set that people wrote, for real bases, where it can be had
 CLEAN = ("data.split=train-clean",)  # without the 8 % of wrong steps in "train"
 
@@ -46,7 +47,7 @@ def run_demo(
     changes = (
         f"train.seed={seed}",
         f"evaluate.seed={seed}",
-        *(QUICK if quick else ()),
+        *(QUICK if quick else REAL if base != "tiny" else ()),
         *(CLEAN if clean else ()),
     )
     for name in RUNS[1:]:
