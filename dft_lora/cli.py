@@ -313,7 +313,9 @@ def experiment(name: str, out: Path | None, seeds: str, only: tuple[str, ...]) -
     from .experiments import run_experiment
 
     try:
-        for line in run_experiment(name, out or Path("runs/experiments", name), [int(n) for n in numbers], only):
+        for line in run_experiment(
+            name, out or Path("runs/experiments", name), [int(n) for n in numbers], only
+        ):
             click.echo(line)
     except Interrupted as stop:
         raise stop.and_then(CONTINUES) from None

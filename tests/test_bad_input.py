@@ -32,7 +32,7 @@ DEMO = [
     ("demo --out /dev/full", 2, "--out: /dev/full is not a folder"),
     (f"demo --out {LONG}", 2, "File name too long"),
     ("demo --out loop/demo", 2, "Too many levels of symbolic links"),
-    ("demo --out taken", 2, "--out: taken contains files that the demo did not write (mine.txt)"),
+    ("demo --out taken", 2, "--out: taken contains files that the demo did not write (mine.txt, rows.jsonl)"),
     ("demo --out cut-demo", 2, "cut-demo/demo.json: broken JSON"),
     ("demo --out odd-demo", 2, "--out: odd-demo contains files that the demo did not write"),
     ("demo --seed -1", 2, "'--seed': -1 is not in the range"),

@@ -103,6 +103,7 @@ def test_what_is_missing_is_said():
     assert f"not run: {reason}" in loss_table(result)
 
 
+@pytest.mark.slow
 def test_generation_measures_the_same_work_on_every_side():
     """The embedded base: each side decodes as many tokens; a case that is too large is named, not run."""
     base, _ = load_base(ModelConfig(unpack=True), for_answers=True)

@@ -121,6 +121,7 @@ def test_when_one_is_killed_the_other_ends_with_a_valid_checkpoint(tmp_path, vic
     assert state.step >= 2 and all(torch.isfinite(weight).all() for weight in state.adapter.values())
 
 
+@pytest.mark.slow
 def test_the_documented_launcher_starts_two_processes(tmp_path):
     """torchrun, which is what `accelerate launch --multi_gpu` calls; accelerate's `--cpu` starts only one."""
     path = recipe(tmp_path, "two")

@@ -84,6 +84,7 @@ def clean(tmp_path_factory):
     return home
 
 
+@pytest.mark.slow
 def test_a_demo_on_the_clean_set_stands_beside_the_other(out, clean):
     erring, right = (RunFolder(path / "dft").run() for path in (out, clean / "runs" / "demo-clean"))
     differing = {key for key in right["recipe"] if right["recipe"][key] != erring["recipe"][key]}

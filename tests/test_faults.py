@@ -366,6 +366,7 @@ def limit_memory(megabytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
+@pytest.mark.slow
 def test_memory_that_really_runs_out(tmp_path):
     """Ever smaller address spaces, until 64 rows of 250 tokens do not fit at once but fewer do."""
     rows = [{"problem": f"{i} + 1?", "solution": f"{i} " * 60} for i in range(1000, 1064)]

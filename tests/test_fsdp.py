@@ -87,6 +87,7 @@ def two_of_them(tmp_path, path, *arguments):
     assert [code for code, _ in ends] == [0, 0], ends
 
 
+@pytest.mark.slow
 def test_when_one_is_killed_the_other_ends_and_the_run_goes_on_to_the_bit(tmp_path):
     settings = {"max_steps": 40, "save_steps": 2, "shard": True}
     path = recipe(tmp_path, "two", **settings)

@@ -94,6 +94,7 @@ def test_a_stage_that_fails_keeps_its_results_and_says_why(rest, end):
     assert ended(SAY + rest) == (end, [("a", {"x": 1})])
 
 
+@pytest.mark.slow
 def test_a_stage_that_hangs_is_stopped_with_all_that_it_started(tmp_path):
     pid = tmp_path / "pid"
     script = f"{SAY}import subprocess, time; p = subprocess.Popen(['sleep', '600']); "

@@ -40,7 +40,13 @@ def execute(path, folder, **values):
     return notebook.cells
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+LONG = {"03_sft_vs_dft", "05_sft_dft_grpo"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in LONG else []) for p in NOTEBOOKS],
+)
 def test_a_notebook_runs_on_the_embedded_base(path, tmp_path):
     execute(path, tmp_path, **SMALL)
     for metrics in tmp_path.rglob("metrics.jsonl"):  # SMALL reached it: nobody's machine trains for long

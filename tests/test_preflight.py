@@ -37,7 +37,7 @@ def recipe(qwen_dir, tmp_path_factory):
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return parse_recipe(
         {
-            "model": {"name": str(qwen_dir), "dtype": "bfloat16"},
+            "model": {"name": str(qwen_dir), "dtype": "float32"},
             "data": {"source": str(folder / "rows.jsonl"), "template": "qwen-boxed"},
             "train": {"batch_size": 8, "micro_batch_size": 2, "max_steps": 3},
             "output": str(folder / "run"),

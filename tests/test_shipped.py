@@ -65,6 +65,7 @@ def test_shipped_runs_name_no_machine_and_stay_small():
     assert sum(file.stat().st_size for file in HOME.rglob("*")) < 2e6
 
 
+@pytest.mark.slow
 def test_making_them_again_records_no_path_and_leaves_no_scratch(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()

@@ -19,7 +19,7 @@ SMALL = (
     "train.max_steps=4",
     "train.save_steps=3",
 )
-CLOCKED = {"seconds", "tokens_per_second", "peak_memory_mb"}
+CLOCKED = {"seconds", "processor_seconds", "tokens_per_second", "peak_memory_mb"}
 
 
 def recipes(home, names=("sft", "dft"), changes=()):

@@ -63,6 +63,7 @@ def recorded(rows, tmp_path_factory):
     return json.loads((out / "tasks.json").read_text()), out
 
 
+@pytest.mark.slow
 def test_every_kind_is_compared_and_advice_comes_first(recorded):
     parts = recorded[0]["bases"]["tiny"]
     assert set(parts) == {"diagnosis", "rates", "objectives"}
@@ -75,6 +76,7 @@ def test_every_kind_is_compared_and_advice_comes_first(recorded):
     assert found["sft"]["against_sft"]["difference"] == 0
 
 
+@pytest.mark.slow
 def test_the_table_has_the_advice_and_what_came_out(recorded, tmp_path):
     result, out = recorded
     found = cases(out)

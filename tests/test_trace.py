@@ -71,7 +71,10 @@ def whole_tensors(monkeypatch):
     monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 2**40)
 
 
-@pytest.mark.parametrize("checkpointing, optimizer", [(False, "adamw"), (True, "adamw8bit")])
+@pytest.mark.parametrize(
+    "checkpointing, optimizer",
+    [pytest.param(False, "adamw", marks=pytest.mark.slow), (True, "adamw8bit")],
+)
 def test_the_trace_counts_what_a_real_step_takes(base, whole_tensors, checkpointing, optimizer):
     recipe = recipe_of(base, gradient_checkpointing=checkpointing, optimizer=optimizer)
     real, real_bytes = step(Learner(recipe, DFT, 0, Ranks(recipe)))

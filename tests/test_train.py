@@ -323,18 +323,19 @@ def test_the_base_is_asked_once_per_token(packing):
     )
     trainer = Trainer(make_plan(recipe), Ranks(recipe))
     learner = trainer.learner
-    asked, of_batch, token_scores = [], [], learner.token_scores
+    asked, of_batch, scores_at = [], [], learner.scores_at
 
-    def counted(model, batch, **more):
-        scores = token_scores(model, batch, **more)
+    def counted(h_BLD, batch, **more):
+        scores = scores_at(h_BLD, batch, **more)
         if torch.is_grad_enabled():
             with torch.no_grad(), learner.adapter_model.disable_adapter():
-                of_batch.append((scores.reference_logp, token_scores(model, batch).logp))
+                direct = scores_at(learner.hidden(learner.model, batch), batch)
+                of_batch.append((scores.reference_logp, direct.logp))
         else:
             asked.extend(batch.ids)
         return scores
 
-    learner.token_scores = counted
+    learner.scores_at = counted
     for step in range(4):
         trainer.step(step)
     assert sorted(asked) == sorted(example.id for example in trainer.plan.examples)

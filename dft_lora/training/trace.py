@@ -78,6 +78,9 @@ def _attention_on_cuda(
         return ops._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[
             0
         ]
+    if enable_gqa:  # only the flash kernel shares keys and values among query heads
+        shared = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(shared, -3) for x in (key, value))
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.where(attn_mask, query.new_zeros(()), query.new_full((), -torch.inf))
