@@ -62,6 +62,7 @@ def test_sft_and_dft_differ_in_the_objective_alone(out):
     assert sft["data_hash"] == dft["data_hash"] and sft["template_hash"] == dft["template_hash"]
 
 
+@pytest.mark.slow
 def test_a_second_demo_replaces_what_it_wrote_and_nothing_else(out):
     (out / "mine.txt").write_text("precious")
     with pytest.raises(RequestError, match=r"mine\.txt"):

@@ -22,7 +22,7 @@ from dft_lora.training.probe import longest_batch, measure, probe, resident_byte
 from dft_lora.training.ranks import Ranks
 from dft_lora.training.trace import traced
 
-EXAMPLES = [Example(str(i), tuple(range(1, length)), 50) for i, length in enumerate((505, 480, 460, 300))]
+EXAMPLES = [Example(str(i), tuple(range(1, length)), 50) for i, length in enumerate((249, 240, 230, 150))]
 DFT = objective("dft")
 
 

@@ -219,7 +219,7 @@ def see_hostile(page: Page, monkeypatch, strings: list[str]) -> None:
     assert type(session().renderer).decode is decode
 
 
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_hostile_strings_have_no_effect(page, monkeypatch, brief, part):
     see_hostile(page, monkeypatch, HOSTILE[6 + part :: 20])
 
@@ -384,8 +384,14 @@ def visit(page: Page, name: str) -> None:
         wait_for(lambda: page.count("#pair .card") == 2)
 
 
-@pytest.mark.parametrize("width", SIZES)
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize(
+    "width, dark",
+    [
+        pytest.param(width, dark, id=f"{width}-{'dark' if dark else 'light'}", marks=marks)
+        for width in SIZES
+        for dark, marks in ((width < 500, []), (width > 500, pytest.mark.slow))
+    ],
+)
 def test_every_tab_fits_and_meets_contrast_aa(driver, url, brief, width, dark):
     """No sideways scrolling, all tabs in reach, text at 4.5 : 1 (3 : 1 from 24 px), no foreign host."""
     page = Page(driver, url)
