@@ -435,7 +435,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "bench-packing": partial(bench, "packing"),
     "bench-memory": partial(bench, "memory"),
     "bench-gpu": bench_gpu,
-    "bench-longest": partial(bench, "longest"),
+    "bench-longest": lambda: bench("longest") or NOT_YET,
 }
 
 
