@@ -1,6 +1,6 @@
 """Draw the README's charts from recorded results: `python docs/charts.py`.
 
-real.png        base, SFT and DFT on a real base, by `make real` (docs/results/make-real.json)
+real.png        SFT, DFT and its remedies on a real base (docs/results/real.json)
 accuracy.png    the demo: base, SFT and DFT after each training set (docs/results/demo-*.json)
 loss.png        the loss engine against its peers (dft_lora/bench/results/loss-cpu-prescribed-bfloat16.json)
 lab.png         mean rank of every objective over the lab's regimes (docs/results/lab.json, where it is there)
@@ -40,26 +40,34 @@ def save(figure: Any, name: str) -> None:
 
 
 def real() -> None:
-    """Sampled accuracy as bars with 95 % intervals, greedy as diamonds, the share of answers that ended."""
-    runs = read(RESULTS / "make-real.json")["runs"]
-    tasks = list(runs["base"]["tasks"])
-    figure, axes = plt.subplots(1, len(tasks), figsize=(9, 3.2), sharey=True, layout="constrained")
+    """SFT, DFT and its remedies on a real base: sampled accuracy as bars, greedy as diamonds."""
+    found = read(RESULTS / "real.json")["bases"]["gemma-3-270m"]["remedies"]["found"]
+    tasks = list(found["sft"]["ended"])
+    figure, axes = plt.subplots(1, len(tasks), figsize=(10, 3.4), sharey=True, layout="constrained")
     for axis, task in zip(axes, tasks, strict=True):
-        ended = []
-        for x, (name, run) in enumerate(runs.items()):
-            found = run["tasks"][task]
-            axis.bar(x, 100 * found["avg"], color=COLOURS[name], width=0.8)
-            axis.plot([x, x], [100 * end for end in found["ci95"]], color="black", lw=1.2)
-            axis.plot(x, 100 * found["greedy"], "D", color="white", markeredgecolor="black", markersize=6)
-            ended.append(f"{name}\n{100 * (1 - found['truncated']):.0f} % ended")
-        axis.set_xticks(range(len(runs)), ended)
+        labels = []
+        for y, (kind, line) in enumerate(reversed(found.items())):
+            colour = COLOURS["sft"] if kind == "sft" else PEER if kind == "plain dft" else COLOURS["dft"]
+            axis.barh(y, 100 * line["accuracy"][task], color=colour, height=0.7)
+            axis.plot(
+                100 * line["accuracy"][f"{task} greedy"],
+                y,
+                "D",
+                color="white",
+                markeredgecolor="black",
+                markersize=6,
+            )
+            axis.text(101, y, f"{100 * line['ended'][task]:.0f} %", va="center", ha="right", fontsize=8)
+            labels.append("dft with a floor" if kind == "dft" else kind)
+        axis.set_yticks(range(len(labels)), labels)
+        axis.set_xlim(0, 102)
         axis.set_title(task, fontsize=11)
+        axis.set_xlabel("percent correct; at the right: answers that ended", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", alpha=0.2)
-    axes[0].set_ylabel("percent correct")
+        axis.grid(axis="x", alpha=0.2)
     axes[-1].plot([], [], "D", color="white", markeredgecolor="black", label="greedy")
-    axes[-1].bar([0], [0], color="#d1d5db", label="sampled at T = 1, with its 95 % interval")
-    axes[-1].legend(frameon=False, fontsize=9, loc="upper right")
+    axes[-1].bar([0], [0], color="#d1d5db", label="sampled at T = 1")
+    axes[-1].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(0.88, 0))
     save(figure, "real.png")
 
 

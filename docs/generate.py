@@ -309,6 +309,41 @@ def remedies() -> str:
     return "\n\n".join(blocks)
 
 
+def real() -> str:
+    """The headline of `remedies`, for the README: means over the test sets of each real base."""
+    if not (RESULTS / "real.json").is_file():
+        return NOT_YET
+    bases = json.loads((RESULTS / "real.json").read_text(encoding="utf-8"))["bases"]
+    lines = [
+        "| base | | T = 1 | minus SFT | greedy | minus SFT | answers that ended |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for base, parts in bases.items():
+        if base.startswith("tiny") or "remedies" not in parts:
+            continue
+        for kind, found in parts["remedies"]["found"].items():
+            means = [
+                np.mean([v for k, v in found["accuracy"].items() if k.endswith(" greedy") is greedy])
+                for greedy in (False, True)
+            ]
+            leads = [difference(found[key]) for key in ("against_sft", "against_sft_greedy")]
+            cells = [
+                f"{100 * mean:.1f} | {'' if kind == 'sft' else lead}"
+                for mean, lead in zip(means, leads, strict=True)
+            ]
+            ended = np.mean(list(found["ended"].values()))
+            lines.append(f"| {base} | {kind} | {' | '.join(cells)} | {100 * ended:.0f} % |")
+        recorded = parts["remedies"]
+        tasks, seeds = len(recorded["found"]["sft"]["ended"]), len(recorded["seeds"])
+        lines += [
+            "",
+            f"Percent correct, mean of {tasks} test sets of at most {recorded['problems']} problems, 4 "
+            f"samples each, {seeds} seed{'s' * (seeds > 1)}; differences with paired 95 % intervals. "
+            f"Recorded on {recorded['date'][:10]}, commit {recorded['commit']}.",
+        ]
+    return "\n".join(lines)
+
+
 def difference(part: dict[str, Any]) -> str:
     """A recorded contrast in points, with its interval."""
     low, high = part["ci95"]
@@ -421,6 +456,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "cli": cli,
     "findings": findings,
+    "real": real,
     "real-demo": real_demo,
     "remedies": remedies,
     "rates": rates,
