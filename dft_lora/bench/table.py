@@ -187,7 +187,7 @@ def choices_table(result: dict[str, Any]) -> str:
 
 
 def rl_table(result: dict[str, Any]) -> str:
-    """One result of `bench rl` as Markdown: a line a side, seconds and processor seconds of each stage."""
+    """One result of `bench rl` as Markdown: one line per side, seconds and processor seconds of each stage."""
     work, made = result["work"], result["provenance"]
     shape = work["shape"]
     base = work["base"] or (
