@@ -10,7 +10,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def loss_table(result: dict[str, Any]) -> str:
-    """One result of `bench loss` as Markdown: what was measured, then a line a variant."""
+    """One result of `bench loss` as Markdown: what was measured, then one line per variant."""
     shape, made, p, skip = result["shape"], result["provenance"], result["probability"], result["skip"]
     threads = f"{result['threads']} thread" + "s" * (result["threads"] > 1)
     lines = [
@@ -88,7 +88,7 @@ def packing_table(result: dict[str, Any]) -> str:
 
 
 def generation_table(result: dict[str, Any]) -> str:
-    """One result of `bench generation` as Markdown: a line a case, a pair of columns a side."""
+    """One result of `bench generation` as Markdown: one line per case, two columns per side."""
     made = result["provenance"]
     sides = list(result["cases"][0]["sides"])
     lines = [
@@ -187,7 +187,7 @@ def choices_table(result: dict[str, Any]) -> str:
 
 
 def rl_table(result: dict[str, Any]) -> str:
-    """One result of `bench rl` as Markdown: one line per side, seconds and processor seconds of each stage."""
+    """One result of `bench rl` as Markdown: one line per side, with the seconds of each stage."""
     work, made = result["work"], result["provenance"]
     shape = work["shape"]
     base = work["base"] or (
