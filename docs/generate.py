@@ -356,6 +356,8 @@ def rates() -> str:
         return NOT_YET
     bases = json.loads((RESULTS / "real.json").read_text(encoding="utf-8"))["bases"]
     tried = {base: parts["rates"]["found"] for base, parts in bases.items() if "rates" in parts}
+    if not tried:
+        return NOT_YET
     lines = ["| base | | learning rate: percent correct at T = 1 |", "|---|---|---|"]
     for base, kinds in tried.items():
         for kind, by_rate in kinds.items():
