@@ -62,7 +62,7 @@ def real() -> None:
         axis.set_yticks(range(len(labels)), labels)
         axis.set_xlim(0, 102)
         axis.set_title(task, fontsize=11)
-        axis.set_xlabel("percent correct; at the right: answers that ended", fontsize=8)
+        axis.set_xlabel("percent correct (right: ended)", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", alpha=0.2)
     axes[-1].plot([], [], "D", color="white", markeredgecolor="black", label="greedy")
