@@ -1,6 +1,6 @@
 """Charts as SVG in the page's own colours, without a plotting library.
 
-A run is told by its colour and by the pattern of its line. Each chart states its figures for screen readers.
+Colour and line pattern both identify a run. Each chart states its figures for screen readers.
 """
 
 from __future__ import annotations
