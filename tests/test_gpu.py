@@ -21,6 +21,7 @@ from dft_lora.bench.peers import VARIANTS
 from dft_lora.bench.table import gpu_table
 from dft_lora.config import ModelConfig, load_recipe
 from dft_lora.model import memory
+from dft_lora.model.accelerator import Cpu, accelerator
 from dft_lora.model.load import load_base
 from dft_lora.model.random_base import write_random_base
 from dft_lora.training import loop, probe
@@ -166,13 +167,13 @@ def test_the_gauge_of_a_gpu_is_pytorchs_allocator(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     gauge = memory.memory_of(CUDA)
     assert (gauge.now(), gauge.peak(), gauge.reset()) == (5, 7, None)
-    assert memory.free_memory(CUDA) == 3
+    assert accelerator(CUDA).free_memory == 3
 
 
 @pytest.mark.parametrize(("megabytes", "rows"), [(1, 1), (10**6, 8)])
 def test_auto_takes_the_rows_that_fit_before_the_first_step(tmp_path, monkeypatch, megabytes, rows):
     monkeypatch.setattr(Learner, "finds_micro_batch", True)
-    monkeypatch.setattr(probe, "memory_of_machine", lambda device: megabytes * 2**20)
+    monkeypatch.setattr(Cpu, "total_memory", megabytes * 2**20)
     changes = ["train.batch_size=8", "train.micro_batch_size=auto", "train.max_steps=1"]
     run = loop.train(load_recipe("tiny_dft", [*changes, f"output={tmp_path / 'run'}"]))
     assert run.run()["micro_batch_size"] == rows

@@ -25,6 +25,7 @@ import torch
 from torch.nn.functional import linear
 
 from ..config import ModelConfig
+from ..model.accelerator import accelerator, default_device
 from ..model.generate import Request, stream
 from ..model.generation_memory import Bound
 from ..model.head import bare, check_head
@@ -62,8 +63,7 @@ Ticks = list[tuple[float, float]]
 
 
 def tick() -> tuple[float, float]:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    accelerator(default_device()).synchronize()
     return time.perf_counter(), time.process_time()
 
 

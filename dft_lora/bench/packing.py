@@ -18,6 +18,7 @@ import torch
 from ..data.batches import Batch, collate, micro_batches, step_indices, ungrouped
 from ..data.packing import Arrange, CheapestPacking, Packed
 from ..data.templates import Example
+from ..model.accelerator import accelerator
 from ..model.attention import crossover_length
 from ..model.hardware import choose
 from ..runs.provenance import certificate
@@ -91,5 +92,4 @@ def measure(capacity: int, batch_size: int, size: int, examples: int, threads: i
 def _pass(trainer: Trainer, batch: Batch) -> None:
     loss = trainer.learner.score(batch, Sums(trainer.ranks.device))
     loss.backward()
-    if trainer.ranks.device.type == "cuda":
-        torch.cuda.synchronize()
+    accelerator(trainer.ranks.device).synchronize()

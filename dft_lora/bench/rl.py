@@ -36,6 +36,7 @@ from zlib import crc32
 import torch
 
 from ..config import Recipe, load_recipe, parse_recipe
+from ..model.accelerator import accelerator, default_device
 from ..model.hardware import choose, dtype_name
 from ..model.load import load_base, load_tokenizer
 from ..model.memory import MIB, memory_of
@@ -127,8 +128,7 @@ class Stopwatch:
 
     @staticmethod
     def _now() -> tuple[float, float]:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        accelerator(default_device()).synchronize()
         return time.perf_counter(), time.process_time()
 
     def figures(self) -> dict[str, Any]:

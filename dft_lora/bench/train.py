@@ -31,6 +31,7 @@ from ..config import Recipe, load_recipe, parse_recipe
 from ..data.batches import Batch, collate, step_indices
 from ..data.templates import Example
 from ..loss import TokenScores
+from ..model.accelerator import accelerator
 from ..model.hardware import choose, dtype_name
 from ..model.load import load_base
 from ..model.memory import MIB, LiveTensors, memory_of
@@ -77,8 +78,7 @@ class Watch:
         self.memory.reset()
 
     def tick(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        accelerator(self.device).synchronize()
         self.ticks.append((time.perf_counter(), time.process_time()))
         self.peak = self.memory.peak()
 

@@ -17,10 +17,11 @@ class Shard:
     def of_this_process(cls) -> Shard:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return cls()
-        import torch
         from accelerate import PartialState
 
-        state = PartialState(cpu=not torch.cuda.is_available())
+        from ..model.accelerator import default_device
+
+        state = PartialState(cpu=default_device().type == "cpu")
         return cls(state.process_index, state.num_processes)
 
     @property

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from .accelerator import accelerator
 from .cache import room_for
 from .head import head_of
-from .memory import MIB, free_memory
+from .memory import MIB
 
 PREFILL_TOKENS = 4096
 """Tokens of one prefill forward, padding included; a longer prompt goes alone."""
@@ -88,7 +89,7 @@ def sampler_rows(device: torch.device, V: int) -> int:
 def rows_that_fit(model: Any, tokens: int) -> int:
     """Rows of `tokens` tokens whose bound is half of the free memory (at most 4 GB on a CPU), 1 to 1024."""
     bound = Bound(model)
-    budget = free_memory(bound.device) // 2
+    budget = accelerator(bound.device).free_memory // 2
     if bound.device.type == "cpu":
         budget = min(budget, 2**32)
     return min(MOST_ROWS, bound.rows(tokens, budget))

@@ -8,6 +8,7 @@ this file knows how bitsandbytes quantizes a base.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,14 +22,16 @@ from ..errors import ModelError
 from ..hub import unreachable
 from ..runs.atomic import MANIFEST, damage
 from . import gguf
+from .accelerator import accelerator
 from .hardware import Hardware, choose, dtype_name
 from .head import bare
 from .known import KNOWN, known_file, unpacked_base
 from .limits import refuse_running_state
-from .memory import free_memory
 from .random_base import fill_, seed_of
 from .starts import CHANGES_BASE
 from .tiny import TINY_DIR
+
+log = logging.getLogger(__name__)
 
 NO_CODE = {"trust_remote_code": False}
 """Explicit, because otherwise transformers asks in a terminal whether to run a model's own code."""
@@ -167,6 +170,7 @@ def load_base(
     _quieten()
     model_config = load_model_config(config)
     hardware = choose(config.dtype, count_parameters(model_config), device)
+    config = held_on(config, hardware.device)
     if hardware.device.type == "meta":
         return _shapes_alone(model_config, config.quantization, hardware.dtype), hardware
     arguments: dict[str, Any] = {"dtype": hardware.dtype, **_origin(config)}
@@ -189,6 +193,18 @@ def load_base(
         _unpack_layers(model)
     model.requires_grad_(False)
     return model.eval(), hardware
+
+
+def held_on(config: ModelConfig, device: torch.device) -> ModelConfig:
+    """`config`, or the same base in 16 bits, with a warning, where bitsandbytes cannot compute."""
+    if config.quantization == "none" or accelerator(device).quantizes:
+        return config
+    log.warning(
+        "model.quantization: bitsandbytes cannot compute with %s on %s; the base stays in 16 bits",
+        config.quantization,
+        accelerator(device).name,
+    )
+    return config.model_copy(update={"quantization": "none"})
 
 
 def twin(base: Any) -> Any:
@@ -245,7 +261,7 @@ def _wants_unpacked(model: Any, unpack: bool | str) -> bool:
     if unpack != "auto":
         return bool(unpack)
     size = sum(m.in_features * m.out_features for _, m in _4bit_layers(model)) * model.dtype.itemsize
-    return model.device.type == "cpu" and size <= free_memory(model.device) // 2
+    return model.device.type == "cpu" and size <= accelerator(model.device).free_memory // 2
 
 
 def _4bit_layers(model: Any) -> list[tuple[str, Any]]:
@@ -279,7 +295,6 @@ def unpack(config: ModelConfig, dtype: torch.dtype, folder: Path) -> None:
 
 def _quieten() -> None:
     """Silence progress bars for weights that load instantly, and other packages' deprecation notes."""
-    import logging
     import warnings
 
     from transformers.utils import logging as transformers_logging

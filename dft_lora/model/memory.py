@@ -1,7 +1,7 @@
 """How much memory a piece of work takes, as seen by the machine or by counting tensors.
 
 ProcessMemory    resident memory of this process (Linux): a CPU run as the machine sees it
-DeviceMemory     PyTorch's allocator on a CUDA device
+DeviceMemory     PyTorch's allocator on a GPU
 LiveTensors      bytes of live tensors on a CPU: what a GPU's allocator would count
 TracedTensors    the same for tensors without contents, on the meta device: work that is too large to run here
 """
@@ -17,6 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from .accelerator import accelerator
 
 MIB = 2**20
 
@@ -57,18 +59,16 @@ class DeviceMemory:
     """Allocated, not reserved, memory: fragmentation and the CUDA context (about 0.5 GB) come on top."""
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device = accelerator(device)
 
     def now(self) -> int:
-        torch.cuda.synchronize(self.device)
-        return torch.cuda.memory_allocated(self.device)
+        return self.device.allocated()
 
     def peak(self) -> int:
-        torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_allocated(self.device)
+        return self.device.peak()
 
     def reset(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self.device)
+        self.device.reset_peak()
 
 
 class LiveTensors(TorchDispatchMode):
@@ -204,15 +204,6 @@ def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that new tensors may take on `device` now; on a CPU what Linux says is available, or 8 GB."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    facts = Path("/proc/meminfo")
-    lines = facts.read_text().splitlines() if facts.is_file() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 2**33)
-
-
 def memory_of(device: torch.device) -> Memory:
     """The gauge for work on `device`, as the machine sees it."""
-    return DeviceMemory(device) if device.type == "cuda" else ProcessMemory()
+    return DeviceMemory(device) if accelerator(device).counts_memory else ProcessMemory()

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ..errors import RunError
+from ..model.accelerator import accelerator
 from ..runs.atomic import damage, discard, write_folder
 from ..runs.folder import writing
 
@@ -117,10 +118,7 @@ def adapter_files(weights: dict[str, torch.Tensor], config: Any) -> Iterator[tup
 
 def random_state(device: torch.device) -> torch.Tensor:
     """torch's generator on the CPU, followed by the device's own, as bytes."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return torch.cat(states)
+    return torch.cat([torch.get_rng_state(), accelerator(device).random_state()])
 
 
 def set_random_state(state: torch.Tensor, device: torch.device) -> None:
@@ -128,8 +126,7 @@ def set_random_state(state: torch.Tensor, device: torch.device) -> None:
     host = len(torch.get_rng_state())
     # Copies: torch 2.13 reads a view into a larger tensor from the wrong place, or crashes.
     torch.set_rng_state(state[:host].clone())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[host:].clone(), device)
+    accelerator(device).set_random_state(state[host:].clone())
 
 
 def pack(value: Any, tensors: dict[str, torch.Tensor], name: str = "") -> Any:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ..errors import RunError
+from ..model.accelerator import accelerator, default_device
 
 LIMIT_IN_A_ROW = 5
 RETREATS = 3
@@ -154,14 +155,18 @@ def ran_out_of_memory(work: Callable[[], Any]) -> bool:
             raise
     # Only outside the except clause are the frames released that held the tensors of the failed attempt.
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    accelerator(default_device()).empty_cache()
     return True
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's own error, Python's, or the messages of torch's CPU allocator and cuBLAS."""
-    texts = ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    """torch's own error, Python's, or the messages of its allocators and of cuBLAS."""
+    texts = (
+        "DefaultCPUAllocator: can't allocate memory",
+        "CUDA out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "MPS backend out of memory",
+    )
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(t in str(error) for t in texts)
 
 

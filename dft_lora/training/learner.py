@@ -25,6 +25,7 @@ from ..data.batches import Batch, Group, examples_of, numbered, ungrouped
 from ..data.templates import Example
 from ..errors import RunError
 from ..loss import REFERENCE_NEEDS, Objective, TokenScores, chunk_rows, token_logps
+from ..model.accelerator import accelerator
 from ..model.attention import choose_arrangement
 from ..model.backends import build
 from ..model.hardware import Hardware
@@ -86,7 +87,11 @@ class Learner:
     def finds_micro_batch(self) -> bool:
         """Whether `micro_batch_size: auto` is measured: on a GPU, unless the base is sharded."""
         settings = self.recipe.train
-        return settings.micro_batch_size == "auto" and self.ranks.device.type == "cuda" and not settings.shard
+        return (
+            settings.micro_batch_size == "auto"
+            and accelerator(self.ranks.device).counts_memory
+            and not settings.shard
+        )
 
     @property
     def keeps_reference(self) -> bool:

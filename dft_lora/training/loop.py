@@ -15,8 +15,9 @@ from ..config import Recipe
 from ..data.doctor import findings_table
 from ..errors import Interrupted
 from ..loss.objectives import starves
+from ..model.accelerator import accelerator
 from ..model.backends import prepare
-from ..model.hardware import Hardware, reset_peak_memory
+from ..model.hardware import Hardware
 from ..runs.folder import RunFolder
 from ..runs.plots import curves
 from .checkpoints import Checkpoints, State, write_adapter
@@ -84,7 +85,7 @@ class Run:
             )
         if ranks.is_main and not ((resume or extend) and self.folder.begun):
             RunFolder.create(self.folder.path)
-        reset_peak_memory(ranks.device)
+        accelerator(ranks.device).reset_peak()
         self.trainer = trainer = Trainer(plan, ranks, base=base)
         learner = trainer.learner
         if state is not None:

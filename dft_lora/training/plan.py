@@ -14,9 +14,10 @@ from ..data.sources import Kind, Rows, judgeable, load_problems
 from ..data.templates import Example, Renderer
 from ..errors import DataError, RecipeError
 from ..loss import REFERENCE_NEEDS, ObjectiveError, objective
+from ..model.accelerator import default_device
 from ..model.fingerprint import base_fingerprint
 from ..model.limits import caps_logits, positions, refuse_unknown_tokens
-from ..model.load import load_model_config, load_tokenizer
+from ..model.load import held_on, load_model_config, load_tokenizer
 from ..model.starts import CHANGES_BASE
 from ..runs.folder import RunFolder
 from ..tasks import judge_of
@@ -87,6 +88,8 @@ def make_plan(recipe: Recipe) -> Plan:
             "default, or another objective"
         )
     _check_teacher(recipe, chosen)
+    if held_on(recipe.model, default_device()) is not recipe.model:
+        recipe = recipe.override(["model.quantization=none"])
     base = load_model_config(recipe.model)
     if "reference_kl" in chosen.needs and caps_logits(base):
         raise RecipeError(

@@ -12,10 +12,9 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from ..config import Recipe
 from ..errors import RequestError
+from ..model.accelerator import accelerator, default_device
 from ..model.backends import prepare
 from ..model.generation_memory import Bound
 from ..model.hardware import dtype_name
@@ -28,7 +27,6 @@ from .probe import (
     ProbePass,
     longest_batch,
     measure,
-    memory_of_machine,
     probe,
     resident_bytes,
     set_checkpointing,
@@ -48,7 +46,7 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
     Returns plain values in bytes and seconds. Raises a RequestError like `train`. Writes no file.
     """
     prepare(recipe)
-    elsewhere = budget is not None and not torch.cuda.is_available()
+    elsewhere = budget is not None and default_device().type == "cpu"
     if elsewhere and recipe.model.dtype == "auto":
         recipe = recipe.override(["model.dtype=bfloat16"])  # what the target GPU would use
     plan = make_plan(recipe)
@@ -75,11 +73,12 @@ def measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any]
     learner.optimizer.zero_grad()
     resident = resident_bytes(learner)
     fit = fits[learner.checkpointing]
-    available = memory_of_machine(device) if budget is None else budget
+    available = accelerator(device).total_memory if budget is None else budget
     answers = answering(learner, plan)
     most = max(real.peak, answers["bytes"]) if answers else real.peak
     limit = usable(available, device, budget)
-    counted = {"cuda": "CUDA allocator", "meta": "traced tensors"}.get(device.type, "live tensors")
+    allocator = "PyTorch's allocator" if learner.ranks.gauge is not None else "live tensors"
+    counted = "traced tensors" if device.type == "meta" else allocator
     return {
         "device": "a GPU that is not here" if device.type == "meta" else learner.hardware.name,
         "counted": counted,

@@ -15,7 +15,6 @@ Shapes (docs/shapes.md): N positions of a micro-batch, M supervised ones, V voca
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,6 +26,7 @@ import torch
 from ..data.batches import Batch, ungrouped
 from ..data.templates import Example
 from ..loss import chunk_rows
+from ..model.accelerator import accelerator
 from ..model.head import bare
 from ..model.memory import MIB, LiveTensors, Memory
 from .checkpoints import random_state, set_random_state
@@ -100,11 +100,12 @@ class MemoryFit:
 
 
 def auto_micro_batch(learner: Learner, examples: Sequence[Example]) -> int:
-    """Rows that fit this GPU, for `micro_batch_size: auto` on CUDA."""
+    """Rows that fit this GPU, for `micro_batch_size: auto`."""
     fit = measure(learner, examples, learner.checkpointing)
     worst = longest_batch(learner, examples, 1)
     resident = sum(resident_bytes(learner).values())
-    limit = usable(memory_of_machine(learner.ranks.device), learner.ranks.device, None)
+    device = learner.ranks.device
+    limit = usable(accelerator(device).total_memory, device, None)
     most = min(MOST_ROWS, learner.recipe.train.batch_size)
     N, M = worst.positions, worst.supervised
     return max([m for m in range(1, most + 1) if resident + fit.peak(m * N, m * M) <= limit], default=1)
@@ -183,8 +184,7 @@ def probe(learner: Learner, batch: Batch, gauged: bool = True) -> ProbePass:
             backward_peak = memory.peak() - before
         finally:
             hook.remove()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        accelerator(device).synchronize()
         seconds = time.perf_counter() - started
     return ProbePass(batch.positions, batch.supervised, saved, loss_peak, backward_peak, seconds)
 
@@ -249,7 +249,7 @@ def longest_batch(learner: Learner, examples: Sequence[Example], rows: int) -> B
 
 def usable(memory: int, device: torch.device, budget: int | None) -> float:
     """Bytes of a device's memory that tensors may take."""
-    on_gpu = device.type == "cuda" or budget is not None
+    on_gpu = accelerator(device).kind != "cpu" or budget is not None
     return (memory - CONTEXT) * USABLE if on_gpu else memory * USABLE
 
 
@@ -261,9 +261,3 @@ def set_checkpointing(learner: Learner, on: bool) -> None:
     """Switch checkpointing on or off, unless the backend controls it."""
     if learner.set_checkpointing:
         learner.set_checkpointing(on)
-
-
-def memory_of_machine(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -10,6 +10,7 @@ import torch
 
 from ..config import Recipe
 from ..errors import RequestError, RunError
+from ..model.accelerator import accelerator
 from ..model.hardware import choose
 from ..model.memory import DeviceMemory, Memory
 from .faults import is_out_of_memory
@@ -45,8 +46,10 @@ class Ranks:
                 "(docs/scaling.md)"
             )
         self.device: torch.device = self.accelerator.device
-        self.gauge: Memory | None = DeviceMemory(self.device) if self.device.type == "cuda" else None
-        """The device's own count of its memory; None on a CPU, which has none for tensors alone."""
+        self.gauge: Memory | None = (
+            DeviceMemory(self.device) if accelerator(self.device).counts_memory else None
+        )
+        """The device's own count of its memory; None where it has none for tensors alone (CPU, MPS)."""
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=hardware.scales_loss)
         """The loss scaler for float16; otherwise disabled, and then it changes nothing."""
         self.rank: int = self.accelerator.process_index

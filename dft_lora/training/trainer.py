@@ -10,8 +10,10 @@ import torch
 
 from ..data.batches import examples_of
 from ..errors import RunError
-from ..model.hardware import Hardware, dtype_name, peak_memory_mb
+from ..model.accelerator import accelerator
+from ..model.hardware import Hardware, dtype_name
 from ..model.load import weights_of
+from ..model.memory import MIB
 from ..model.sharding import held_mb
 from ..runs.provenance import certificate
 from .checkpoints import Checkpoints, State, random_state, set_random_state
@@ -88,7 +90,7 @@ class Trainer:
             "seconds": seconds,
             "processor_seconds": time.process_time() - busy,
             "tokens_per_second": sums.tokens / seconds,
-            "peak_memory_mb": peak_memory_mb(self.ranks.device),
+            "peak_memory_mb": accelerator(self.ranks.device).peak() / MIB,
             **self.source.figures,
             **(skip if settings.skip_rows else {}),
         }

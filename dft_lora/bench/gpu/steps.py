@@ -13,6 +13,7 @@ import torch
 
 from ...config import load_recipe
 from ...errors import MissingPart
+from ...model.accelerator import accelerator
 from ...model.head import bare
 from ...model.memory import MIB
 from ...training.learner import Learner
@@ -23,7 +24,6 @@ from ...training.probe import (
     MOST_ROWS,
     auto_micro_batch,
     longest_batch,
-    memory_of_machine,
     probe,
     resident_bytes,
     usable,
@@ -109,7 +109,7 @@ def auto(lab: Lab, size: str) -> Iterator[tuple[str, Result]]:
     learner = _learner(plan)
     rows = auto_micro_batch(learner, plan.sized)
     learner.layout = replace(learner.layout, micro_batch_size=rows)
-    limit = usable(memory_of_machine(lab.device), lab.device, None)
+    limit = usable(accelerator(lab.device).total_memory, lab.device, None)
     yield "auto", {"rows": rows, "limit_mb": limit / MIB}  # before the pass that may run out of memory
     peak = settled_peak(learner, plan)
     yield "auto", {"rows": rows, "limit_mb": limit / MIB, "peak_mb": peak / MIB, "fits": peak <= limit}

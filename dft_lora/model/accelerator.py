@@ -1,0 +1,194 @@
+"""What the kit asks of a device: CUDA (ROCm too), XPU, Apple's MPS, or the CPU behind the same names.
+
+Every other module asks here, so a new kind of accelerator costs one class. Triton kernels and the benchmarks
+for GPUs stay with CUDA. Only the CPU has run; the others are rehearsed (docs/scaling.md).
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Accelerator:
+    """One device, through torch's module of its kind: `torch.cuda` and `torch.xpu` have the same names."""
+
+    counts_memory = True
+    """Whether the allocator knows the peak of its tensors."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    @cached_property
+    def _torch(self) -> Any:
+        return torch.get_device_module(self.device)
+
+    @property
+    def kind(self) -> str:
+        return self.device.type
+
+    @property
+    def name(self) -> str:
+        return self._torch.get_device_name(self.device)
+
+    @property
+    def computes_bfloat16(self) -> bool:
+        """In its matrix units: on CUDA from compute capability 8 on."""
+        if self.kind == "cuda":
+            return torch.cuda.get_device_capability(self.device)[0] >= 8
+        return self._torch.is_bf16_supported()
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether bitsandbytes computes here with a base of 4 or 8 bits."""
+        from bitsandbytes import supported_torch_devices
+
+        return self.kind in supported_torch_devices
+
+    @property
+    def total_memory(self) -> int:
+        """Bytes, in use or not."""
+        return self._torch.get_device_properties(self.device).total_memory
+
+    @property
+    def free_memory(self) -> int:
+        """Bytes that new tensors may take now."""
+        return self._torch.mem_get_info(self.device)[0]
+
+    def allocated(self) -> int:
+        """Bytes of tensors now, after all work that was queued."""
+        self.synchronize()
+        return self._torch.memory_allocated(self.device)
+
+    def peak(self) -> int:
+        """The most bytes since `reset_peak`: of tensors where `counts_memory`, else of the whole process."""
+        self.synchronize()
+        return self._torch.max_memory_allocated(self.device)
+
+    def reset_peak(self) -> None:
+        self._torch.reset_peak_memory_stats(self.device)
+
+    def synchronize(self) -> None:
+        """Wait for all work that was queued."""
+        self._torch.synchronize(self.device)
+
+    def empty_cache(self) -> None:
+        """Give the allocator's unused memory back."""
+        self._torch.empty_cache()
+
+    def random_state(self) -> torch.Tensor:
+        """The device's own generator, as bytes; empty on a CPU, whose generator is torch's."""
+        return self._torch.get_rng_state(self.device)
+
+    def set_random_state(self, state: torch.Tensor) -> None:
+        self._torch.set_rng_state(state, self.device)
+
+
+class Cpu(Accelerator):
+    """The host. Its peak is the resident memory of the process."""
+
+    counts_memory = False
+    quantizes = True
+
+    @property
+    def name(self) -> str:
+        import platform
+
+        try:
+            with open("/proc/cpuinfo", encoding="utf-8") as lines:
+                return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        except (OSError, StopIteration):
+            return platform.processor() or platform.machine()
+
+    @property
+    def computes_bfloat16(self) -> bool:
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+    @property
+    def total_memory(self) -> int:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    @property
+    def free_memory(self) -> int:
+        """What Linux says is available, or 8 GB."""
+        facts = Path("/proc/meminfo")
+        lines = facts.read_text().splitlines() if facts.is_file() else []
+        free = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        return 1024 * int(next(free, 2**23))
+
+    def peak(self) -> int:
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+
+    def reset_peak(self) -> None:
+        """Only where the system can (Linux)."""
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def synchronize(self) -> None: ...
+
+    def empty_cache(self) -> None: ...
+
+    def random_state(self) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_random_state(self, state: torch.Tensor) -> None: ...
+
+
+class Mps(Cpu):
+    """Apple's GPU. It shares the host's memory; torch counts the tensors there, but not their peak."""
+
+    quantizes = Accelerator.quantizes
+
+    @property
+    def name(self) -> str:
+        return f"{super().name} (MPS)"
+
+    @property
+    def computes_bfloat16(self) -> bool:
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+
+    @property
+    def total_memory(self) -> int:
+        return self._torch.recommended_max_memory()
+
+    @property
+    def free_memory(self) -> int:
+        return self.total_memory - self._torch.driver_allocated_memory()
+
+    def synchronize(self) -> None:
+        self._torch.synchronize()
+
+    def empty_cache(self) -> None:
+        self._torch.empty_cache()
+
+    def random_state(self) -> torch.Tensor:
+        return self._torch.get_rng_state()
+
+    def set_random_state(self, state: torch.Tensor) -> None:
+        self._torch.set_rng_state(state)
+
+
+KINDS: dict[str, type[Accelerator]] = {"cpu": Cpu, "meta": Cpu, "mps": Mps}
+"""Device type -> its class; `Accelerator` for all others."""
+
+
+def accelerator(device: torch.device) -> Accelerator:
+    """The device behind the names of `Accelerator`."""
+    return KINDS.get(device.type, Accelerator)(device)
+
+
+def default_device() -> torch.device:
+    """The process's own accelerator (LOCAL_RANK under a launcher), else the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return torch.device("cpu")
+    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", 0)))

@@ -1,0 +1,113 @@
+"""XPU and MPS, rehearsed: a fake answers what the kit asks of a device; the tensors stay on the CPU."""
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dft_lora.config import load_recipe
+from dft_lora.errors import RecipeError
+from dft_lora.model.accelerator import KINDS, Accelerator, Mps, accelerator, default_device
+from dft_lora.model.hardware import choose
+from dft_lora.training.faults import is_out_of_memory
+from dft_lora.training.loop import train
+
+CPU = torch.device("cpu")
+STEPS = [
+    "train.max_steps=1",
+    "train.batch_size=2",
+    "train.micro_batch_size=1",
+    "data.sample=8",
+]
+
+
+class TorchModule(SimpleNamespace):
+    """torch.xpu or torch.mps: one generator, a fixed memory, and a count of what was asked."""
+
+    def __init__(self):
+        super().__init__(asked=set(), generator=torch.arange(8, dtype=torch.uint8))
+
+    def __getattr__(self, name):
+        answers = {
+            "get_device_name": "an accelerator",
+            "get_device_properties": SimpleNamespace(total_memory=2**33),
+            "recommended_max_memory": 2**33,
+            "driver_allocated_memory": 2**32,
+            "mem_get_info": (2**32, 2**33),
+            "memory_allocated": 2**20,
+            "max_memory_allocated": 2**21,
+        }
+
+        def call(*arguments):
+            self.asked.add(name)
+            if name == "get_rng_state":
+                return self.generator.clone()
+            if name == "set_rng_state":
+                self.generator.copy_(arguments[0])
+            return answers.get(name)
+
+        return call
+
+
+@pytest.fixture(params=["xpu", "mps"])
+def fake(request, monkeypatch):
+    """torch's module of an accelerator that answers in place of the CPU."""
+    base = {"xpu": Accelerator, "mps": Mps}[request.param]
+    module = TorchModule()
+    answers = {"kind": request.param, "_torch": module, "computes_bfloat16": False}
+    monkeypatch.setitem(KINDS, "cpu", type("Fake", (base,), answers))
+    return module
+
+
+def test_a_resumed_run_takes_up_the_devices_own_generator(fake, tmp_path):
+    recipe = [*STEPS, f"output={tmp_path / 'run'}"]
+    train(load_recipe("tiny_dft", recipe))
+    fake.generator.zero_()
+    run = train(load_recipe("tiny_dft", [*recipe, "train.max_steps=2"]), resume=True, extend=True)
+    assert torch.equal(fake.generator, torch.arange(8, dtype=torch.uint8))
+    assert run.run()["recipe"]["model"]["quantization"] == "nf4"
+
+
+def test_memory_is_what_the_device_says(fake):
+    device = accelerator(CPU)
+    assert (device.total_memory, device.free_memory) == (2**33, 2**32)
+    if device.counts_memory:
+        assert (device.allocated(), device.peak()) == (2**20, 2**21)
+
+
+def test_the_dtype_follows_what_the_device_computes(fake, monkeypatch):
+    monkeypatch.setattr(KINDS["cpu"], "computes_bfloat16", True)
+    assert choose(parameters=10**9, device=CPU).dtype == torch.bfloat16
+    monkeypatch.setattr(KINDS["cpu"], "computes_bfloat16", False)
+    assert choose(parameters=10**9, device=CPU).dtype == torch.float32
+
+
+def test_without_4_bits_the_base_stays_in_16_and_the_run_says_so(fake, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(KINDS["cpu"], "quantizes", False)
+    with caplog.at_level(logging.WARNING):
+        run = train(load_recipe("tiny_dft", [*STEPS, f"output={tmp_path / 'run'}"]))
+    assert "model.quantization: bitsandbytes cannot compute with nf4 on" in caplog.text
+    assert caplog.text.count("stays in 16 bits") == 1
+    assert run.run()["recipe"]["model"]["quantization"] == "none"
+    assert "quantization_config" not in json.dumps(run.run())
+    loftq = ["adapter.init=loftq", f"output={tmp_path / 'loftq'}"]
+    with pytest.raises(RecipeError, match="loftq corrects what 4 bits lost"):
+        train(load_recipe("tiny_dft", loftq))
+
+
+@pytest.mark.parametrize("kind", ["xpu", "mps"])
+def test_an_accelerator_that_torch_finds_is_taken(monkeypatch, kind):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(kind))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert default_device() == torch.device(kind, 1)
+
+
+def test_bitsandbytes_computes_on_both():
+    assert Accelerator(torch.device("xpu")).quantizes and Mps(torch.device("mps")).quantizes
+    assert not Accelerator(torch.device("mtia")).quantizes
+
+
+def test_the_out_of_memory_error_of_mps_is_known():
+    assert is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"))
