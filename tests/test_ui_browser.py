@@ -5,13 +5,16 @@ import re
 import shutil
 import subprocess
 import tarfile
+from base64 import b64decode
 from contextlib import closing
 from html import unescape
 from itertools import islice
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from patience import HANG, wait_for
+from PIL import Image
 from ui_cases import (
     HOSTILE,
     Forwards,
@@ -25,8 +28,10 @@ from ui_cases import (
 
 from dft_lora.model.generate import stream
 from dft_lora.ui import session as ui_session
+from dft_lora.ui.charts import WIDTH, costs, figure
 from dft_lora.ui.session import Question
 from dft_lora.ui.text import plain
+from dft_lora.ui.views import Legend
 
 TABS = ("Compare", "Train", "Tokens", "Steps", "Samples", "Results", "Vote")
 SIZES = {1280: 900, 390: 844}
@@ -301,6 +306,37 @@ def test_arrow_keys_move_along_the_tokens(page):
     assert page.run(f"return {tokens}.indexOf(document.activeElement)") == 1
     tip = page.run("return getComputedStyle(document.activeElement, '::after').content")
     assert "most likely tokens" in tip
+
+
+SAVED = """
+const done = arguments[1], blobs = [], create = URL.createObjectURL;
+URL.createObjectURL = (blob) => { blobs.push(blob); return create(blob); };
+HTMLAnchorElement.prototype.click = async function () {
+  URL.createObjectURL = create;
+  delete HTMLAnchorElement.prototype.click;
+  const bytes = new Uint8Array(await blobs.at(-1).arrayBuffer());
+  done([this.download, btoa(String.fromCharCode(...bytes))]);
+};
+document.querySelector(`#saved [data-save=${arguments[0]}]`).click();
+"""
+
+
+def test_a_chart_is_saved_as_svg_and_png_with_its_caption(page, tmp_path):
+    label = Legend(["sft", "<dft>"])
+    points = {"sft": (10.0, 0.4, 0.5, 0.6), "<dft>": (30.0, 0.6, 0.7, 0.8)}
+    chart = figure(f"accuracy of {label('sft')} and {label('<dft>')}", costs(label, points, base=0.3))
+    place = "document.body.insertAdjacentHTML('afterbegin', arguments[0])"
+    page.run(place, f'<div id="saved" class="charts">{chart}</div>')
+    saved = dict(page.driver.execute_async_script(SAVED, kind) for kind in ("svg", "png"))
+    svg, png = (b64decode(saved[f"accuracy over seconds of training.{kind}"]) for kind in ("svg", "png"))
+    tree = ElementTree.fromstring(svg)
+    said = "".join(tree.itertext())
+    assert "accuracy of sft and <dft>" in said and "30 s" in said and "SVG" not in said
+    colours = {element.get("fill") for element in tree.iter("{http://www.w3.org/2000/svg}circle")}
+    assert len(colours) == 2 and all(colour.startswith("rgb") for colour in colours)
+    (tmp_path / "chart.png").write_bytes(png)
+    with Image.open(tmp_path / "chart.png") as image:
+        assert image.width == 3 * WIDTH and len(image.convert("RGB").getcolors(10**6)) > 10
 
 
 def test_compare_works_with_the_keyboard_alone(page):

@@ -117,7 +117,7 @@ def test_an_upload_is_trained_as_an_ordinary_run(tmp_path):
     assert {name: len(lines) for name, lines in last.metrics.items()} == {"sft": 3, "dft": 3}
     assert tags(moment_view(last)) <= {
         *("p", "span", "progress", "section", "header", "div", "h2", "i"),
-        *("figure", "figcaption", "svg", "line", "polyline", "title", "text"),
+        *("figure", "figcaption", "button", "svg", "line", "polyline", "title", "text"),
     }
     for name in ("sft", "dft"):
         file = training.path / f"{name}.yaml"

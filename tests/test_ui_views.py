@@ -175,6 +175,20 @@ def test_results_come_from_the_run_folders_alone(tmp_path):
         results_view(folders)
 
 
+def test_results_show_accuracy_over_the_seconds_of_training(tmp_path):
+    folders = [RunFolder(tmp_path / name) for name in ("base", "sft", "dft")]
+    for folder, seconds in zip(folders, (None, 30.0, 60.0), strict=True):
+        folder.path.mkdir()
+        figures = {} if seconds is None else {"figures": {"seconds": seconds}}
+        (folder.path / "run.json").write_text(json.dumps(figures))
+    made = json.dumps(report(base={"avg": 0.1}, sft={"avg": 0.5}, dft={"avg": 0.6}))
+    (tmp_path / "report.json").write_text(made)
+    view = results_view(folders)
+    assert "accuracy over seconds of training: sft 50.0% after 30 s, dft 60.0% after 60 s" in view
+    assert ">base</text>" in view and view.count("<circle") == 2
+    assert "Accuracy against cost" not in results_view(folders[:2]), "one trained run has nothing beside it"
+
+
 def test_results_of_another_adapter_are_named_and_not_shown(tmp_path):
     """A run that was trained further: neither its own report nor the one beside it is shown."""
     folders = [RunFolder(tmp_path / name) for name in ("sft", "dft")]

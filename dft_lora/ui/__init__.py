@@ -2,7 +2,7 @@
 
 page.py       the page: its heading and its tabs;  server.py  limits, headers, launch
 tabs/         one file per tab: components and events;  endpoints.py  the functions for gradio_client
-events.py     what the events share;  theme.py, style.css, keys.js  how the page looks and which keys it knows
+events.py     what the events share;  theme.py, style.css  how the page looks;  page.js  what its browser does
 
 These import gradio; the ones below do not.
 

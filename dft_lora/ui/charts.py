@@ -59,6 +59,35 @@ def bars(bins: Sequence[int], most: int, colour: str) -> str:
     return _svg(blocks + ticks, f"problems by share of correct samples, from none to all: {said}")
 
 
+def costs(
+    label: Legend, points: Mapping[str, tuple[float, float, float, float]], base: float | None = None
+) -> str:
+    """Accuracy over seconds of training: run -> (seconds, low, accuracy, high). `base`: its accuracy."""
+    longest = max(seconds for seconds, *_ in points.values())
+    shares = [share for _, *interval in points.values() for share in interval]
+    shares += [] if base is None else [base]
+    across, down = _axes((0, longest), (min(shares), max(shares)))
+    drawn = ""
+    for run, (seconds, low, share, high) in points.items():
+        x, colour = across(seconds), label.colour(run)
+        drawn += (
+            f'<line class="{colour} whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{down(low):.1f}" '
+            f'y2="{down(high):.1f}"></line><circle class="{colour} fill" cx="{x:.1f}" cy="{down(share):.1f}" '
+            f'r="4"><title>{plain(run)}</title></circle>'
+        )
+        right = seconds > longest / 2
+        drawn += _text(x - 8 if right else x + 8, down(share) + 4, plain(run), "end" if right else "start")
+    if base is not None:
+        y = down(base)
+        drawn += f'<line class="run-0 line" x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"></line>'
+        drawn += _text(LEFT + 6, y - 4, "base", "start")
+    low, high = min(shares), max(shares)
+    grid = _grid({y: f"{100 * y:.0f} %" for y in (low, (low + high) / 2, high)}, down)
+    ends = _along({0: "0 s", longest / 2: f"{longest / 2:.0f} s", longest: f"{longest:.0f} s"}, across)
+    said = ", ".join(f"{run} {share:.1%} after {s:.0f} s" for run, (s, _, share, _) in points.items())
+    return _svg(grid + drawn + ends, f"accuracy over seconds of training: {said}")
+
+
 def curves(
     label: Legend,
     metrics: Mapping[str, Sequence[Mapping[str, Any]]],
@@ -107,7 +136,13 @@ def _thinned(series: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def figure(caption: str, chart: str) -> str:
-    return f"<figure><figcaption>{caption}</figcaption>{chart}</figure>"
+    """A chart with its caption, and buttons that save both as a file (`page.js`)."""
+    buttons = "".join(
+        f'<button type="button" data-save="{kind}" aria-label="Save this chart as {kind.upper()}">'
+        f"{kind.upper()}</button>"
+        for kind in ("svg", "png")
+    )
+    return f'<figure><figcaption>{caption} <span class="save">{buttons}</span></figcaption>{chart}</figure>'
 
 
 def _axes(

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..runs.folder import RunFolder, read_json, read_lines
-from .charts import bars, curves, figure, shares
+from .charts import bars, costs, curves, figure, shares
 from .text import plain
 from .views import Legend, html_table, interval_bar
 
@@ -97,6 +97,7 @@ def results_view(folders: Sequence[RunFolder]) -> str:
             _accuracy(label, recorded),
             _texts(label, recorded),
             _paired(label, report.get("paired", []), set(recorded.folders)),
+            _costs(label, recorded),
             _probabilities(label, recorded),
             _solved(label, recorded),
             training,
@@ -273,17 +274,40 @@ def _provenance(provenance: Mapping[str, Any] | None) -> str:
 # --- charts ---------------------------------------------------------------------------------------
 
 
+def _costs(label: Legend, recorded: Recorded) -> str:
+    """Sampled accuracy over the seconds that training took, for runs that recorded them."""
+    charts = []
+    for task, entries in _entries(recorded):
+        figures = dict(entries)
+        metadata = {run: read_json(recorded.folders[run].path / "run.json") for run in figures}
+        took = {run: facts.get("figures", {}).get("seconds") for run, facts in metadata.items()}
+        points = {
+            run: (seconds, figures[run]["ci95"][0], figures[run]["avg"], figures[run]["ci95"][1])
+            for run, seconds in took.items()
+            if seconds
+        }
+        if len(points) > 1:
+            base = next(
+                (r["avg"] for run, r in entries if recorded.folders[run].adapter_digest is None), None
+            )
+            charts.append(figure(plain(task), costs(label, points, base)))
+    if not charts:
+        return ""
+    note = '<span class="small">sampled accuracy with its 95 % interval, over seconds of training</span>'
+    return f'<h2>Accuracy against cost {note}</h2><div class="charts">{"".join(charts)}</div>'
+
+
 def _probabilities(label: Legend, recorded: Recorded) -> str:
     """The paper's bimodal figure: the reference solutions' tokens by probability, for each run."""
     charts, tables = [], recorded.report.get("tokens", {})
     for task, _ in _entries(recorded):
         figures = tables.get(task, {})
         if shown := {run: figures[run]["histogram"] for run in recorded.folders if run in figures}:
-            charts.append(figure(plain(task), shares(label, shown)))
+            legend = " ".join(map(label, shown))
+            charts.append(figure(f"{plain(task)}: {legend}", shares(label, shown)))
     if not charts:
         return ""
-    legend = " ".join(map(label, recorded.folders))
-    note = f'<span class="small">{legend} · share of the reference solutions’ tokens, log scale</span>'
+    note = '<span class="small">share of the reference solutions’ tokens, log scale</span>'
     return f'<h2>How likely each token is {note}</h2><div class="charts">{"".join(charts)}</div>'
 
 

@@ -209,7 +209,7 @@ def launch(
             auth=login,
             theme=THEME,
             css=(HERE / "style.css").read_text(encoding="utf-8"),
-            js=(HERE / "keys.js").read_text(encoding="utf-8"),
+            js=(HERE / "page.js").read_text(encoding="utf-8"),
             app_kwargs={"middleware": [Middleware(Guard, most_uploaded)]},
             max_file_size=most_uploaded or MAX_BODY,
             footer_links=["api", "settings"],
