@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from dft_lora.cli import main
 from dft_lora.config import parse_recipe
-from dft_lora.errors import RequestError
+from dft_lora.errors import RequestError, RunError
 from dft_lora.model.built import Built
 from dft_lora.model.head import bare
 from dft_lora.model.memory import MIB, LiveTensors
@@ -95,6 +95,28 @@ def test_probing_leaves_weights_gradients_and_random_state(trainer):
     random = torch.get_rng_state()
     measure(trainer.learner, trainer.plan.examples, False)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.learner.trainable, strict=True))
+    assert all(parameter.grad is None for parameter in trainer.learner.trainable)
+    assert torch.equal(random, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("fits", [0, 1])
+def test_memory_too_short_for_two_probes_is_said_and_auto_takes_one_row(trainer, monkeypatch, fits):
+    """The error of the first pass or of the second; both leave weights, gradients and random state alone."""
+    calls = []
+    real = Ranks.backward
+
+    def runs_out(ranks, loss):
+        calls.append(loss)
+        if len(calls) > fits * 2:  # the first probe is repeated: its first pass only allocates gradients
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(ranks, loss)
+
+    monkeypatch.setattr(Ranks, "backward", runs_out)
+    random = torch.get_rng_state()
+    with pytest.raises(RunError, match=r"out of memory with one row of \d+ tokens beside the base: set"):
+        measure(trainer.learner, trainer.plan.examples, False)
+    calls.clear()
+    assert auto_micro_batch(trainer.learner, trainer.plan.examples) == 1
     assert all(parameter.grad is None for parameter in trainer.learner.trainable)
     assert torch.equal(random, torch.get_rng_state())
 

@@ -25,6 +25,7 @@ import torch
 
 from ..data.batches import Batch, ungrouped
 from ..data.templates import Example
+from ..errors import RunError
 from ..loss import chunk_rows
 from ..model.accelerator import accelerator
 from ..model.head import bare
@@ -100,8 +101,11 @@ class MemoryFit:
 
 
 def auto_micro_batch(learner: Learner, examples: Sequence[Example]) -> int:
-    """Rows that fit this GPU, for `micro_batch_size: auto`."""
-    fit = measure(learner, examples, learner.checkpointing)
+    """Rows that fit this GPU, for `micro_batch_size: auto`; 1 where too little fits to measure it."""
+    try:
+        fit = measure(learner, examples, learner.checkpointing)
+    except RunError:
+        return 1  # the step itself retreats to smaller pieces, or says what may fit
     worst = longest_batch(learner, examples, 1)
     resident = sum(resident_bytes(learner).values())
     device = learner.ranks.device
@@ -112,21 +116,30 @@ def auto_micro_batch(learner: Learner, examples: Sequence[Example]) -> int:
 
 
 def measure(learner: Learner, examples: Sequence[Example], checkpointing: bool) -> MemoryFit:
-    """Fit of the two largest passes that memory allows, after a pass that allocates the gradients."""
+    """Fit of the two largest passes that memory allows, after a pass that allocates the gradients.
+
+    Raises RunError where the two smallest do not fit.
+    """
     random = random_state(learner.ranks.device)
     set_checkpointing(learner, checkpointing)
     batches = _batches(learner, examples)
-    probe(learner, batches[0], gauged=False)
     passes: list[ProbePass] = []
 
     def measure_next() -> None:
+        if not passes:
+            probe(learner, batches[0], gauged=False)
         passes.append(probe(learner, batches[len(passes)]))
 
     while len(passes) < len(batches) and not ran_out_of_memory(measure_next):
         pass
-    short, long = passes[-2:]
     learner.optimizer.zero_grad()
     set_random_state(random, learner.ranks.device)
+    if len(passes) < 2:
+        raise RunError(
+            f"out of memory with one row of {batches[len(passes)].positions} tokens beside the base: set "
+            "train.gradient_checkpointing: true or a smaller train.loss_chunk_mb, or take a smaller model"
+        )
+    short, long = passes[-2:]
     weight_VD = learner.head.weight_VD
     V, chunk = len(weight_VD), learner.layout.chunk_bytes
     fit = MemoryFit(
