@@ -1,5 +1,6 @@
 """Laws of generation: a row's answer is its own, whatever company it keeps and however the loop ends."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -21,8 +22,9 @@ from dft_lora.config import ModelConfig
 from dft_lora.errors import ModelError, RequestError, RunError
 from dft_lora.model.adapters import adapter_layers, mixed
 from dft_lora.model.cache import RaggedCache
-from dft_lora.model.generate import Request, draw, generate, stream
+from dft_lora.model.generate import Request, draw, generate, shared_prefix, stream
 from dft_lora.model.generation_memory import PREFILL_TOKENS, Bound
+from dft_lora.model.head import bare
 from dft_lora.model.load import load_base
 from dft_lora.model.memory import LiveTensors, ProcessMemory
 
@@ -199,7 +201,8 @@ def test_greedy_equals_transformers_generate(model, adapter):
         assert ours.finished == (theirs[-1] in STOPS)
 
 
-def test_a_sliding_window_is_kept_while_rows_of_other_ages_join():
+@pytest.mark.parametrize("shared", [0, 70])
+def test_a_sliding_window_is_kept_while_rows_of_other_ages_join(shared):
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = Gemma2Config(
@@ -211,7 +214,10 @@ def test_a_sliding_window_is_kept_while_rows_of_other_ages_join():
         **shape,
     )
     gemma = Gemma2ForCausalLM(config).eval()
-    requests = [Request(prompt(n), None, seed=0, temperature=0, max_new_tokens=5 + n) for n in (20, 14, 9, 3)]
+    requests = [
+        Request(prompt(shared) + prompt(n), None, seed=0, temperature=0, max_new_tokens=5 + n)
+        for n in (20, 14, 9, 3)
+    ]
     for request, answer in zip(requests, run(gemma, requests, stop_ids=(), batch_rows=2), strict=True):
         ids = torch.tensor([request.prompt_ids])
         theirs = gemma.generate(
@@ -380,6 +386,53 @@ def test_each_prompt_and_adapter_is_prefilled_once(model):
             run(model, requests, batch_rows=batch_rows)
         assert sum(rows for rows, columns in shapes if columns > 1) == 15
         assert max(rows for rows, _ in shapes) <= batch_rows
+
+
+def begun_alike(lengths: Sequence[int], shared: int = 90) -> list[Request]:
+    """Requests whose prompts begin with the same `shared` tokens: all adapters, greedy and sampled."""
+    prompts = [prompt(shared) + prompt(length, seed=7 + length) for length in lengths]
+    return [
+        Request(ids, adapter, seed, temperature=float(seed > 0), max_new_tokens=6)
+        for ids in prompts
+        for adapter in ADAPTERS
+        for seed in (0, 1)
+    ]
+
+
+def tokens_fed(model, work) -> int:
+    """Token positions of all forwards, padding included, while `work` runs."""
+    fed = []
+    decoder = bare(model).get_decoder()
+    hook = decoder.register_forward_pre_hook(
+        lambda _, __, kw: fed.append(kw["input_ids"].numel()), with_kwargs=True
+    )
+    work()
+    hook.remove()
+    return sum(fed)
+
+
+@pytest.mark.parametrize("batch_rows", [5, 64])
+@pytest.mark.parametrize("lengths", [(1, 2, 3), (4, 30, 130), (20, 1, 7)])
+def test_a_prefix_that_prompts_share_is_prefilled_once_and_changes_no_answer(
+    model, monkeypatch, lengths, batch_rows
+):
+    """Also where one prompt is shorter than what follows the prefix of another (130 against 90 + 4)."""
+    requests = begun_alike(lengths)
+    answers = run(model, requests, batch_rows=batch_rows)
+    fed = tokens_fed(model, lambda: run(model, requests, batch_rows=batch_rows))
+    monkeypatch.setattr("dft_lora.model.generate.SHARED_FROM", 10**6)
+    assert answers == run(model, requests, batch_rows=batch_rows)
+    whole = tokens_fed(model, lambda: run(model, requests, batch_rows=batch_rows))
+    if batch_rows == 64:
+        assert whole - fed == (len(lengths) - 1) * len(ADAPTERS) * 90
+
+
+def test_a_short_or_single_prompt_is_not_prefilled_apart():
+    assert shared_prefix(begun_alike((4, 9), shared=63)) == ()
+    assert shared_prefix(begun_alike((4,), shared=90)) == ()
+    ids = prompt(100)
+    nested = [Request(ids[:80], None, 0), Request(ids, None, 0)]
+    assert shared_prefix(nested) == ids[:79], "a prompt keeps a token to feed"
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 A decoding loop of our own rather than `model.generate`, because
 
 - n samples of a prompt cost one prefill: its cache rows are repeated;
+- what all prompts begin with (a system text, worked examples) is prefilled once;
 - a row that has ended leaves the batch, and waiting requests take its place;
 - every row has its own random stream, so a draw depends on its request and never on its neighbours;
 - rows of different adapters, greedy and sampled, share a batch;
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -35,6 +36,8 @@ from .head import bare, head_of
 if TYPE_CHECKING:
     from transformers import Cache
 
+SHARED_FROM = 64
+"""Tokens that all prompts must begin with; fewer do not repay a forward of their own."""
 BLOCK = 512  # numbers of a row that are reduced at a time: the largest, or the sum, of each block comes first
 
 
@@ -97,9 +100,6 @@ def generate(
     `on_progress(i, completion)` is called as soon as request i is done: a bar, or a file to resume from.
     Raises ModelError for an unknown adapter, RunError when the model returns logits that are not finite.
     """
-    if batch_rows is None:
-        longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=1)
-        batch_rows = rows_that_fit(model, longest)
     ids: list[list[int]] = [[] for _ in requests]
     done: dict[int, Completion] = {}
     for step in _decode(model, requests, stop_ids, pad_id, batch_rows, ends):
@@ -228,11 +228,15 @@ def _decode(
     requests: Sequence[Request],
     stop_ids: Collection[int],
     pad_id: int,
-    batch_rows: int,
+    batch_rows: int | None,
     ends: Callable[[Sequence[int]], bool] | None = None,
 ) -> Generator[_Step, None, None]:
     """Fill free places from the waiting groups, else feed every row its last token; draw; let rows go."""
     batch = _Batch(model, requests, pad_id)
+    if batch_rows is None:
+        longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=1)
+        adapters = {r.adapter for r in requests}
+        batch_rows = rows_that_fit(model, longest, kept=len(batch.prefix) * len(adapters))
     waiting = _groups(requests, batch_rows)
     stops = frozenset(stop_ids)
     while waiting or batch.rows:
@@ -300,6 +304,17 @@ def _choose(head: Head, h_RD: Tensor, rows: list[_Row]) -> list[int]:
     return ids
 
 
+def shared_prefix(requests: Iterable[Request]) -> tuple[int, ...]:
+    """What all prompts begin with, if that is worth a prefill of its own; every prompt keeps a token."""
+    prompts = {request.prompt_ids for request in requests}
+    if len(prompts) < 2:
+        return ()
+    first, last = min(prompts), max(prompts)  # what these two share, all between them share
+    least = min(map(len, prompts)) - 1
+    length = next((i for i in range(least) if first[i] != last[i]), least)
+    return first[:length] if length >= SHARED_FROM else ()
+
+
 _Key = tuple[tuple[int, ...], str | None]
 """(prompt, adapter): what a prefill depends on."""
 
@@ -315,6 +330,8 @@ class _Batch:
         self.layers = adapter_layers(model, (r.adapter for r in requests))
         self.rows: list[_Row] = []
         self.cache = RaggedCache()
+        self.prefix = shared_prefix(requests)
+        self.prefixes: dict[str | None, Cache] = {}
 
     def admit(self, rows: list[_Row]) -> Tensor:
         """Add rows, prefilling each distinct (prompt, adapter) once; their last hidden states [R, D].
@@ -325,23 +342,62 @@ class _Batch:
         for row in rows:
             row.length = len(row.request.prompt_ids)
         all_rows = len(self.rows) + len(rows)
-        h_ND = [self._prefill(some, keys, all_rows) for some in _chunks(list(dict.fromkeys(keys)))]
+        h_ND = [self._prefill(some, keys, all_rows) for some in self._chunks(list(dict.fromkeys(keys)))]
         self.rows = self.rows + rows
         return torch.cat(h_ND)
 
     def _prefill(self, distinct: list[_Key], keys: list[_Key], all_rows: int) -> Tensor:
         """Prefill `distinct` and add a row to the cache for each time that one is among `keys`."""
-        from transformers import DynamicCache
-
         place = {key: i for i, key in enumerate(distinct)}
         lengths = [len(prompt) for prompt, _ in distinct]
-        width = max(lengths)
-        ids_RT = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p, _ in distinct])
-        cache = DynamicCache()  # no config: no layer cuts its past to a sliding window, see cache.py
-        h_RD = self._forward(ids_RT, lengths, [adapter for _, adapter in distinct], cache)
+        width = max(lengths) - len(self.prefix)
+        ids_RT = torch.tensor([[self.pad_id] * (width - len(p)) + list(p[-width:]) for p, _ in distinct])
+        adapters = [adapter for _, adapter in distinct]
+        cache = self._after_prefix(adapters, lengths)
+        h_RD = self._forward(ids_RT, lengths, adapters, cache)
         repeat_N = torch.tensor([place[key] for key in keys if key in place], device=self.device)
         self.cache.add(cache, repeat_N, all_rows)
         return h_RD[repeat_N]
+
+    def _after_prefix(self, adapters: list[str | None], lengths: list[int]) -> Cache:
+        """A cache of as many columns as the shared prefix has, a row for each prompt; empty without one.
+
+        The forward that follows takes the same number of last tokens of every prompt, so a prompt that is
+        shorter than the longest by n has the first n tokens less of the prefix here, right-aligned.
+        """
+        from transformers import DynamicCache
+
+        from .cache import filled
+
+        cache = DynamicCache()  # no config: no layer cuts its past to a sliding window, see cache.py
+        if not self.prefix:
+            return cache
+        for adapter in dict.fromkeys(adapters):
+            if adapter not in self.prefixes:
+                self.prefixes[adapter] = DynamicCache()
+                ids_1T = torch.tensor([self.prefix])
+                self._forward(ids_1T, [len(self.prefix)], [adapter], self.prefixes[adapter])
+        known = list(self.prefixes)
+        row_N1 = torch.tensor([[known.index(adapter)] for adapter in adapters], device=self.device)
+        short_N1 = torch.tensor([[max(lengths) - length] for length in lengths], device=self.device)
+        column_NT = (torch.arange(len(self.prefix), device=self.device) - short_N1).clamp(min=0)
+        for i, layers in enumerate(zip(*(prefix.layers for prefix in self.prefixes.values()), strict=True)):
+            states = (torch.cat(state) for state in zip(*map(filled, layers), strict=True))
+            keys, values = (state[row_N1, :, column_NT].transpose(1, 2) for state in states)
+            cache.update(keys, values, i)
+        return cache
+
+    def _chunks(self, distinct: list[_Key]) -> Iterator[list[_Key]]:
+        """`distinct` in parts of at most PREFILL_TOKENS, padding included, or of one prompt."""
+        while distinct:
+            width, count = 0, 0
+            for prompt, _ in distinct:
+                width = max(width, len(prompt) - len(self.prefix))
+                if count and (count + 1) * width > PREFILL_TOKENS:
+                    break
+                count += 1
+            yield distinct[:count]
+            distinct = distinct[count:]
 
     def advance(self) -> Tensor:
         """Feed every row its last token; their last hidden states [R, D]."""
@@ -386,16 +442,3 @@ class _Batch:
                 use_cache=True,
             )
         return out.last_hidden_state[:, -1].contiguous()
-
-
-def _chunks(distinct: list[_Key]) -> Iterator[list[_Key]]:
-    """`distinct` in parts of at most PREFILL_TOKENS, padding included, or of one prompt."""
-    while distinct:
-        width, count = 0, 0
-        for prompt, _ in distinct:
-            width = max(width, len(prompt))
-            if count and (count + 1) * width > PREFILL_TOKENS:
-                break
-            count += 1
-        yield distinct[:count]
-        distinct = distinct[count:]

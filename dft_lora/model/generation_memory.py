@@ -1,10 +1,11 @@
 """How much memory a batch of answers takes beside the weights, known before it starts.
 
-    bound(rows, tokens) = rows * row(tokens) + shared(tokens)
+    bound(rows, tokens, kept) = rows * row(tokens) + shared(tokens) + kept tokens of the cache
 
 `row` is a row's part of the key-value cache, with the room that the cache reserves (cache.py). `shared` does
 not grow with the batch, because the loop works in chunks: a prefill of so many tokens, the logits of so many
-rows, the sampler's work arrays, and the largest 4-bit matrix unpacked.
+rows, the sampler's work arrays, and the largest 4-bit matrix unpacked. `kept` are the tokens of a prefix that
+prompts share, once per adapter.
 """
 
 from __future__ import annotations
@@ -38,22 +39,21 @@ class Bound:
         head_width = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
         kv_heads = getattr(self.config, "num_key_value_heads", None) or heads
         self.query_width = heads * head_width
-        self.cached = 2 * kv_heads * head_width * self.size  # keys and values of a token in a layer
-        self.attended = 2 * self.query_width * self.size  # the same, repeated for every query head
+        layers = self.config.num_hidden_layers + 1  # a layer that grows exists twice for a moment
+        self.cached_token = layers * 2 * kv_heads * head_width * self.size  # keys and values
+        self.attended = 2 * self.query_width * self.size  # those of a layer, repeated for every query head
         matrices = [m for m in model.modules() if hasattr(m, "quant_state")]
         self.unpacked = max((m.in_features * m.out_features * self.size for m in matrices), default=0)
 
-    def __call__(self, rows: int, tokens: int) -> int:
-        return rows * self.row(tokens) + self.shared(tokens)
+    def __call__(self, rows: int, tokens: int, kept: int = 0) -> int:
+        return rows * self.row(tokens) + self.shared(tokens) + kept * self.cached_token
 
-    def rows(self, tokens: int, budget: int) -> int:
+    def rows(self, tokens: int, budget: int, kept: int = 0) -> int:
         """Rows that fit, at least one."""
-        return int(max(1, (budget - self.shared(tokens)) // self.row(tokens)))
+        return int(max(1, (budget - self(0, tokens, kept)) // self.row(tokens)))
 
     def row(self, tokens: int) -> int:
-        # One layer more than the model has: a layer that grows exists twice for a moment.
-        cache = room_for(tokens) * self.cached * (self.config.num_hidden_layers + 1)
-        return cache + tokens * self.attended
+        return room_for(tokens) * self.cached_token + tokens * self.attended
 
     def shared(self, tokens: int) -> int:
         prefill = max(PREFILL_TOKENS, tokens) * self.prefilled_token(tokens)
@@ -70,8 +70,7 @@ class Bound:
         mask = tokens * (6 + 2 * self.size)
         if self.config._attn_implementation == "eager":
             mask += tokens * self.config.num_attention_heads * (8 + self.size)
-        cache = (self.config.num_hidden_layers + 1) * self.cached
-        return cache + self.attended + activations + mask
+        return self.cached_token + self.attended + activations + mask
 
     def sampler(self) -> int:
         """float32, float32 and float64 of a few rows; the nucleus sorts them besides."""
@@ -86,10 +85,10 @@ def sampler_rows(device: torch.device, V: int) -> int:
     return max(1, 2**24 // V)
 
 
-def rows_that_fit(model: Any, tokens: int) -> int:
+def rows_that_fit(model: Any, tokens: int, kept: int = 0) -> int:
     """Rows of `tokens` tokens whose bound is half of the free memory (at most 4 GB on a CPU), 1 to 1024."""
     bound = Bound(model)
     budget = accelerator(bound.device).free_memory // 2
     if bound.device.type == "cpu":
         budget = min(budget, 2**32)
-    return min(MOST_ROWS, bound.rows(tokens, budget))
+    return min(MOST_ROWS, bound.rows(tokens, budget, kept))
