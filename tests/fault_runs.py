@@ -7,6 +7,7 @@ has the heavy imports behind it: half a second instead of eight.
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -73,6 +74,7 @@ def _child(arguments, log, setup):
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
     if setup is not None:
         setup()
     sys.argv = ["dft-lora", *arguments]

@@ -14,7 +14,7 @@ from dft_lora.data.own_tasks import find_task
 from dft_lora.data.sources import load_problems
 from dft_lora.errors import DataError, RequestError
 from dft_lora.evaluation.evaluate import evaluate
-from dft_lora.evaluation.report import build, write_report
+from dft_lora.evaluation.report import build, write_own_report, write_report
 from dft_lora.evaluation.token_table import TokenTable, tokens_file
 from dft_lora.experiments.shipped import shipped_runs
 from dft_lora.runs.folder import RunFolder, read_json
@@ -112,8 +112,14 @@ def test_the_report_of_texts_alone_is_written_and_shown(runs, tmp_path):
 
 
 def test_the_page_shows_and_picks_own_problems(runs):
+    differences = "Differences on the same problems"
+    for run in runs:
+        write_own_report(run)
+    assert differences in results_view(runs), "of the last two runs, without a report that compares them"
+    assert differences not in results_view(runs[:1])
     write_report(runs, runs[0].path.parent)
     view = results_view(runs)
+    assert differences in view
     assert "nothing sampled" in view and "mine" in view
     sets = ProblemSets(runs)
     assert set(sets.names) == {"mine", "texts"} | set(ProblemSets([]).names)

@@ -67,16 +67,19 @@ def costs(
     shares = [share for _, *interval in points.values() for share in interval]
     shares += [] if base is None else [base]
     across, down = _axes((0, longest), (min(shares), max(shares)))
-    drawn = ""
-    for run, (seconds, low, share, high) in points.items():
+    drawn, named = "", []
+    for run, (seconds, low, share, high) in sorted(points.items(), key=lambda point: -point[1][2]):
         x, colour = across(seconds), label.colour(run)
         drawn += (
             f'<line class="{colour} whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{down(low):.1f}" '
             f'y2="{down(high):.1f}"></line><circle class="{colour} fill" cx="{x:.1f}" cy="{down(share):.1f}" '
             f'r="4"><title>{plain(run)}</title></circle>'
         )
-        right = seconds > longest / 2
-        drawn += _text(x - 8 if right else x + 8, down(share) + 4, plain(run), "end" if right else "start")
+        right, y = seconds > longest / 2, down(share) + 4
+        while any(side == right and abs(y - other) < 12 for side, other in named):
+            y += 1  # names do not overlap: the lower one moves down
+        named.append((right, y))
+        drawn += _text(x - 8 if right else x + 8, y, plain(run), "end" if right else "start")
     if base is not None:
         y = down(base)
         drawn += f'<line class="run-0 line" x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"></line>'

@@ -11,12 +11,14 @@ import csv
 import io
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, RequestError
 from ..runs.folder import RunFolder, read_json, read_lines
 from .charts import bars, costs, curves, figure, shares
 from .text import plain
@@ -38,7 +40,8 @@ class Recorded:
 
     @classmethod
     def read(cls, folders: Sequence[RunFolder]) -> Recorded | None:
-        """The report beside the runs that compares them; else their own reports together; else None.
+        """The report beside the runs that compares them; else their own reports together, with the difference
+        of the two runs that were named last; else None.
 
         Raises DataError for a broken file.
         """
@@ -65,7 +68,25 @@ class Recorded:
         if not runs and not outdated:
             return None
         shown = {name: folder for name, folder in by_name.items() if folder not in outdated}
-        return cls({"runs": runs, "paired": [], "tokens": tokens}, shown, outdated)
+        paired = _difference(tuple((f.path, f.report_file.stat().st_mtime_ns) for f in shown.values())[-2:])
+        return cls({"runs": runs, "paired": paired, "tokens": tokens}, shown, outdated)
+
+
+@lru_cache(maxsize=8)
+def _difference(reported: tuple[tuple[Path, int], ...]) -> Sequence[Mapping[str, Any]]:
+    """The second run against the first on each task that both answered; [] where they cannot be compared.
+
+    `reported`: run folders with the times of their reports, so that new answers are compared anew.
+    """
+    from ..evaluation.report import build
+    from ..evaluation.task_results import complete_tasks
+
+    folders = [RunFolder(path) for path, _ in reported]
+    with suppress(DataError, RequestError):
+        both = [task for task in complete_tasks(folders[0]) if task in complete_tasks(folders[-1])]
+        if len(folders) == 2 and both:
+            return build(folders, both)["paired"]
+    return []
 
 
 def _current(folder: RunFolder, reported: Mapping[str, Any]) -> bool:
