@@ -65,7 +65,9 @@ def test_every_reference_survives_other_typography(name):
     assert not wrong
 
 
-@pytest.mark.parametrize("name", ["math500", "minerva", "olympiadbench", "gsm8k"])
+@pytest.mark.parametrize(
+    "name", ["math500", pytest.param("minerva", marks=pytest.mark.slow), "olympiadbench", "gsm8k"]
+)
 def test_the_next_problems_answer_is_wrong_and_the_audit_agrees(name):
     answers = [problem.answer for problem in get_task(name).problems()]
     shifted = [*answers[1:], answers[0]]

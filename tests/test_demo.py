@@ -93,18 +93,22 @@ def test_a_demo_on_the_clean_set_stands_beside_the_other(out, clean):
     assert right["recipe"]["data"] == {**erring["recipe"]["data"], "split": "train-clean"}
     assert right["data_hash"] != erring["data_hash"]
     assert not (clean / "runs" / "demo").exists()
+    check_training_data(clean / "runs" / "demo-clean", "train-clean")
 
 
-def test_the_report_says_what_each_adapter_was_trained_on(out, clean):
-    for path, split in ((out, "train"), (clean / "runs" / "demo-clean", "train-clean")):
-        runs = json.loads((path / "report.json").read_text())["runs"]
-        assert "data" not in runs["base"]
-        for name in ("sft", "dft"):
-            assert runs[name]["data"] == {"source": "arithmetic", "split": split}
-            figures, steps = runs[name]["training"], RunFolder(path / name).metrics()
-            assert figures["steps"] == len(steps) == 6
-            for key in ("loss", "nll"):
-                assert figures[key] == pytest.approx(sum(step[key] for step in steps) / 6)
+def check_training_data(path, split):
+    runs = json.loads((path / "report.json").read_text())["runs"]
+    assert "data" not in runs["base"]
+    for name in ("sft", "dft"):
+        assert runs[name]["data"] == {"source": "arithmetic", "split": split}
+        figures, steps = runs[name]["training"], RunFolder(path / name).metrics()
+        assert figures["steps"] == len(steps) == 6
+        for key in ("loss", "nll"):
+            assert figures[key] == pytest.approx(sum(step[key] for step in steps) / 6)
+
+
+def test_the_report_says_what_each_adapter_was_trained_on(out):
+    check_training_data(out, "train")
 
 
 def test_what_the_mark_names_is_removed_below_the_folder_alone(tmp_path):

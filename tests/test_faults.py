@@ -186,9 +186,9 @@ def set_scale(trainer, **state) -> None:
     ("wrapped", "changes"),
     [
         (False, ()),
-        (True, ()),
+        pytest.param(True, (), marks=pytest.mark.slow),
         (True, ("objective.name=asft", "train.optimizer=adamw", "train.gradient_checkpointing=true")),
-        (True, ("objective.name=iw-sft",)),
+        pytest.param(True, ("objective.name=iw-sft",), marks=pytest.mark.slow),
     ],
 )
 def test_float16_overflows_skips_and_recovers(make_trainer, monkeypatch, changes, wrapped):

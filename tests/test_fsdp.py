@@ -19,12 +19,13 @@ from dft_lora.training.checkpoints import Checkpoints
 @pytest.mark.parametrize(
     ("changes", "train"),
     [
-        (["objective.name=dft"], {}),
-        (["model.dtype=bfloat16"], {}),
-        (["objective.name=asft"], {"gradient_checkpointing": True}),
-        (["model.quantization=none"], {}),
+        pytest.param(["model.dtype=bfloat16"], {}, id="nf4 stored as bfloat16"),
+        pytest.param(
+            ["objective.name=asft"], {"gradient_checkpointing": True}, id="reference and checkpointing"
+        ),
+        pytest.param(["objective.name=dft"], {}, id="nf4", marks=pytest.mark.slow),
+        pytest.param(["model.quantization=none"], {}, id="not quantized", marks=pytest.mark.slow),
     ],
-    ids=["nf4", "nf4 stored as bfloat16", "reference and checkpointing", "not quantized"],
 )
 def test_a_shared_base_trains_the_adapter_that_whole_ones_train_to_the_bit(tmp_path, changes, train):
     """ASFT needs the base itself too: a second forward pass, adapter off."""

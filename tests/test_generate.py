@@ -474,7 +474,7 @@ def test_the_head_takes_one_dense_matrix(wide):
     assert products.seen == [("mm.default", (20, 64), True)] * 3
 
 
-@pytest.mark.parametrize("length", [40, 300])
+@pytest.mark.parametrize("length", [40, pytest.param(300, marks=pytest.mark.slow)])
 def test_memory_stays_below_the_bound_that_is_stated(wide, length):
     """Resident memory, because a library's scratch space is not among the tensors; and tensors alone."""
     rows, new = 200, 2

@@ -40,7 +40,7 @@ def execute(path, folder, **values):
     return notebook.cells
 
 
-LONG = {"03_sft_vs_dft", "05_sft_dft_grpo"}
+LONG = {"03_sft_vs_dft", "04_should_i_use_dft", "05_sft_dft_grpo"}
 
 
 @pytest.mark.parametrize(

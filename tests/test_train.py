@@ -61,7 +61,16 @@ def one_step(*changes, prepare=lambda plan: (plan, None)):
     return kept, trainer.step(0)
 
 
-@pytest.mark.parametrize("name", ["sft", "dft", "asft", "iw-sft", "prift", "gift", "cadft", "infosft"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dft",
+        "asft",
+        "iw-sft",
+        "cadft",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("sft", "prift", "gift", "infosft")),
+    ],
+)
 def test_micro_batches_of_any_size_give_the_same_step(name):
     change = f"objective.name={name}"
     whole, figures = one_step(change, "train.micro_batch_size=8")

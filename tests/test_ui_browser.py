@@ -286,7 +286,7 @@ def check_closed_pages(page: Page, monkeypatch, times: int) -> None:
 
 
 def test_closing_the_page_stops_its_stream(page, monkeypatch):
-    check_closed_pages(page, monkeypatch, 2)
+    check_closed_pages(page, monkeypatch, 1)
 
 
 @pytest.mark.slow

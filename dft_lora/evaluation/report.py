@@ -206,9 +206,9 @@ def write_report(
         if any(run["tasks"] for run in report["runs"].values()):
             plots.accuracy(report, out / "plots" / "accuracy.png")
         plots.curves(named, out / "plots" / "training.png")
-        for title, metrics in report["tokens"].items():
+        for title in report["tokens"]:
             if title != FORGETTING:
-                plots.probabilities(metrics, out / "plots" / f"probabilities-{title}.png")
+                plots.probabilities(report, title, out / "plots" / f"probabilities-{title}.png")
         if any(report["steps"].values()):
             plots.steps(report["steps"], out / "plots" / "steps.png")
         write_text(out / "report.md", report_markdown(report))

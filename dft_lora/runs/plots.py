@@ -9,6 +9,7 @@ from typing import Any
 
 from .folder import RunFolder
 
+HEIGHT = 3.4
 COLOURS = ("#6b7280", "#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626")
 
 
@@ -16,8 +17,11 @@ def _figure(columns: int, width: float = 4.2) -> tuple[Any, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * columns, 3.4), layout="constrained")
+    figure = Figure(figsize=(width * columns, HEIGHT))
     FigureCanvasAgg(figure)
+    wide = width * columns
+    # Margins in inches. A layout engine would draw everything twice, at the end of every run.
+    figure.subplots_adjust(0.7 / wide, 0.55 / HEIGHT, 1 - 0.15 / wide, 1 - 0.55 / HEIGHT, wspace=0.25)
     axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -36,9 +40,10 @@ def accuracy(report: Mapping[str, Any], file: Path) -> None:
     figure, axes = _figure(len(tasks))
     for axis, task in zip(axes, tasks, strict=True):
         runs = [(name, run["tasks"][task]) for name, run in report["runs"].items() if task in run["tasks"]]
-        for i, (_, r) in enumerate(runs):
+        for i, (name, r) in enumerate(runs):
+            colour = COLOURS[list(report["runs"]).index(name) % len(COLOURS)]
             error = [[r["avg"] - r["ci95"][0]], [r["ci95"][1] - r["avg"]]]
-            axis.bar(i, r["avg"], yerr=error, capsize=4, color=COLOURS[i % len(COLOURS)], width=0.6)
+            axis.bar(i, r["avg"], yerr=error, capsize=4, color=colour, width=0.6)
             axis.plot(i, r["greedy"], marker="D", color="black", markersize=5, linestyle="none")
         axis.set_xticks(range(len(runs)), [name for name, _ in runs])
         axis.set_ylim(0, 1)
@@ -72,10 +77,14 @@ def curves(folders: Mapping[str, RunFolder], file: Path) -> None:
     _save(figure, file)
 
 
-def probabilities(metrics: Mapping[str, Any], file: Path) -> None:
+def probabilities(report: Mapping[str, Any], title: str, file: Path) -> None:
     """The paper's bimodal figure, target tokens by probability (log scale), and their gradient norms."""
     figure, (counts, pulls) = _figure(2)
-    for i, (name, run) in enumerate(metrics.items()):
+    metrics = report["tokens"][title]
+    for i, name in enumerate(report["runs"]):
+        if name not in metrics:
+            continue
+        run = metrics[name]
         shares = [n / run["tokens"] for n in run["histogram"]]
         counts.stairs(shares, run["edges"], label=name, color=COLOURS[i % len(COLOURS)], lw=1.6)
     counts.set_yscale("log")

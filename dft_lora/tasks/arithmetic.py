@@ -29,6 +29,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import cycle, islice
 from random import Random
 from zlib import crc32
@@ -199,9 +200,10 @@ class Part:
     def chains(self) -> set[Chain]:
         return {chain for chain, _ in self._drawn()}
 
-    def _drawn(self) -> Iterator[tuple[Chain, Problem]]:
+    @lru_cache(8)  # noqa: B019  a part is a constant, and is asked for by every run of a process
+    def _drawn(self) -> tuple[tuple[Chain, Problem], ...]:
         rng, taken = Random(self.label), set().union(*(part.chains() for part in self.apart))
-        return islice(self._stream(rng, taken), self.size)
+        return tuple(islice(self._stream(rng, taken), self.size))
 
     def _stream(self, rng: Random, taken: set[Chain]) -> Iterator[tuple[Chain, Problem]]:
         seen: set[str] = set()
