@@ -65,13 +65,13 @@ def test_rows_are_drawn_before_they_are_tokenized(tmp_path, monkeypatch):
     rows = [{"problem": f"{i}+1?", "solution": "so " * (200 if i % 2 else 1)} for i in range(400)]
     rows[8] = rows[6]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rendered, render = [], Renderer.render
+    rendered, render_all = [], Renderer.render_all
 
-    def spy(self, problem):
-        rendered.append(problem.id)
-        return render(self, problem)
+    def spy(self, problems):
+        rendered.extend(problem.id for problem in problems)
+        return render_all(self, problems)
 
-    monkeypatch.setattr(Renderer, "render", spy)
+    monkeypatch.setattr(Renderer, "render_all", spy)
     found = diagnose(load_recipe("tiny_dft", [f"data.source={tmp_path / 'd.jsonl'}"]), examples=16)
     assert len(rendered) == len(set(rendered)) == found["drawn"]["rows"] < 200
     assert found["examples"] == found["drawn"]["examples"] == 16

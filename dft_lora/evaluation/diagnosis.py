@@ -240,7 +240,7 @@ def _draw(
         drawn = left if len(left) <= missing else rng.sample(left, missing)
         taken = {problem.id for problem in drawn}
         left = [problem for problem in left if problem.id not in taken]
-        batch = [renderer.render(problem) for problem in drawn]
+        batch = renderer.render_all(drawn)
         rendered += batch
         chosen += usable(batch, recipe.data.max_length)
     return chosen, rendered

@@ -42,7 +42,7 @@ def _solutions(asked: Asked, renderer: Renderer) -> list[Example]:
         renderer = asked.renderer
     solved = [problem for problem in asked.problems if problem.solution is not None]
     most = SCORED if all(map(asked.task.judges, asked.problems)) else None
-    return [renderer.render(problem) for problem in solved[:most]]
+    return renderer.render_all(solved[:most])
 
 
 def references_scored(folder: RunFolder, asked: Mapping[str, Asked], base: str) -> bool:

@@ -35,7 +35,7 @@ def entropy_matched(run: RunFolder, other: RunFolder, out: Path, task: str) -> R
     recipe = run.recipe()
     renderer = Renderer(load_tokenizer(recipe.model), run.run()["template"])
     problems = [p for p in get_task(task).problems() if p.solution is not None][:SOLUTIONS]
-    examples = [renderer.render(problem) for problem in problems]
+    examples = renderer.render_all(problems)
     model = load_adapters(load_base(recipe.model)[0], {"run": run.adapter, "other": other.adapter})
     head = check_head(model)
     h_MD, other_MD = (

@@ -104,7 +104,7 @@ def make_plan(recipe: Recipe) -> Plan:
         problems, rendered, (counts, findings) = _prompts(recipe, renderer, rows)
         examples = rendered
     else:
-        rendered = [renderer.render(problem) for problem in rows.problems if problem.solution is not None]
+        rendered = renderer.render_all([p for p in rows.problems if p.solution is not None])
         counts, findings = check_data(rows, rendered, limit, recipe.evaluate.tasks, recipe.data)
         examples = _marked_pairs(rendered, limit) if kind == "pairs" else usable(rendered, limit)
     if not examples:
