@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dft_lora.config import load_recipe
-from dft_lora.errors import RecipeError
+from dft_lora.errors import RecipeError, RequestError
 from dft_lora.model.accelerator import KINDS, Accelerator, Mps, accelerator, default_device
 from dft_lora.model.hardware import choose
 from dft_lora.training.faults import is_out_of_memory
@@ -102,6 +102,11 @@ def test_an_accelerator_that_torch_finds_is_taken(monkeypatch, kind):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(kind))
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert default_device() == torch.device(kind, 1)
+    monkeypatch.setenv("DFT_LORA_DEVICE", "cpu")
+    assert default_device() == CPU
+    monkeypatch.setenv("DFT_LORA_DEVICE", "gpu")
+    with pytest.raises(RequestError, match="DFT_LORA_DEVICE=gpu: only cpu"):
+        default_device()
 
 
 def test_bitsandbytes_computes_on_both():

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..errors import RequestError
+
 
 class Accelerator:
     """One device, through torch's module of its kind: `torch.cuda` and `torch.xpu` have the same names."""
@@ -187,7 +189,14 @@ def accelerator(device: torch.device) -> Accelerator:
 
 
 def default_device() -> torch.device:
-    """The process's own accelerator (LOCAL_RANK under a launcher), else the CPU."""
+    """The process's own accelerator (LOCAL_RANK under a launcher), else the CPU.
+
+    The environment variable DFT_LORA_DEVICE=cpu leaves an accelerator alone. Raises RequestError for another.
+    """
+    if wanted := os.environ.get("DFT_LORA_DEVICE"):
+        if wanted != "cpu":
+            raise RequestError(f"DFT_LORA_DEVICE={wanted}: only cpu; without it the accelerator is found")
+        return torch.device("cpu")
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None:
         return torch.device("cpu")
