@@ -31,6 +31,7 @@ from ..config import Recipe, load_recipe, parse_recipe
 from ..data.batches import Batch, collate, step_indices
 from ..data.templates import Example
 from ..loss import TokenScores
+from ..model import memory
 from ..model.accelerator import accelerator
 from ..model.hardware import choose, dtype_name
 from ..model.load import load_base
@@ -130,6 +131,16 @@ class FullLogits(Trainer):
 
 def run_full_logits(plan: Plan, steps: int, watch: Watch) -> float:
     return run_ours(plan, steps, watch, FullLogits)
+
+
+def where_memory_is_short(run: Run) -> Run:
+    """`run` as on a machine with little free memory; what it changes holds for the process."""
+
+    def short(plan: Plan, steps: int, watch: Watch) -> float:
+        memory.SHORT = 2**62
+        return run(plan, steps, watch)
+
+    return short
 
 
 def run_trl(plan: Plan, steps: int, watch: Watch, objective: str | None = None, **settings: Any) -> float:
@@ -266,6 +277,7 @@ OURS = StepVariant("ours", run_ours)
 TRL = StepVariant("TRL SFTTrainer, dft, its defaults (checkpointing)", run_trl, package="trl")
 COMPARISON = (
     OURS,
+    StepVariant("ours, where memory is short", where_memory_is_short(run_ours)),
     TRL,
     StepVariant("TRL SFTTrainer, dft, without checkpointing", run_trl_plain, package="trl"),
 )
@@ -279,17 +291,18 @@ TRAINERS = (
     StepVariant("TRL SFTTrainer, patched, dft", partial(run_trl_plain, objective="dft"), package="trl"),
 )
 
+FRUGAL, FRUGAL_FULL_LOGITS = where_memory_is_short(run_ours), where_memory_is_short(run_full_logits)
 FULL_16BIT, FULL = ("model.quantization=none", "data.packing=false"), ("data.packing=false",)
 CHECKPOINTED = ("train.gradient_checkpointing=true",)
 ONE_BY_ONE = (*CHECKPOINTED, "train.micro_batch_size=1")
 LADDER = (
-    StepVariant("LoRA over a 16-bit base, full logits", run_full_logits, FULL_16BIT),
-    StepVariant("+ 4-bit base (nf4)", run_full_logits, FULL),
-    StepVariant("+ loss in chunks (this engine)", run_ours, FULL),
-    StepVariant("+ rows packed where it costs less", run_ours),
-    StepVariant("+ gradient checkpointing", run_ours, CHECKPOINTED),
-    StepVariant("+ micro-batches of one example", run_ours, ONE_BY_ONE),
-    StepVariant("+ 8-bit AdamW", run_ours, (*ONE_BY_ONE, "train.optimizer=adamw8bit")),
+    StepVariant("LoRA over a 16-bit base, full logits", FRUGAL_FULL_LOGITS, FULL_16BIT),
+    StepVariant("+ 4-bit base (nf4)", FRUGAL_FULL_LOGITS, FULL),
+    StepVariant("+ loss in chunks (this engine)", FRUGAL, FULL),
+    StepVariant("+ rows packed where it costs less", FRUGAL),
+    StepVariant("+ gradient checkpointing", FRUGAL, CHECKPOINTED),
+    StepVariant("+ micro-batches of one example", FRUGAL, ONE_BY_ONE),
+    StepVariant("+ 8-bit AdamW", FRUGAL, (*ONE_BY_ONE, "train.optimizer=adamw8bit")),
 )
 VARIANTS = {variant.name: variant for variant in (*COMPARISON, *TRAINERS, *LADDER)}
 

@@ -28,7 +28,7 @@ MARK = "demo.json"  # lists what a demo wrote; the next demo replaces nothing el
 QUICK = ("train.max_steps=6", "evaluate.samples=1")
 QUICK_LIMIT = 12
 BASES = ("tiny", *KNOWN)
-REAL = ("train.max_steps=24", "evaluate.samples=2", 'evaluate.tasks=["word-problems"]')
+REAL = ("evaluate.samples=2", 'evaluate.tasks=["word-problems"]')
 REAL_LIMIT = 60  # problems of each task; with REAL a real base takes under 15 minutes on two cores
 HUMAN = "school-problems"  # a set that people wrote, for real bases, where it can be had
 CLEAN = ("data.split=train-clean",)  # without the 8 % of wrong steps in "train"
