@@ -13,7 +13,17 @@ from bitsandbytes.nn import Linear4bit
 from dft_lora.bench.rl import STAGES, Stopwatch, Work
 from dft_lora.bench.rl import measure as measure_rl
 from dft_lora.bench.table import RESULTS, rl_table, tables, train_table
-from dft_lora.bench.train import COMPARISON, LADDER, OURS, VARIANTS, Measurement, Shape, measure, summary
+from dft_lora.bench.train import (
+    COMPARISON,
+    LADDER,
+    OURS,
+    TRL,
+    VARIANTS,
+    Measurement,
+    Shape,
+    measure,
+    summary,
+)
 
 SMALL = Measurement(Shape(64, 2, 151_936, 128, 2, 256), steps=1, rounds=1, threads=1)
 
@@ -22,7 +32,7 @@ SMALL = Measurement(Shape(64, 2, 151_936, 128, 2, 256), steps=1, rounds=1, threa
 def test_ours_and_the_full_logits_step_compute_the_same_loss(data_dir, monkeypatch):
     """Each in a process of its own, as the bench runs them; TRL's too where it is installed."""
     monkeypatch.setenv("DFT_LORA_DATA", str(data_dir))
-    chosen = (OURS, LADDER[1], *(v for v in COMPARISON[1:] if find_spec("trl")))
+    chosen = (OURS, LADDER[1], *(v for v in COMPARISON[2:] if find_spec("trl")))
     result = measure(chosen, SMALL)
     first = [row["first_loss"] for row in result["variants"].values()]
     assert first == pytest.approx([first[0]] * len(first), rel=0.02) and first[0] > 0
@@ -62,7 +72,7 @@ def test_a_peer_that_is_not_installed_is_named_and_not_replaced(monkeypatch):
     from dft_lora.bench import train
 
     monkeypatch.setattr(train, "find_spec", lambda name: None)
-    assert "trl is not installed" in COMPARISON[1].missing
+    assert "trl is not installed" in TRL.missing
     assert OURS.missing == "" and set(VARIANTS) >= {variant.name for variant in LADDER}
 
 

@@ -361,5 +361,6 @@ def test_a_checker_that_somebody_ended_is_replaced():
     for pid in (checker.process.pid, checker.child):
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: gone(checker.child))
+    checker.process.wait(HANG)
     assert pool.ask(r"\sqrt{8}", r"2\sqrt{2}") == "correct"
     pool.close()

@@ -1,6 +1,7 @@
 """What preflight predicts is what a step then takes; what it proposes fits; nothing of the run changes."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from click.testing import CliRunner
 from dft_lora.cli import main
 from dft_lora.config import parse_recipe
 from dft_lora.errors import RequestError, RunError
+from dft_lora.model.accelerator import Cpu
 from dft_lora.model.built import Built
 from dft_lora.model.head import bare
-from dft_lora.model.memory import MIB, LiveTensors
+from dft_lora.model.memory import MIB, LiveTensors, give_back_large_blocks
 from dft_lora.training.plan import make_plan
 from dft_lora.training.preflight import preflight, propose, read_size
 from dft_lora.training.probe import (
@@ -195,3 +197,14 @@ def test_the_command(recipe, tmp_path):
     assert found["proposal"]["predicted_peak"] < found["available"] == 8 * 2**30
     done = CliRunner().invoke(main, ["preflight", str(path), "--gpu-memory", "soon"])
     assert done.exit_code == 2
+
+
+@pytest.mark.parametrize(("free", "asked"), [(2**32, [(-3, MIB)]), (2**34, [])])
+def test_freed_blocks_are_given_back_where_memory_is_short(monkeypatch, free, asked):
+    """glibc's own setting, asked for by its number; elsewhere freed blocks are kept, which is faster."""
+    calls = []
+    library = SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr("ctypes.CDLL", lambda _: library)
+    monkeypatch.setattr(Cpu, "free_memory", free)
+    give_back_large_blocks(torch.device("cpu"))
+    assert calls == asked
