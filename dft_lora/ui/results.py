@@ -314,7 +314,7 @@ def _costs(label: Legend, recorded: Recorded) -> str:
             charts.append(figure(plain(task), costs(label, points, base)))
     if not charts:
         return ""
-    note = '<span class="small">sampled accuracy with its 95 % interval, over wall-clock seconds of training</span>'
+    note = '<span class="small">sampled, 95 % interval, over wall-clock seconds of training</span>'
     return f'<h2>Accuracy against cost {note}</h2><div class="charts">{"".join(charts)}</div>'
 
 
