@@ -117,6 +117,10 @@ def test_the_page_shows_and_picks_own_problems(runs):
         write_own_report(run)
     assert differences in results_view(runs), "of the last two runs, without a report that compares them"
     assert differences not in results_view(runs[:1])
+    new = RunFolder(runs[0].path.parent / "new")
+    shutil.copytree(runs[1].path, new.path, ignore=shutil.ignore_patterns("report.json", "evaluation"))
+    assert differences in results_view([*runs, new]), "a run that was not evaluated yet changes nothing"
+    shutil.rmtree(new.path)
     write_report(runs, runs[0].path.parent)
     view = results_view(runs)
     assert differences in view

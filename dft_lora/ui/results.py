@@ -68,7 +68,8 @@ class Recorded:
         if not runs and not outdated:
             return None
         shown = {name: folder for name, folder in by_name.items() if folder not in outdated}
-        paired = _difference(tuple((f.path, f.report_file.stat().st_mtime_ns) for f in shown.values())[-2:])
+        last = [by_name[name] for name in runs][-2:]
+        paired = _difference(tuple((folder.path, folder.report_file.stat().st_mtime_ns) for folder in last))
         return cls({"runs": runs, "paired": paired, "tokens": tokens}, shown, outdated)
 
 
