@@ -384,7 +384,8 @@ def test_an_engine_that_cannot_score_is_refused(runs, local, tmp_path):
 
 def test_the_bench_scores_as_an_evaluation_does(rows, tmp_path):
     rows("arc-challenge", ROWS["arc-challenge"], {**ROWS["arc-challenge"], "question": "What meows?"})
-    (row,) = bench_choices.measure(["tiny"], ["arc-challenge"], 2, ["nf4"])["rows"]
+    (found,) = bench_choices.measure(["tiny"], ["arc-challenge"], 2, ["nf4"])
+    (row,) = found["rows"]
     folder = base_run(load_recipe("tiny_dft"), tmp_path / "base")
     evaluate([folder.path], ["arc-challenge"])
     result = TaskResults.read(folder, "arc-challenge")

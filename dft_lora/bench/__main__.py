@@ -294,8 +294,8 @@ def choices(bases, names, limit, harness, threads, out) -> None:
     if harness and find_spec("lm_eval") is None:
         raise MissingPart("--harness: lm-evaluation-harness is not installed; pip install lm-eval")
     torch.set_num_threads(threads)
-    result = measure(bases, names or SETS, limit, harness=harness)
-    keep(result, out, f"choices-{'-'.join(bases)}")
+    for result in measure(bases, names or SETS, limit, harness=harness):
+        keep(result, out, f"choices-{'-'.join(bases)}")
     click.echo(choices_table(result))
 
 
@@ -327,8 +327,8 @@ def longest(out) -> None:
     """The longest row that GPUs of several sizes can train on, traced on shapes alone, without a GPU."""
     from .memory import measure_longest
 
-    result = measure_longest()
-    keep(result, out, "longest-rows")
+    for result in measure_longest():
+        keep(result, out, "longest-rows")
     click.echo(longest_table(result))
 
 

@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +136,16 @@ def measure(
     limit: int = 200,
     quantizations: Sequence[str] = ("nf4", "none"),
     harness: bool = False,
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """Accuracy with its interval, by both rules, of every base, storage and set.
+
+    Yields the result so far after each set, since the harness takes minutes for one.
 
     `harness`: also how many of our choices lm-evaluation-harness makes on the same unpacked weights.
     """
     asked = {name: problems_of(name, limit) for name in names}  # a missing set is an error at once
-    rows = []
+    rows: list[dict[str, Any]] = []
+    made = certificate(peers=versions(("lm-eval",)))
     for base in bases:
         for quantization in quantizations:
             config = ModelConfig(name=base, quantization=quantization)  # type: ignore[arg-type]
@@ -178,4 +181,4 @@ def measure(
                         rule: int(np.equal(theirs[rule], picks[rule]).sum()) for rule in theirs
                     }
                 print(base, quantization, name, f"{rows[-1]['accuracy'][rule]:.3f}", file=sys.stderr)
-    return {"kind": "choices", "rows": rows, "provenance": certificate(peers=versions(("lm-eval",)))}
+                yield {"kind": "choices", "rows": rows, "provenance": made}

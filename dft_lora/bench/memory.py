@@ -143,10 +143,11 @@ LONG_OPTIONS = {
 
 def measure_longest(
     models: Sequence[str] = LONG_MODELS, gpus: Sequence[int] = LONGEST_GPUS
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """Peaks of a step with one row of LENGTHS tokens, and the longest row that fits each GPU, in bytes.
 
-    The longest row is extrapolated from the two peaks, then traced itself, and shortened until it fits.
+    Yields the result so far after each model and technique, since all of them take half an hour. The longest
+    row is extrapolated from the two peaks, then traced itself, and shortened until it fits.
     """
     found: list[dict[str, Any]] = []
     for model in models:
@@ -158,7 +159,7 @@ def measure_longest(
                     rows = _longest_rows(learner, gpus)
             found.append({"model": model, "option": option, **rows})
             print(model, option, rows["longest"], file=sys.stderr, flush=True)
-    return {"kind": "longest", "lengths": LENGTHS, "rows": found, "provenance": certificate()}
+            yield {"kind": "longest", "lengths": LENGTHS, "rows": found, "provenance": certificate()}
 
 
 def _longest_rows(learner: Learner, gpus: Sequence[int], grain: int = 512) -> dict[str, Any]:

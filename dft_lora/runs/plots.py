@@ -21,7 +21,7 @@ def _figure(columns: int, width: float = 4.2) -> tuple[Any, list[Any]]:
     FigureCanvasAgg(figure)
     wide = width * columns
     # Margins in inches. A layout engine would draw everything twice, at the end of every run.
-    figure.subplots_adjust(0.7 / wide, 0.55 / HEIGHT, 1 - 0.15 / wide, 1 - 0.55 / HEIGHT, wspace=0.25)
+    figure.subplots_adjust(0.7 / wide, 0.55 / HEIGHT, 1 - 0.15 / wide, 1 - 0.55 / HEIGHT, wspace=0.3)
     axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -70,6 +70,8 @@ def curves(folders: Mapping[str, RunFolder], file: Path) -> None:
                 values = [line.get(key) for line in lines]  # older runs lack p_end
                 axis.plot(steps, values, label=name, color=COLOURS[i % len(COLOURS)], lw=1.4)
     for axis, label in zip(axes, panels.values(), strict=True):
+        axis.locator_params("y", nbins=4)
+        axis.locator_params("x", nbins=4, integer=True)
         axis.set_xlabel("step")
         axis.set_title(label, fontsize=11)
     if axes[0].get_lines():
