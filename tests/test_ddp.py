@@ -57,7 +57,7 @@ def weights(path):
     return load_file(path / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("objective", ["dft", "cadft"])
+@pytest.mark.parametrize("objective", [pytest.param("dft", marks=pytest.mark.slow), "cadft"])
 def test_two_processes_equal_one(tmp_path, objective):
     """Examples of different lengths: a mean of each process's means would be far off, and so would cadft's
     standard scores over each process's examples."""

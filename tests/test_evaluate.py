@@ -91,10 +91,10 @@ def figures(paths):
 def test_a_killed_evaluation_resumes_to_the_same_report(runs, fresh):
     """SIGKILL as soon as answers are on the disk, half a line left behind, then the same command again."""
     file = RunFolder(fresh[1]).evaluation("arithmetic")
-    process = subprocess.Popen(command(*fresh, *ARGUMENTS), stderr=subprocess.PIPE)
-    wait_for(lambda: (file.is_file() and file.stat().st_size) or process.poll() is not None)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    child = start("evaluate", *map(str, fresh), *ARGUMENTS)
+    wait_for(lambda: (file.is_file() and file.stat().st_size) or not child.is_alive())
+    child.kill()
+    finish(child)
     before = sum(len(answers(path)) for path in fresh)
     assert before > 0
     with file.open("ab") as lines:

@@ -277,8 +277,11 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("objective", ["dft", "cadft"])
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("where", ["forward", "loss", "backward"])
+@pytest.mark.parametrize(
+    ("where", "error"),
+    zip(["forward", "loss", "backward"], ERRORS, strict=True),
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
 def test_a_step_that_runs_out_of_memory_is_done_in_smaller_pieces(
     make_trainer, monkeypatch, where, error, objective
 ):

@@ -21,7 +21,10 @@ from dft_lora.training.checkpoints import Checkpoints
     [
         pytest.param(["model.dtype=bfloat16"], {}, id="nf4 stored as bfloat16"),
         pytest.param(
-            ["objective.name=asft"], {"gradient_checkpointing": True}, id="reference and checkpointing"
+            ["objective.name=asft"],
+            {"gradient_checkpointing": True},
+            id="reference and checkpointing",
+            marks=pytest.mark.slow,
         ),
         pytest.param(["objective.name=dft"], {}, id="nf4", marks=pytest.mark.slow),
         pytest.param(["model.quantization=none"], {}, id="not quantized", marks=pytest.mark.slow),
@@ -42,7 +45,7 @@ def test_a_shared_base_trains_the_adapter_that_whole_ones_train_to_the_bit(tmp_p
     assert 0.5 * all_of_it < share < 0.7 * all_of_it  # embeddings and head are in each
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_one_layer_is_whole_at_a_time(tmp_path, checkpointing):
     """Checkpointing computes a layer's forward pass again, with the weights gathered for its backward."""
     path = recipe(tmp_path, "two", shard=True, max_steps=1, gradient_checkpointing=checkpointing)

@@ -40,6 +40,7 @@ def lab(tmp_path_factory):
 # --- the stages -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_loss_stage_measures_every_peer_or_says_why_not(lab):
     found = dict(against_peers(lab, 1536, 2048))
     assert list(found) == [variant.name for variant in VARIANTS]
@@ -49,6 +50,7 @@ def test_the_loss_stage_measures_every_peer_or_says_why_not(lab):
     assert dict(row_kernel(lab))["kernel"] == {"missing": "no CUDA device"}
 
 
+@pytest.mark.slow
 def test_memory_auto_and_retreat_on_a_base_of_random_weights(lab):
     found = dict(steps.memory(lab, "7B"))
     assert set(found) == {"trace", "preflight's fit"}

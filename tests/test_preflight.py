@@ -56,7 +56,7 @@ def trainer(recipe):
 def test_the_fit_of_short_rows_predicts_long_micro_batches(trainer, checkpointing):
     """Within 10 %, from rows of 128 and 256 tokens to four rows of 500."""
     fit = measure(trainer.learner, trainer.plan.examples, checkpointing)
-    for rows in (1, 2, 4):
+    for rows in (1, 4):
         batch = longest_batch(trainer.learner, trainer.plan.examples, rows)
         found = probe(trainer.learner, batch)
         assert found.N == batch.positions > 256 * rows

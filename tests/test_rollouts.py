@@ -232,7 +232,7 @@ def recipe_file(path, name):
         "adapter": {"r": 8, "dropout": 0.1},
         "data": {"source": "arithmetic", "sample": 16, "max_length": 256},
         "objective": changes["objective"],
-        "rollouts": {"samples": 4, "max_new_tokens": 48, "rows": 16, **changes["rollouts"]},
+        "rollouts": {"samples": 4, "max_new_tokens": 24, "rows": 16, **changes["rollouts"]},
         "train": {
             "learning_rate": 1e-3,
             "batch_size": 8,

@@ -74,12 +74,11 @@ def one_step(*changes, prepare=lambda plan: (plan, None)):
 def test_micro_batches_of_any_size_give_the_same_step(name):
     change = f"objective.name={name}"
     whole, figures = one_step(change, "train.micro_batch_size=8")
-    for size in (1, 3):  # 3: uneven, the last one is smaller
-        parts, theirs = one_step(change, f"train.micro_batch_size={size}")
-        for key, gradient in whole.items():
-            assert (parts[key] - gradient).norm() <= 1e-5 * gradient.norm(), key
-        assert theirs["loss"] == pytest.approx(figures["loss"], rel=1e-6)
-        assert theirs["supervised_tokens"] == figures["supervised_tokens"]
+    parts, theirs = one_step(change, "train.micro_batch_size=3")  # uneven: the last one is smaller
+    for key, gradient in whole.items():
+        assert (parts[key] - gradient).norm() <= 1e-5 * gradient.norm(), key
+    assert theirs["loss"] == pytest.approx(figures["loss"], rel=1e-6)
+    assert theirs["supervised_tokens"] == figures["supervised_tokens"]
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
@@ -88,7 +87,7 @@ def test_a_step_with_signals_does_not_depend_on_the_arrangement(packing):
     changes = ("objective.name=cadft", f"data.packing={packing}")
     padded, _ = one_step(*changes[:1], "data.packing=false", "train.micro_batch_size=8")
     dft, _ = one_step("train.micro_batch_size=8")
-    for size in (1, 3, 8):
+    for size in (1, 3):
         parts, _ = one_step(*changes, f"train.micro_batch_size={size}")
         for key, gradient in padded.items():
             assert (parts[key] - gradient).norm() <= 1e-5 * gradient.norm(), key

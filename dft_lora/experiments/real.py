@@ -86,7 +86,7 @@ def remedies(runs: Runs) -> dict[str, Any]:
     found: dict[str, Any] = {}
     tasks = runs.study.tasks
     sft, plain = runs.best("sft"), runs.best("plain dft")
-    for kind in ("sft", *REMEDIES):
+    for kind in ("sft", *runs.study.objectives):
         folders = runs.best(kind)
         found[kind] = {
             **table(folders, runs),
