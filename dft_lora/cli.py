@@ -182,6 +182,7 @@ def train(
     type=UserPath(dir_okay=False, path_type=Path),
     help="Also write pairs of a correct and a wrong answer, for dpo.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace files that were made with other settings.")
 def sample(
     recipe: str,
     changes: tuple[str, ...],
@@ -189,19 +190,23 @@ def sample(
     run_dir: str | None,
     samples: int | None,
     pairs: Path | None,
+    overwrite: bool,
 ) -> None:
     """Sample answers to the training problems of RECIPE, and write the correct ones as training data.
 
-    Train on the file with data.source=OUT. Files made before with the same settings are reused.
+    Train on the file with data.source=OUT. OUT.made.json beside it records how it was made; files made with
+    the same settings are reused.
 
     Example: dft-lora sample tiny_dft --out own.jsonl --pairs pairs.jsonl
     """
     for option, file in (("--out", out), ("--pairs", pairs)):
         if file is not None and file.suffix != ".jsonl":
             raise RequestError(f"{option}: {file} must end in .jsonl")
-    if out == pairs:
+    if pairs is not None and out.resolve() == pairs.resolve():
         raise RequestError("--pairs: give another file than --out")
     chosen = load_recipe(recipe, changes)
+    if Path(chosen.data.source).resolve() in {file.resolve() for file in (out, pairs) if file is not None}:
+        raise RequestError(f"--out: {chosen.data.source} is the data that is sampled from")
     if samples is not None:
         chosen = chosen.override([f"rollouts.samples={samples}"])
     elif chosen.rollouts is None:
@@ -210,7 +215,7 @@ def sample(
     from .runs.folder import open_runs
 
     run = open_runs([run_dir])[0] if run_dir else None
-    click.echo(own_samples(chosen, out, run=run, pairs=pairs))
+    click.echo(own_samples(chosen, out, run=run, pairs=pairs, overwrite=overwrite))
 
 
 @main.command()

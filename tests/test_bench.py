@@ -6,7 +6,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from dft_lora.bench import decode
+from dft_lora.bench import decode, packing
 from dft_lora.bench.__main__ import main
 from dft_lora.bench.generation import random_adapters
 from dft_lora.bench.inputs import SOURCES, prescribed
@@ -14,6 +14,8 @@ from dft_lora.bench.loss import measure, relative, true_gradient
 from dft_lora.bench.peers import FLOOR, VARIANTS
 from dft_lora.bench.table import generation_table, loss_table
 from dft_lora.config import ModelConfig
+from dft_lora.data.batches import ungrouped
+from dft_lora.data.templates import Example
 from dft_lora.loss import token_logps
 from dft_lora.model.head import bare
 from dft_lora.model.load import load_base
@@ -121,3 +123,10 @@ def test_generation_measures_the_same_work_on_every_side():
         for side in measured["sides"].values():
             assert side["decode_tokens_per_second"] > 0 and side["prefill_tokens_per_second"] > 0
     assert len(generation_table(result).splitlines()) == 4 + len(result["cases"])
+
+
+def test_every_arrangement_of_the_packing_bench_holds_the_same_tokens():
+    groups = ungrouped([Example(str(i), tuple(range(1, 20 + 9 * i)), 5) for i in range(6)])
+    for name, arrange in packing.arrangements(capacity=128, even=64.0).items():
+        batches = arrange(groups, 2, 0)
+        assert sum(batch.tokens for batch in batches) == sum(len(e.ids) for (e,) in groups), name

@@ -495,6 +495,15 @@ def test_memory_stays_below_the_bound_that_is_stated(wide, length):
     assert len(prefills) > 1 and max(prefills) <= PREFILL_TOKENS
 
 
+def test_copies_of_a_shared_prefix_stay_below_the_bound(model):
+    rows, shared = 100, prompt(600)
+    requests = [Request((*shared, *prompt(8, seed=i)), None, seed=i, max_new_tokens=2) for i in range(rows)]
+    assert shared_prefix(requests) == shared
+    with LiveTensors() as tensors:
+        run(model, requests, batch_rows=rows, stop_ids=())
+    assert tensors.peak() < Bound(model)(rows, 610, kept=600)
+
+
 def test_the_bound_grows_with_what_a_batch_holds(model, wide):
     """Cache for rows and tokens; logits, a prefill and an unpacked matrix whatever their number."""
     bound = Bound(wide)

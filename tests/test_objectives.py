@@ -41,7 +41,7 @@ def test_equals_plain_autograd(name, dtype):
             naive, leaves = case.score(naive_token_logps)
             naive_error = distance(gradient(naive, leaves, wanted), slope)
             tolerance = {8: 1e-12, 4: 1e-5}.get(dtype.itemsize, 2 * naive_error + 4 * torch.finfo(dtype).eps)
-            for rows in (1, 3, N, N + 1):
+            for rows in (1, 3, N + 1):
                 scores, leaves = case.score(
                     token_logps, needs=wanted.needs, chunk_bytes=chunk_bytes(rows, V, dtype)
                 )

@@ -108,6 +108,23 @@ def test_wrong_requests_end_in_one_line(arguments, message, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_sample_did_not_write_is_kept(tmp_path):
+    """The file itself, the pairs, the record beside them, and the data that is sampled from."""
+    out, record, pairs = (tmp_path / name for name in ("own.jsonl", "own.made.json", "pairs.jsonl"))
+    for mine in (out, record, pairs):
+        mine.write_text("[1]")
+        done = sample("--out", out, "--pairs", pairs)
+        assert done.exit_code == 2 and f"{mine} exists" in done.stderr, done.stderr
+        assert mine.read_text() == "[1]" and list(tmp_path.iterdir()) == [mine]
+        mine.unlink()
+    source = tmp_path / "mine.jsonl"
+    source.write_text(json.dumps({"problem": "1 + 1?", "solution": "2", "answer": "2"}) + "\n")
+    done = sample("--out", source, "--set", f"data.source={source}", "--overwrite")
+    assert done.exit_code == 2 and "is the data that is sampled from" in done.stderr
+    done = sample("--out", out, "--pairs", tmp_path / "x" / ".." / "own.jsonl")
+    assert done.exit_code == 2 and "--pairs: give another file than --out" in done.stderr
+
+
 PAIR = {"prompt": "What is 2 + 3?", "chosen": "5", "rejected": "6"}
 
 

@@ -52,7 +52,7 @@ def trainer(recipe):
     return Trainer(make_plan(recipe), Ranks(recipe))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_fit_of_short_rows_predicts_long_micro_batches(trainer, checkpointing):
     """Within 10 %, from rows of 128 and 256 tokens to four rows of 500."""
     fit = measure(trainer.learner, trainer.plan.examples, checkpointing)

@@ -87,7 +87,9 @@ def one_step(name, tmp_path, data_dir, narrow):
     assert line["nll"] == pytest.approx(math.log(config.vocab_size), rel=0.2)
 
 
-@pytest.mark.parametrize("name", HUB)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n.endswith("_sft") else []) for n in HUB]
+)
 def test_one_step_of_the_same_architecture_narrow(name, tmp_path, data_dir):
     one_step(name, tmp_path, data_dir, narrow=True)
 

@@ -143,6 +143,7 @@ def test_a_base_can_be_loaded_after_a_trace(base):
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
 
 
+@pytest.mark.slow
 def test_a_sharded_base_is_held_in_parts(base):
     """All but the packed weights and norms of decoder layers, half of these, and three layers whole."""
     recipe = recipe_of(base).override(["data.max_length=256", "train.batch_size=8"])

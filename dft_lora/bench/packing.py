@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from ..data.batches import Batch, collate, micro_batches, step_indices, ungrouped
+from ..data.batches import Batch, Group, collate, examples_of, micro_batches, step_indices, ungrouped
 from ..data.packing import Arrange, CheapestPacking, Packed
-from ..data.templates import Example
 from ..model.accelerator import accelerator
 from ..model.attention import crossover_length
 from ..model.hardware import choose
@@ -29,8 +28,9 @@ from ..training.trainer import Trainer
 from .train import Measurement, Shape, write_inputs
 
 
-def in_order(examples: Sequence[Example], size: int, pad_id: int) -> list[Batch]:
+def in_order(groups: Sequence[Group], size: int, pad_id: int) -> list[Batch]:
     """What a plain data loader does."""
+    examples = examples_of(groups)
     return [collate(examples[i : i + size], pad_id) for i in range(0, len(examples), size)]
 
 

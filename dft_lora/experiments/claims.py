@@ -21,6 +21,7 @@ from ..evaluation.evaluate import evaluate
 from ..evaluation.task_results import TaskResults
 from ..evaluation.token_table import TokenTable, tokens_file
 from ..runs.folder import RunFolder, read_json
+from .own_samples import record_of
 from .study import Runs
 
 MAIN, RIVALS = ("sft", "dft"), ("iw-sft", "dft-sentence", "dft-geometric")
@@ -142,7 +143,7 @@ def own_answers(runs: Runs) -> dict[str, Any]:
     return finding(
         "DFT on own verified samples above DFT on the given solutions",
         contrast("own - given", runs.best("dft"), own, sampled(*runs.study.tasks)),
-        samples=read_json(runs.own_samples.with_suffix(".json"))["counts"],
+        samples=read_json(record_of(runs.own_samples))["counts"],
     )
 
 

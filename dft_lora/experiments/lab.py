@@ -178,7 +178,13 @@ class LabRuns(Runs):
         """The base's own verified answers; the same for every objective."""
         recipe = self.recipe("own", "sft", self.study.rates[0], 0, **{"data.sample": self.study.own_problems})
         out = self.out / "own-samples.jsonl"
-        return own_samples(recipe, out, samples=self.study.own_samples, max_new_tokens=self.study.own_tokens)
+        return own_samples(
+            recipe,
+            out,
+            samples=self.study.own_samples,
+            max_new_tokens=self.study.own_tokens,
+            overwrite=True,
+        )
 
     @property
     def group(self) -> str:

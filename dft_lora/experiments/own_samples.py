@@ -37,16 +37,18 @@ def own_samples(
     max_new_tokens: int | None = None,
     run: RunFolder | None = None,
     pairs: Path | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write correct answers to the training problems of a recipe to `out`, a .jsonl file.
 
     The base answers, or `run`: the base with that run's adapter. The columns are problem, solution and
     answer. `recipe.rollouts` says how many answers each problem gets, unless `samples` does; duplicate texts
     are kept once. A problem with several turns is written as a list of turns. `pairs` gets rows of problem,
-    chosen, rejected and answer. A .json file beside `out` records how they were made; files made in the same
-    way are reused.
+    chosen, rejected and answer. OUT.made.json records how they were made; files made in the same way are
+    reused.
 
-    Raises RequestError when `run` has another base, DataError when no row has a reference answer, RunError
+    Raises RequestError when `run` has another base or a file exists that was made in another way, unless
+    `overwrite` is set, DataError when no row has a reference answer, RunError
     when none of the answers was correct, when all were cut, or when `pairs` would be empty.
     """
     if run is not None and run.run()["identity"]["base"] != base_fingerprint(recipe.model):
@@ -64,10 +66,15 @@ def own_samples(
         "adapter": None if run is None else run.adapter_digest,
         "pairs": pairs is not None,
     }
-    record = out.with_suffix(".json")
+    record = record_of(out)
     written = [out, *([] if pairs is None else [pairs])]
-    if all(file.is_file() for file in (*written, record)) and read_json(record)["how"] == how:
+    there = [file for file in (*written, record) if file.exists()]
+    if len(there) == len(written) + 1 and _made(record) == how:
         return out
+    if there and not overwrite:
+        raise RequestError(
+            f"{there[0]} exists and was not made with these settings; add --overwrite, or name another --out"
+        )
     judge = judge_of(recipe.data.source).allowed(recipe.evaluate.allow_code)
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
     model, _ = load_base(recipe.model, for_answers=True)
@@ -105,6 +112,17 @@ def own_samples(
     }
     write_json(record, {"how": how, "counts": counts, "provenance": certificate()})
     return out
+
+
+def record_of(out: Path) -> Path:
+    """The file beside `out` that records how it was made."""
+    return out.with_suffix(".made.json")
+
+
+def _made(record: Path) -> Any:
+    """How the files beside a record were made, or None."""
+    known = read_json(record)
+    return known.get("how") if isinstance(known, dict) else None
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> list[str]:

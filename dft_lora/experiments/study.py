@@ -133,6 +133,7 @@ class Runs:
             self.out / "own-samples.jsonl",
             samples=self.study.own_samples,
             max_new_tokens=self.study.own_tokens,
+            overwrite=True,
         )
 
     @cached_property

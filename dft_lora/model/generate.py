@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..errors import RequestError, RunError
 from ..loss import Head
 from .adapters import adapter_layers, mixed
-from .generation_memory import LOGITS_BYTES, PREFILL_TOKENS, rows_that_fit, sampler_rows
+from .generation_memory import LOGITS_BYTES, PREFILL_TOKENS, Bound, rows_that_fit, sampler_rows
 from .head import bare, head_of
 
 if TYPE_CHECKING:
@@ -306,8 +306,9 @@ def _choose(head: Head, h_RD: Tensor, rows: list[_Row]) -> list[int]:
 
 def shared_prefix(requests: Iterable[Request]) -> tuple[int, ...]:
     """What all prompts begin with, if that is worth a prefill of its own; every prompt keeps a token."""
-    prompts = {request.prompt_ids for request in requests}
-    if len(prompts) < 2:
+    asked = {(request.adapter, request.prompt_ids) for request in requests}
+    prompts = {prompt for _, prompt in asked}
+    if len(asked) == len({adapter for adapter, _ in asked}):  # each adapter answers one prompt
         return ()
     first, last = min(prompts), max(prompts)  # what these two share, all between them share
     least = min(map(len, prompts)) - 1
@@ -331,6 +332,8 @@ class _Batch:
         self.rows: list[_Row] = []
         self.cache = RaggedCache()
         self.prefix = shared_prefix(requests)
+        longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=1)
+        self.prefix_tokens = len(self.prefix) * Bound(model).share_of_a_copy(longest)
         self.prefixes: dict[str | None, Cache] = {}
 
     def admit(self, rows: list[_Row]) -> Tensor:
@@ -388,12 +391,15 @@ class _Batch:
         return cache
 
     def _chunks(self, distinct: list[_Key]) -> Iterator[list[_Key]]:
-        """`distinct` in parts of at most PREFILL_TOKENS, padding included, or of one prompt."""
+        """`distinct` in parts of at most PREFILL_TOKENS, padding included, or of one prompt.
+
+        Each prompt has a copy of the prefix, which takes the memory of `prefix_tokens` prefilled ones.
+        """
         while distinct:
             width, count = 0, 0
             for prompt, _ in distinct:
                 width = max(width, len(prompt) - len(self.prefix))
-                if count and (count + 1) * width > PREFILL_TOKENS:
+                if count and (count + 1) * (width + self.prefix_tokens) > PREFILL_TOKENS:
                     break
                 count += 1
             yield distinct[:count]

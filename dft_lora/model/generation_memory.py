@@ -72,6 +72,10 @@ class Bound:
             mask += tokens * self.config.num_attention_heads * (8 + self.size)
         return self.cached_token + self.attended + activations + mask
 
+    def share_of_a_copy(self, tokens: int) -> float:
+        """A copied token of the cache, as a share of a prefilled one."""
+        return (self.cached_token + self.attended) / self.prefilled_token(tokens)
+
     def sampler(self) -> int:
         """float32, float32 and float64 of a few rows; the nucleus sorts them besides."""
         V = self.head.weight_VD.shape[0]

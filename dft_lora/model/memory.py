@@ -142,10 +142,12 @@ class TracedTensors(LiveTensors):
             if known:
                 return operation(*self._on_cpu(arguments))
             return operation is ops.equal.default or 0
-        if operation is ops.nonzero.default and known:
-            real = operation(*self._on_cpu(arguments))
-            results = torch.empty_like(real, device="meta")
-            self._values[results] = real
+        counts = operation in (ops._unique2.default, ops.bincount.default)
+        if counts or (operation is ops.nonzero.default and known):  # shapes that depend on values
+            real = operation(*self._on_cpu(arguments), **self._on_cpu(keywords))
+            results = tree_map(lambda value: torch.empty_like(value, device="meta"), real)
+            if known:
+                self._values.update(zip(tree_iter(results), tree_iter(real), strict=True))
             return results
         results = operation(*arguments, **keywords)
         if operation.name() == "bitsandbytes::gemm_4bit":
@@ -163,7 +165,8 @@ class TracedTensors(LiveTensors):
 
         def real(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
-                return self._values.get(value, value)
+                unknown = value.device.type == "meta" and value not in self._values
+                return torch.zeros_like(value, device="cpu") if unknown else self._values.get(value, value)
             return torch.device("cpu") if value == torch.device("meta") else value
 
         return tree_map(real, values)

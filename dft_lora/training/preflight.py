@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from ..config import Recipe
-from ..errors import RequestError
+from ..errors import RequestError, RunError
 from ..model.accelerator import accelerator, default_device
 from ..model.backends import prepare
 from ..model.generation_memory import Bound
 from ..model.hardware import dtype_name
 from ..model.memory import MIB
+from .faults import ran_out_of_memory
 from .learner import Learner
 from .plan import Plan, make_plan
 from .probe import (
@@ -59,20 +61,24 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
 def measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any]:
     device, train = learner.ranks.device, plan.recipe.train
     choices = (False, True) if learner.set_checkpointing else (learner.checkpointing,)
-    fits = {on: measure(learner, plan.sized, on) for on in choices}
-    set_checkpointing(learner, learner.checkpointing)
+    fits = fits_of(learner, plan, choices)
+    checkpointing = learner.checkpointing if learner.checkpointing in fits else not learner.checkpointing
+    fit = fits[checkpointing]
+    set_checkpointing(learner, checkpointing)
     worst = longest_batch(learner, plan.sized, learner.layout.micro_batch_size)
-    real = probe(learner, worst)
+    passes: list[ProbePass] = []
+    if fails := ran_out_of_memory(lambda: passes.append(probe(learner, worst))):
+        passes.append(fit.predicted(worst.positions, worst.supervised))
+    real = passes[0]
     started = time.perf_counter()
     learner.update(0.0)
     update_seconds = time.perf_counter() - started
     seconds = None
-    if device.type != "meta":
+    if device.type != "meta" and not fails:
         timed = probe(learner, worst, gauged=False)
         seconds = timed.seconds / worst.positions * _positions_per_step(learner, plan) + update_seconds
     learner.optimizer.zero_grad()
     resident = resident_bytes(learner)
-    fit = fits[learner.checkpointing]
     available = accelerator(device).total_memory if budget is None else budget
     answers = answering(learner, plan)
     most = max(real.peak, answers["bytes"]) if answers else real.peak
@@ -84,7 +90,8 @@ def measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any]
         "counted": counted,
         "dtype": dtype_name(learner.hardware.dtype),
         "micro_batch_size": learner.layout.micro_batch_size,
-        "gradient_checkpointing": learner.checkpointing,
+        "gradient_checkpointing": checkpointing,
+        "ran_out_of_memory": fails or checkpointing != learner.checkpointing,
         "longest_micro_batch": list(worst.input_ids_BL.shape),
         "bytes": resident
         | {"activations": real.saved, "loss_workspace": int(fit.workspace(real.M))}
@@ -108,6 +115,18 @@ def measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any]
         "rollout_rows": answers and most_rows(learner, plan, limit - sum(resident.values())),
         "fit": {"checkpointing" if on else "plain": asdict(fits[on]) for on in fits},
     }
+
+
+def fits_of(learner: Learner, plan: Plan, choices: Sequence[bool]) -> dict[bool, MemoryFit]:
+    """The fit without and with checkpointing, where it can be measured; RunError where none can."""
+    fits: dict[bool, MemoryFit] = {}
+    for on in choices:
+        try:
+            fits[on] = measure(learner, plan.sized, on)
+        except RunError:
+            if on == choices[-1] and not fits:
+                raise
+    return fits
 
 
 def answering(learner: Learner, plan: Plan) -> dict[str, int] | None:
@@ -204,6 +223,10 @@ def preflight_table(found: dict[str, Any]) -> str:
         f"{found['counted']} on {found['device']}, {found['dtype']}, longest micro-batch "
         f"{' x '.join(map(str, found['longest_micro_batch']))}",
     ]
+    if found["ran_out_of_memory"]:
+        lines.append(
+            "the recipe as it is runs out of memory: the peak above is predicted or with checkpointing"
+        )
     proposal = found["proposal"]
     if proposal is None:
         return "\n".join([*lines, "nothing fits; use a shorter data.max_length or a smaller model"])

@@ -15,6 +15,7 @@ Shapes (docs/shapes.md): N positions of a micro-batch, M supervised ones, V voca
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -96,6 +97,12 @@ class MemoryFit:
     def peak(self, N: float, M: float) -> float:
         return max(self.saved(N) + self.workspace(M) + self.scores * M, self.backward(N))
 
+    def predicted(self, N: int, M: int) -> ProbePass:
+        """The pass of a micro-batch that was not run. It has no time."""
+        saved = self.saved(N)
+        loss_peak = saved + self.workspace(M) + self.scores * M
+        return ProbePass(N, M, int(saved), int(loss_peak), int(self.backward(N)), math.nan)
+
     def with_chunk(self, chunk_bytes: int | None) -> MemoryFit:
         return self if chunk_bytes is None else replace(self, rows=max(1, chunk_bytes // self.row_bytes))
 
@@ -135,9 +142,10 @@ def measure(learner: Learner, examples: Sequence[Example], checkpointing: bool) 
     learner.optimizer.zero_grad()
     set_random_state(random, learner.ranks.device)
     if len(passes) < 2:
+        saving = "set " if checkpointing else "set train.gradient_checkpointing: true or "
         raise RunError(
-            f"out of memory with one row of {batches[len(passes)].positions} tokens beside the base: set "
-            "train.gradient_checkpointing: true or a smaller train.loss_chunk_mb, or take a smaller model"
+            f"out of memory with one row of {batches[len(passes)].positions} tokens beside the base: {saving}"
+            "a smaller train.loss_chunk_mb, or take a smaller model"
         )
     short, long = passes[-2:]
     weight_VD = learner.head.weight_VD
@@ -174,7 +182,8 @@ def _batches(learner: Learner, examples: Sequence[Example]) -> list[Batch]:
 def probe(learner: Learner, batch: Batch, gauged: bool = True) -> ProbePass:
     """One forward and backward pass of the learner's own code, with its memory peaks."""
     device = learner.ranks.device
-    blank = {name: torch.zeros(batch.labels_BL.shape) for name in learner.objective.signals}
+    signals = {*learner.objective.signals, *(["reference_logp"] if learner.keeps_reference else [])}
+    blank = {name: torch.zeros(batch.labels_BL.shape) for name in signals}
     batch = replace(batch, signals_BL={**blank, **batch.signals_BL})  # memory does not depend on their values
     saved = 0
     with _gauge(learner.ranks) if gauged else nullcontext(_Nothing()) as memory:
