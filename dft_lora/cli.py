@@ -290,14 +290,19 @@ def compare(run_dirs, out, llm_comparator, as_json) -> None:
     Example: dft-lora compare runs/demo/sft runs/demo/dft --out runs/comparison
     """
     from .evaluation.report import write_report
-    from .runs.folder import RunFolder, open_runs
+    from .runs.folder import RunFolder, open_runs, read_json
 
     if llm_comparator and not out:
         raise RequestError("--llm-comparator needs --out FOLDER")
     if out and RunFolder(out).begun:
         raise RequestError(f"--out: {out} is a run folder and has its own report; choose another folder")
     folders = open_runs(run_dirs)
+    before = Path(out, "report.json") if out else None
+    if before and before.is_file() and "paired" not in read_json(before):
+        raise RequestError(f"--out: {before} exists and compares no runs; choose another folder")
     show_report(write_report(folders, Path(out) if out else None, comparator=llm_comparator), as_json)
+    if out:
+        click.echo(f"written to {out}", err=True)
 
 
 @main.command()
@@ -305,7 +310,7 @@ def compare(run_dirs, out, llm_comparator, as_json) -> None:
 @click.option("--out", type=UserPath(path_type=Path), help="Output folder.  [default: runs/experiments/NAME]")
 @click.option("--seeds", default="0,1,2", show_default=True, help="Training seeds, separated by commas.")
 @click.option(
-    "--only", multiple=True, metavar="PART", help="Redo only this part of the result; may be repeated."
+    "--only", multiple=True, metavar="PART", help="Only this part of the experiment; may be repeated."
 )
 def experiment(name: str, out: Path | None, seeds: str, only: tuple[str, ...]) -> None:
     """Run a whole experiment, from training to verdicts; run it again to continue.
@@ -385,7 +390,7 @@ def diagnose(recipe: str, changes: tuple[str, ...], examples: int, as_json: bool
 def app(run_dirs, **options) -> None:
     """Open the page: compare the runs' answers side by side, token by token.
 
-    Without RUN_DIR it shows the runs of dft-lora demo, or the ones that come with the package.
+    Without RUN_DIR it shows the runs of make real, else of dft-lora demo, else two that come with the package.
 
     Example: dft-lora app runs/demo/base runs/demo/sft runs/demo/dft
     """
@@ -550,6 +555,10 @@ def export(run_dir, target, merged, out, quantize, llama_cpp) -> None:
     from .runs.folder import RunFolder
 
     run = RunFolder.open(run_dir)
+    given = {"--merged": merged, "--out": out, "--quantize": quantize, "--llama-cpp": llama_cpp}
+    used = {"vllm": [], "llama.cpp": ["--out"]}.get(target, list(given))
+    if unused := [option for option, value in given.items() if value is not None and option not in used]:
+        raise RequestError(f"{', '.join(unused)}: not used by --to {target}; leave it out")
     if target == "vllm":
         from .model.load import resolve
 

@@ -182,7 +182,7 @@ class RolloutConfig(Part):
 class TrainConfig(Part):
     """The optimizer step. `batch_size` counts its examples over all ranks; for `dpo`, its pairs."""
 
-    learning_rate: float = Field(5e-5, gt=0)
+    learning_rate: float = Field(5e-5, gt=0, le=1)
     batch_size: int = Field(256, ge=1, le=1_000_000)
     micro_batch_size: Literal["auto"] | int = "auto"
     epochs: float = Field(1, gt=0, le=1_000_000)
@@ -439,7 +439,8 @@ def read_yaml(text: str, where: str) -> Any:
         reason = f"{error.problem}, line {mark.line + 1}, column {mark.column + 1}" if mark else error.problem
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-45
         reason = " ".join(str(error).split())
-    raise RecipeError(f"{where}: not readable as YAML: {reason}")
+    quote = "; put a text with braces in quotes, 'a.b=\"{question}\"'" if where.startswith("--set") else ""
+    raise RecipeError(f"{where}: not readable as YAML: {reason}{quote if '{' in text else ''}")
 
 
 def read_yaml_file(path: Path, where: str) -> Any:
@@ -469,7 +470,11 @@ def load_recipe(source: str | Path, changes: Sequence[str] = ()) -> Recipe:
     shipped = shipped_recipes()
     if not os.path.isfile(path):
         if str(source) not in shipped:
-            hint = did_you_mean(str(source), shipped) or f" (shipped: {', '.join(shipped)})"
+            if os.path.isdir(path):
+                raise RecipeError(
+                    f"{_short(str(source))} is a folder; name a recipe file or a shipped recipe"
+                )
+            hint = did_you_mean(str(source), shipped) or " (dft-lora recipes list shows the shipped ones)"
             raise RecipeError(f"no recipe file or shipped recipe {_short(str(source))}{hint}")
         path = shipped[str(source)]
     values = read_yaml_file(path, str(path))

@@ -9,7 +9,7 @@ import torch
 
 from dft_lora.config import load_recipe
 from dft_lora.errors import RecipeError, RequestError
-from dft_lora.model.accelerator import KINDS, Accelerator, Mps, accelerator, default_device
+from dft_lora.model.accelerator import KINDS, Accelerator, Cpu, Mps, accelerator, default_device
 from dft_lora.model.hardware import choose
 from dft_lora.training.faults import is_out_of_memory
 from dft_lora.training.loop import train
@@ -116,3 +116,14 @@ def test_bitsandbytes_computes_on_both():
 
 def test_the_out_of_memory_error_of_mps_is_known():
     assert is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"))
+
+
+def test_a_container_has_the_memory_of_its_limit(tmp_path):
+    host = Cpu(torch.device("cpu"))
+    assert host._container(tmp_path) == (2**62, 0), "no such files: no limit"
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 1000\n")
+    (tmp_path / "memory.current").write_text("5000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host._container(tmp_path) == (2**62, 0)
+    (tmp_path / "memory.max").write_text("9000\n")
+    assert host._container(tmp_path) == (9000, 4000)

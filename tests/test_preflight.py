@@ -8,14 +8,15 @@ import torch
 from click.testing import CliRunner
 
 from dft_lora.cli import main
-from dft_lora.config import parse_recipe
+from dft_lora.config import load_recipe, parse_recipe
 from dft_lora.errors import RequestError, RunError
 from dft_lora.model.accelerator import Cpu
 from dft_lora.model.built import Built
 from dft_lora.model.head import bare
 from dft_lora.model.memory import MIB, LiveTensors, give_back_large_blocks
+from dft_lora.training.learner import Learner
 from dft_lora.training.plan import make_plan
-from dft_lora.training.preflight import preflight, propose, read_size
+from dft_lora.training.preflight import preflight, preflight_table, propose, read_size
 from dft_lora.training.probe import (
     LinearFit,
     MemoryFit,
@@ -197,6 +198,36 @@ def test_the_command(recipe, tmp_path):
     assert found["proposal"]["predicted_peak"] < found["available"] == 8 * 2**30
     done = CliRunner().invoke(main, ["preflight", str(path), "--gpu-memory", "soon"])
     assert done.exit_code == 2
+
+
+def test_an_objective_that_keeps_the_bases_log_probabilities_is_measured():
+    changes = ["objective.name=iw-sft", "data.sample=8", "train.batch_size=4", "train.micro_batch_size=2"]
+    assert preflight(load_recipe("tiny_dft", changes))["seconds_a_step"] > 0
+
+
+@pytest.mark.parametrize("too_much", ["without checkpointing", "many rows"])
+def test_what_does_not_fit_is_said_and_what_fits_is_proposed(monkeypatch, too_much):
+    """The backward pass runs out of memory, as a small GPU would."""
+    backward, score, rows = Ranks.backward, Learner.score, []
+
+    def starved(ranks, loss):
+        learner, batch = rows[-1]
+        layers = [m for m in learner.model.modules() if getattr(m, "gradient_checkpointing", False)]
+        if len(batch.ids) > 4 if too_much == "many rows" else not layers:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return backward(ranks, loss)
+
+    def spy(learner, batch, sums):
+        rows.append((learner, batch))
+        return score(learner, batch, sums)
+
+    monkeypatch.setattr(Learner, "score", spy)
+    monkeypatch.setattr(Ranks, "backward", starved)
+    found = preflight(load_recipe("tiny_dft", ["data.sample=16", "train.micro_batch_size=8"]))
+    assert found["ran_out_of_memory"] and found["proposal"]
+    assert found["gradient_checkpointing"] == (too_much == "without checkpointing")
+    assert (found["seconds_a_step"] is None) == (too_much == "many rows")
+    assert "the recipe as it is runs out of memory" in preflight_table(found)
 
 
 @pytest.mark.parametrize(("free", "asked"), [(2**32, [(-3, MIB)]), (2**34, [])])

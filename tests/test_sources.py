@@ -222,7 +222,7 @@ BAD = {
     "lone surrogate": ('{"problem": "\\ud800", "solution": "x"}', "lone surrogate"),
     "NUL": ('{"problem": "a\\u0000b", "solution": "x"}', "NUL"),
     "10 MB": (GOOD | {"solution": "x" * 10_000_000}, "10,000,000 characters"),
-    "not UTF-8": (None, "broken JSON"),
+    "not UTF-8": (None, "not UTF-8 text"),
     "wrong role": ({"messages": [{"role": "wizard", "content": "x"}]}, "'wizard'"),
     "ends with user": ({"messages": [{"role": "user", "content": "x"}]}, "end with assistant"),
     "no turns": ({"messages": []}, "alternate"),

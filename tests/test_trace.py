@@ -156,6 +156,14 @@ def test_a_sharded_base_is_held_in_parts(base):
         assert found["one_row"] < small["peak"] <= large["peak"] < 8 * 2**30
 
 
+@pytest.mark.parametrize("changes", [["tiny_dpo"], ["tiny_dft", "--set", "objective.name=cadft"]])
+def test_objectives_whose_shapes_depend_on_values_are_traced(changes):
+    small = ["--set", "data.sample=8", "--set", "train.batch_size=4", "--set", "train.micro_batch_size=2"]
+    done = CliRunner().invoke(main, ["preflight", *changes, *small, "--gpu-memory", "8GB", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["counted"] == "traced tensors"
+
+
 def test_preflight_for_a_gpu_that_is_not_here_reads_no_weights(qwen_dir, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(qwen_dir, base)

@@ -324,11 +324,14 @@ document.querySelector(`#saved [data-save=${arguments[0]}]`).click();
 def test_a_chart_is_saved_as_svg_and_png_with_its_caption(page, tmp_path):
     label = Legend(["sft", "<dft>"])
     points = {"sft": (10.0, 0.4, 0.5, 0.6), "<dft>": (30.0, 0.6, 0.7, 0.8)}
-    chart = figure(f"accuracy of {label('sft')} and {label('<dft>')}", costs(label, points, base=0.3))
+    chart = figure(
+        f"accuracy of {label('sft')} and {label('<dft>')}", costs(label, points, base=("sft", 0.3))
+    )
     place = "document.body.insertAdjacentHTML('afterbegin', arguments[0])"
     page.run(place, f'<div id="saved" class="charts">{chart}</div>')
     saved = dict(page.driver.execute_async_script(SAVED, kind) for kind in ("svg", "png"))
-    svg, png = (b64decode(saved[f"accuracy over seconds of training.{kind}"]) for kind in ("svg", "png"))
+    name = "accuracy over seconds of training, accuracy of"
+    svg, png = (b64decode(saved[f"{name}.{kind}"]) for kind in ("svg", "png"))
     tree = ElementTree.fromstring(svg)
     said = "".join(tree.itertext())
     assert "accuracy of sft and <dft>" in said and "30 s" in said and "SVG" not in said

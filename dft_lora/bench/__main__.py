@@ -13,7 +13,6 @@ from ..cli import Commands, UserPath
 from ..errors import MissingPart, RequestError
 from ..runs.folder import make_writable
 from .table import (
-    RESULTS,
     TABLES,
     choices_table,
     generation_table,
@@ -53,13 +52,13 @@ out_option = click.option(
     type=UserPath(path_type=Path),
     default=None,
     callback=writable,
-    help="the JSON; beside the bench by default",
+    help="the JSON  [default: in runs/bench]",
 )
 
 
 def keep(result: dict, out: Path | None, name: str) -> None:
-    """Write a result where it was asked for, or beside the bench under its name."""
-    out = out or RESULTS / f"{name}.json"
+    """Write a result where it was asked for, or to runs/bench under its name."""
+    out = out or Path("runs/bench") / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     click.echo(f"{out}\n", err=True)
@@ -312,7 +311,7 @@ def gpu(out, minutes, device, small, stages) -> None:
 
     names = [stage.name for stage in STAGES]
     if unknown := set(stages) - set(names):
-        raise RequestError(f"--stage {min(unknown)!r}: not one of {', '.join(names)}")
+        raise RequestError(f"--stage {min(unknown)!r}: not one of {'; '.join(names)}")
     if device == "cpu" and not small:
         raise RequestError("--device cpu: add --small; the sizes of a GPU would take hours")
     make_writable(out, "--out")

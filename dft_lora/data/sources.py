@@ -94,6 +94,8 @@ def load_problems(data: DataConfig, seed: int = 0, kind: Kind = "solutions") -> 
         raise DataError(f"data.source {data.source!r} has no rows")
     if len(bad) > data.skip_bad_rows * total:
         remedy = "fix them, or allow a share of bad rows with data.skip_bad_rows"
+        if not good:
+            remedy = "fix them, or name the columns in data.prompt and data.completion"
         raise DataError(f"{data.source}: {_counted(bad, total)}; {remedy}")
     if not good:
         raise DataError(f"data.source {data.source!r}: no row can be used")
@@ -118,6 +120,8 @@ def load_tests(path: str, data: DataConfig) -> list[Problem]:
 
 
 def _counted(bad: Sequence[BadRow], total: int) -> str:
+    if len(bad) > 3 and len({row.reason for row in bad}) == 1:
+        return f"{len(bad)} of {total} rows cannot be used (row {bad[0].number} and others: {bad[0].reason})"
     first = "; ".join(f"row {row.number}: {row.reason}" for row in bad[:3])
     more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
     return f"{len(bad)} of {total} rows cannot be used ({first}{more})"
@@ -176,12 +180,15 @@ def _raw_rows(data: DataConfig) -> Iterator[tuple[int, Any]]:
     source = data.source
     if not source.endswith(SUFFIXES):
         if os.path.exists(source):
-            raise DataError(f"data.source {source!r} is not a {', '.join(SUFFIXES)} file; name one")
+            kind = f"{', '.join(SUFFIXES)} file"
+            what = f"a folder, not a {kind}" if os.path.isdir(source) else f"not a {kind}"
+            raise DataError(f"data.source {source!r} is {what}; name one")
         yield from _hub_rows(data)
         return
     path = Path(source)
     if not os.path.isfile(path):
-        raise DataError(f"data.source: no file {source!r}")
+        what = f"{source!r} is a folder" if os.path.isdir(path) else f"no file {source!r}"
+        raise DataError(f"data.source: {what}")
     try:
         if path.suffix == ".jsonl":
             yield from _json_lines(path)
@@ -214,6 +221,8 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             if line.strip():
                 try:
                     yield number, json.loads(line)
+                except UnicodeDecodeError:
+                    yield number, _Unusable("not UTF-8 text")
                 except (ValueError, RecursionError) as error:
                     yield number, _Unusable(f"broken JSON ({error})")
 

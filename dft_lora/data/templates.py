@@ -41,6 +41,8 @@ class Template:
 
 
 PROBE = ({"role": "user", "content": "What is 2 + 3?"},)
+TOGETHER = 1000
+"""Problems that are tokenized at a time."""
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 
 TEMPLATES = {
@@ -254,11 +256,19 @@ class Renderer:
         return self.render_all([problem])[0]
 
     def render_all(self, problems: Sequence[Problem]) -> list[Example]:
-        """`render` for each problem, tokenized together: a call costs more than the few words of one."""
+        """`render` for each problem, TOGETHER of them tokenized at a time.
+
+        A call costs more than the few words of one problem, and holds 100 bytes per token until it is done.
+        """
+        return [
+            example
+            for i in range(0, len(problems), TOGETHER)
+            for example in self._render(problems[i : i + TOGETHER])
+        ]
+
+    def _render(self, problems: Sequence[Problem]) -> list[Example]:
         solutions = [problem.solution for problem in problems]
         assert None not in solutions
-        if not problems:
-            return []
         texts = [*(self.prompt_text(problem.messages) for problem in problems), *solutions]
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [

@@ -61,11 +61,14 @@ class Protocol:
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """The differences from a recorded protocol, each as text for an error message."""
         mine = self.recorded()
-        found = [
-            f"{f.name}: {said(f.name, other)} -> {said(f.name, mine)}"
+        differing = [
+            f.name
             for f in fields(self)
             if f.name not in (*WEIGHTS, "engine") and other.get(f.name) != mine.get(f.name)
         ]
+        if {"problems", "file"} & {*differing}:  # other problems have another hash
+            differing = [name for name in differing if name != "problems_hash"]
+        found = [f"{name}: {said(name, other)} -> {said(name, mine)}" for name in differing]
         if (engine := other.get("engine", self.engine)) != self.engine:
             found.append(f"engine: {engine!r} -> {self.engine!r}")
         if why := other_weights(other, self.adapter, self.base):
@@ -116,7 +119,7 @@ def said(field: str, protocol: Mapping[str, Any]) -> str:
     value = protocol.get(field, {"shots": 0, "stop": []}.get(field))
     if field == "template":
         return shown(str(value))
-    return str(value)[:8] if field == "file" else repr(value)
+    return str(value)[:8] if field in ("file", "problems_hash", "template_hash") else repr(value)
 
 
 def _identity(problem: Problem) -> list[Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..data.templates import shown
 from ..errors import RequestError
-from ..runs.folder import RunFolder, make_writable, write_json, write_text
+from ..runs.folder import RunFolder, make_writable, run_names, write_json, write_text
 from ..runs.provenance import certificate
 from . import statistics as st
 from .protocol import FORGETTING, WEIGHTS, Protocol, said
@@ -268,12 +268,3 @@ def _name_tokens(report: dict[str, Any], folders: Sequence[RunFolder]) -> None:
         tokenizer = load_tokenizer(folders[0].recipe().model)
         for entry in listed:
             entry[0] = tokenizer.decode([entry[0]])
-
-
-def run_names(folders: Sequence[RunFolder]) -> list[str]:
-    """The folder names; equal ones are preceded by their parent's name."""
-    names = [folder.name for folder in folders]
-    return [
-        name if names.count(name) == 1 else "/".join(folder.path.resolve().parts[-2:])
-        for name, folder in zip(names, folders, strict=True)
-    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from ..model.load import load_tokenizer
 from ..runs.folder import RunFolder
 from ..tasks.base import Problem, Task
 from .shots import shots_for
+
+log = logging.getLogger(__name__)
 
 
 def recipes_of(folders: Sequence[RunFolder], changes: Sequence[str]) -> list[Recipe]:
@@ -70,6 +73,12 @@ def asked_problems(
         asked[task.name] = Asked(task, problems, its.after(shots_for(task, recipe)))
         if task.file is not None:
             _check_prompts(name, asked[task.name])
+            if not any(map(task.judges, problems)):
+                log.warning(
+                    "%s: no row has a reference answer (data.answer names its column); the solutions are "
+                    "scored, and nothing is sampled",
+                    name,
+                )
     return asked
 
 
@@ -111,10 +120,12 @@ def renderer_of(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> Rend
 def same_base(folders: Sequence[RunFolder], recipes: Sequence[Recipe]) -> None:
     """Raises RequestError when the runs differ in their base or, where it matters, their template."""
     for folder, recipe in zip(folders[1:], recipes[1:], strict=True):
-        if _weights(recipe) != _weights(recipes[0]):
+        mine, first = _weights(recipe), _weights(recipes[0])
+        if differing := [field for field in mine if mine[field] != first[field]]:
+            field = differing[0]
             raise RequestError(
-                f"{folder.path} has the base {recipe.model.name!r}, "
-                f"{folders[0].path} has {recipes[0].model.name!r}; evaluate them separately"
+                f"{folder.path} has another base than {folders[0].path} (model.{field} {mine[field]!r} and "
+                f"{first[field]!r}); evaluate them separately"
             )
         if (
             recipe.evaluate.template == "same"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError, did_you_mean
+from ..errors import RequestError
 from ..model.fingerprint import base_fingerprint
 from ..runs.folder import make_writable, read_json, write_json
 from ..runs.provenance import certificate
@@ -35,7 +35,7 @@ def in_parts(
     """
     for name in only:
         if name not in studies:
-            raise RequestError(f"--only {name!r}: no such part{did_you_mean(name, studies)}")
+            raise RequestError(f"--only {name!r}: not one of {', '.join(studies)}")
     make_writable(out, "--out")
     for name in only or studies:
         study = studies[name]()

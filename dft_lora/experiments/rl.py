@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import RequestError, did_you_mean
+from ..errors import RequestError
 from ..evaluation.token_table import TokenTable, tokens_file
 from ..model.fingerprint import base_fingerprint
 from ..runs.folder import RunFolder, read_json, write_json
@@ -199,7 +199,7 @@ def run(out: Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[s
     """
     for name in only:
         if name not in STUDIES:
-            raise RequestError(f"--only {name!r}: no such part{did_you_mean(name, STUDIES)}")
+            raise RequestError(f"--only {name!r}: not one of {', '.join(STUDIES)}")
     for name in only or STUDIES:
         study = STUDIES[name]()
         for count in range(1, len(seeds) + 1):

@@ -113,15 +113,25 @@ class Cpu(Accelerator):
 
     @property
     def total_memory(self) -> int:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), self._container()[0])
 
     @property
     def free_memory(self) -> int:
-        """What Linux says is available, or 8 GB."""
+        """What Linux says is available, or 8 GB; in a container, no more than is left of its limit."""
         facts = Path("/proc/meminfo")
         lines = facts.read_text().splitlines() if facts.is_file() else []
         free = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-        return 1024 * int(next(free, 2**23))
+        limit, used = self._container()
+        return min(1024 * int(next(free, 2**23)), max(0, limit - used))
+
+    def _container(self, folder: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
+        """Bytes that a container (cgroup 2) may use, and those in use without the file cache."""
+        try:
+            limit = int((folder / "memory.max").read_text())  # "max" without a limit
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            return limit, int((folder / "memory.current").read_text()) - int(stat["inactive_file"])
+        except (OSError, ValueError, KeyError):
+            return 2**62, 0
 
     def peak(self) -> int:
         import resource

@@ -195,11 +195,11 @@ SHORT = 2**33
 
 
 def give_back_large_blocks(device: torch.device, least: int = MIB) -> None:
-    """Where under SHORT bytes are free, make glibc return freed blocks of at least `least` bytes at once.
+    """Where under SHORT bytes are free, make glibc return blocks of at least `least` bytes when freed.
 
     By default it keeps them, and activations are scattered over a heap full of holes: a step of SmolLM2-135M
-    peaks at 2.3 GB instead of 1.7. But every block that is given back comes back as new pages: 1.3 million
-    page faults a step, which then takes 1.7 times as long (Gemma-3-270M: 2.3 and 2.2 GB, 1.5 times).
+    peaks at 2.3 GB instead of 1.7. But the next block then needs new pages: 1.3 million page faults a step,
+    which takes 1.8 times as long (Gemma-3-270M: 2.3 and 2.2 GB, 1.5 times).
     """
     import ctypes
 

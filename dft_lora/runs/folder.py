@@ -124,7 +124,10 @@ class RunFolder:
         shutil.copytree(checkpoint / "adapter", run.adapter, dirs_exist_ok=True)
         metadata = self.run()
         recipe = metadata["recipe"] | {"name": name, "output": str(run.path)}
-        run.write_run(**metadata | {"recipe": recipe, "step": int(name.removeprefix("step-"))})
+        step = int(name.removeprefix("step-"))
+        if lines := [line for line in self.metrics() if line["step"] <= step]:
+            metadata["figures"] = {"seconds": sum(line["seconds"] for line in lines), "last": lines[-1]}
+        run.write_run(**metadata | {"recipe": recipe, "step": step})
         return run
 
     def checkpoint_runs(self) -> list[RunFolder]:
@@ -209,6 +212,18 @@ def _open_finished(path: Path) -> RunFolder:
             f"continue it with dft-lora train RECIPE --resume{named}"
         )
     return folder
+
+
+def run_names(folders: Sequence[RunFolder]) -> list[str]:
+    """The folder names; equal ones follow the name of their parent, a checkpoint's that of its run."""
+    names = [folder.name for folder in folders]
+    places = [folder.path.resolve() for folder in folders]
+    parents = [place.parent.parent if place.parent.name == "steps" else place.parent for place in places]
+    longer = [
+        name if names.count(name) == 1 else f"{parent.name}/{name}"
+        for name, parent in zip(names, parents, strict=True)
+    ]
+    return longer if len({*longer}) == len(longer) else list(map(str, places))
 
 
 def adapter_digest(path: Path) -> str | None:

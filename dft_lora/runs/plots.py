@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from .folder import RunFolder
 
 HEIGHT = 3.4
+LINE = 48  # characters below a panel
 COLOURS = ("#6b7280", "#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626")
 
 
@@ -38,6 +40,7 @@ def accuracy(report: Mapping[str, Any], file: Path) -> None:
     """Sampled accuracy with its 95 % interval, greedy as a diamond; one panel per task."""
     tasks = sorted({task for run in report["runs"].values() for task in run["tasks"]})
     figure, axes = _figure(len(tasks))
+    lines = []
     for axis, task in zip(axes, tasks, strict=True):
         runs = [(name, run["tasks"][task]) for name, run in report["runs"].items() if task in run["tasks"]]
         for i, (name, r) in enumerate(runs):
@@ -45,10 +48,13 @@ def accuracy(report: Mapping[str, Any], file: Path) -> None:
             error = [[r["avg"] - r["ci95"][0]], [r["ci95"][1] - r["avg"]]]
             axis.bar(i, r["avg"], yerr=error, capsize=4, color=colour, width=0.6)
             axis.plot(i, r["greedy"], marker="D", color="black", markersize=5, linestyle="none")
-        axis.set_xticks(range(len(runs)), [name for name, _ in runs])
+        names = [fill(name, LINE // len(runs)) for name, _ in runs]
+        axis.set_xticks(range(len(runs)), names, fontsize=8)
+        lines.append(max(name.count("\n") for name in names))
         axis.set_ylim(0, 1)
         axis.set_title(task, fontsize=11)
         axis.set_ylabel("share correct")
+    figure.subplots_adjust(bottom=(0.4 + 0.14 * max(lines)) / HEIGHT)
     figure.suptitle("bars: sampled, with 95 % interval; diamonds: greedy", fontsize=9)
     _save(figure, file)
 

@@ -57,9 +57,9 @@ class Learner:
     ):
         self.recipe, self.objective, self.pad_id, self.ranks = recipe, objective, pad_id, ranks
         self.accelerator = ranks.accelerator
+        built = build(recipe, ranks.device, base)
         if ranks.device.type == "cpu":
             give_back_large_blocks(ranks.device)
-        built = build(recipe, ranks.device, base)
         self.head, self.hardware, self.checkpointing = built.head, built.hardware, built.checkpointing
         self.hidden_states, model = built.hidden_states, built.model
         self.set_checkpointing, self.start = built.set_checkpointing, built.start

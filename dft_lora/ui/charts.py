@@ -60,35 +60,44 @@ def bars(bins: Sequence[int], most: int, colour: str) -> str:
 
 
 def costs(
-    label: Legend, points: Mapping[str, tuple[float, float, float, float]], base: float | None = None
+    label: Legend,
+    points: Mapping[str, tuple[float, float, float, float]],
+    base: tuple[str, float] | None = None,
 ) -> str:
-    """Accuracy over seconds of training: run -> (seconds, low, accuracy, high). `base`: its accuracy."""
+    """Accuracy over seconds of training: run -> (seconds, low, accuracy, high). `base`: name and accuracy."""
     longest = max(seconds for seconds, *_ in points.values())
     shares = [share for _, *interval in points.values() for share in interval]
-    shares += [] if base is None else [base]
-    across, down = _axes((0, longest), (min(shares), max(shares)))
+    shares += [] if base is None else [base[1]]
+    low, high = min(shares), max(shares)
+    if low == high:
+        low, high = low - 0.01, high + 0.01
+    across, down = _axes((0, longest), (low, high))
     drawn, named = "", []
-    for run, (seconds, low, share, high) in sorted(points.items(), key=lambda point: -point[1][2]):
+    for run, (seconds, least, share, most) in sorted(points.items(), key=lambda point: -point[1][2]):
         x, colour = across(seconds), label.colour(run)
         drawn += (
-            f'<line class="{colour} whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{down(low):.1f}" '
-            f'y2="{down(high):.1f}"></line><circle class="{colour} fill" cx="{x:.1f}" cy="{down(share):.1f}" '
+            f'<line class="{colour} whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{down(least):.1f}" '
+            f'y2="{down(most):.1f}"></line><circle class="{colour} fill" cx="{x:.1f}" cy="{down(share):.1f}" '
             f'r="4"><title>{plain(run)}</title></circle>'
         )
-        right, y = seconds > longest / 2, down(share) + 4
-        while any(side == right and abs(y - other) < 12 for side, other in named):
-            y += 1  # names do not overlap: the lower one moves down
+        right = seconds > longest / 2
+        places = sorted(range(12, HEIGHT - BOTTOM), key=lambda place: abs(place - down(share) - 4))
+        taken = [place for side, place in named if side == right]
+        y = next((p for p in places if all(abs(p - other) >= 12 for other in taken)), places[0])
         named.append((right, y))
         drawn += _text(x - 8 if right else x + 8, y, plain(run), "end" if right else "start")
     if base is not None:
-        y = down(base)
-        drawn += f'<line class="run-0 line" x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"></line>'
-        drawn += _text(LEFT + 6, y - 4, "base", "start")
-    low, high = min(shares), max(shares)
+        (run, share), y = base, down(base[1])
+        drawn += f'<line class="{label.colour(run)} line" x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}">'
+        drawn += f"</line>{_text(LEFT + 6, y - 4, plain(run), 'start')}"
     grid = _grid({y: f"{100 * y:.0f} %" for y in (low, (low + high) / 2, high)}, down)
-    ends = _along({0: "0 s", longest / 2: f"{longest / 2:.0f} s", longest: f"{longest:.0f} s"}, across)
-    said = ", ".join(f"{run} {share:.1%} after {s:.0f} s" for run, (s, _, share, _) in points.items())
+    ends = _along({s: _seconds(s) for s in (0, longest / 2, longest)}, across)
+    said = ", ".join(f"{run} {share:.1%} after {_seconds(s)}" for run, (s, _, share, _) in points.items())
     return _svg(grid + drawn + ends, f"accuracy over seconds of training: {said}")
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.0f} s" if seconds >= 10 or not seconds else f"{seconds:.2g} s"
 
 
 def curves(

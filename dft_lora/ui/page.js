@@ -77,7 +77,9 @@
     if (!kind || !figure) return;
     const svg = standalone(figure);
     const href = URL.createObjectURL(kind === "png" ? await asPng(svg) : svg);
-    const name = figure.querySelector("svg").getAttribute("aria-label").split(":")[0];
+    const said = figure.querySelector("svg").getAttribute("aria-label").split(":")[0];
+    const caption = figure.querySelector("figcaption").firstChild.textContent.split(":")[0].trim();
+    const name = !caption || said.startsWith(caption) ? said : `${said}, ${caption}`;
     Object.assign(document.createElement("a"), { href, download: `${name}.${kind}` }).click();
     setTimeout(() => URL.revokeObjectURL(href), 60000);
   });

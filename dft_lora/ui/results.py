@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, RequestError
-from ..runs.folder import RunFolder, read_json, read_lines
+from ..runs.folder import RunFolder, read_json, read_lines, run_names
 from .charts import bars, costs, curves, figure, shares
 from .text import plain
 from .views import Legend, html_table, interval_bar
@@ -45,12 +45,7 @@ class Recorded:
 
         Raises DataError for a broken file.
         """
-        by_name = {folder.name: folder for folder in folders}
-        together = {folder.path.resolve().parent / "report.json" for folder in folders}
-        for file in together if len(together) == 1 else ():
-            said = _runs(read_json(file), file) if file.is_file() else {}
-            if all(name in said and _current(folder, said[name]) for name, folder in by_name.items()):
-                return cls(read_json(file), by_name)
+        by_name = dict(zip(run_names(folders), folders, strict=True))
         outdated = []
         runs: dict[str, Any] = {}
         tokens: dict[str, dict[str, Any]] = defaultdict(dict)
@@ -58,13 +53,23 @@ class Recorded:
             if folder.report_file.is_file():
                 report = read_json(folder.report_file)
                 own = _runs(report, folder.report_file)
-                said = name if name in own else next(iter(own), name)
+                said = folder.name if folder.name in own else next(iter(own), name)
                 if not _current(folder, own.get(said, {})):
                     outdated.append(folder)
                     continue
                 runs[name] = own.get(said, {"tasks": {}})
                 for text, figures in report.get("tokens", {}).items():
                     tokens[text] |= {name: figures[said]} if said in figures else {}
+        together = {folder.path.resolve().parent / "report.json" for folder in folders}
+        for file in together if len(together) == 1 else ():
+            said = _runs(read_json(file), file) if file.is_file() else {}
+            if all(
+                name in said
+                and _current(folder, said[name])
+                and _asked(runs.get(name, {})) <= _asked(said[name])
+                for name, folder in by_name.items()
+            ):
+                return cls(read_json(file), by_name)
         if not runs and not outdated:
             return None
         shown = {name: folder for name, folder in by_name.items() if folder not in outdated}
@@ -75,7 +80,7 @@ class Recorded:
 
 @lru_cache(maxsize=8)
 def _difference(reported: tuple[tuple[Path, int], ...]) -> Sequence[Mapping[str, Any]]:
-    """The second run against the first on each task that both answered; [] where they cannot be compared.
+    """The second run against the first on each task that both answered under one protocol.
 
     `reported`: run folders with the times of their reports, so that new answers are compared anew.
     """
@@ -83,11 +88,18 @@ def _difference(reported: tuple[tuple[Path, int], ...]) -> Sequence[Mapping[str,
     from ..evaluation.task_results import complete_tasks
 
     folders = [RunFolder(path) for path, _ in reported]
-    with suppress(DataError, RequestError):
-        both = [task for task in complete_tasks(folders[0]) if task in complete_tasks(folders[-1])]
-        if len(folders) == 2 and both:
-            return build(folders, both)["paired"]
-    return []
+    found: list[Mapping[str, Any]] = []
+    if len(folders) == 2:
+        theirs = complete_tasks(folders[1])
+        for task in (task for task in complete_tasks(folders[0]) if task in theirs):
+            with suppress(DataError, RequestError):  # another protocol: this task alone is left out
+                found += build(folders, [task])["paired"]
+    return found
+
+
+def _asked(run: Mapping[str, Any]) -> set[str]:
+    """The tasks and texts that a run's report has."""
+    return {*run.get("tasks", {}), *run.get("texts", {})}
 
 
 def _current(folder: RunFolder, reported: Mapping[str, Any]) -> bool:
@@ -105,8 +117,9 @@ def _runs(report: Any, file: Path) -> dict[str, Any]:
 def results_view(folders: Sequence[RunFolder]) -> str:
     """For gr.HTML: the folders' reports and training logs, or the command that makes a report."""
     recorded = Recorded.read(folders)
-    label = Legend([folder.name for folder in folders])
-    training = _training(label, {folder.name: folder.metrics() for folder in folders})
+    by_name = dict(zip(run_names(folders), folders, strict=True))
+    label = Legend(list(by_name))
+    training = _training(label, {name: folder.metrics() for name, folder in by_name.items()})
     if recorded is None:
         command = f"dft-lora evaluate {' '.join(str(folder.path) for folder in folders)}"
         how = f"To make them, run <code>{plain(command)}</code>."
@@ -257,7 +270,7 @@ def _paired(label: Legend, paired: Sequence[Mapping[str, Any]], known: set[str])
 
 
 def results_csv(recorded: Recorded) -> str:
-    """Every figure of the tables, one line per run and task, as CSV; shares from 0 to 1."""
+    """The accuracies, one line per run and task, as CSV; shares from 0 to 1."""
     columns = ("avg", "greedy", "truncated", "unparsable", "samples", "problems")
     written = io.StringIO()
     table = csv.writer(written)
@@ -310,7 +323,7 @@ def _costs(label: Legend, recorded: Recorded) -> str:
         }
         if len(points) > 1:
             base = next(
-                (r["avg"] for run, r in entries if recorded.folders[run].adapter_digest is None), None
+                ((run, r["avg"]) for run, r in entries if recorded.folders[run].adapter_digest is None), None
             )
             charts.append(figure(plain(task), costs(label, points, base)))
     if not charts:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import RequestError
 from ..runs.folder import RunFolder, open_runs
+from .views import MAX_COLUMNS
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -156,6 +157,8 @@ def serve(
     public = public or (share and not auth) or "SPACE_ID" in os.environ
     login = credentials() if auth else None
     folders = open_runs(run_dirs) or default_runs()
+    if len(folders) > MAX_COLUMNS:
+        raise RequestError(f"RUN_DIR: {len(folders)} runs; a page shows 1 to {MAX_COLUMNS}")
     port = free_port(host, port)
     session, ballot = (None, None) if results_only else _open(folders, votes)
     workshop = None if results_only or public else _workshop()

@@ -33,8 +33,8 @@ from ..tasks import get_task
 from ..tasks.base import Judge, Problem, Task
 from ..tasks.choice import LETTERS
 from ..tasks.judge import Verdict
+from .views import MAX_COLUMNS
 
-MAX_COLUMNS = 4
 MAX_CHARACTERS = 8_000
 MAX_LINES = 400
 MAX_SAMPLES = 64

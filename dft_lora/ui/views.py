@@ -26,6 +26,10 @@ LISTED = 12  # tokens in the list of those that differ most
 ANSWERS_LISTED = 6
 
 
+MAX_COLUMNS = 4
+"""Runs of a page: as many as it has colours."""
+
+
 class Legend:
     """The runs of a page; each has the same colour everywhere."""
 

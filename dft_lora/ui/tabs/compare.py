@@ -12,9 +12,9 @@ from ...errors import RequestError
 from ...tasks import get_task
 from ..choices import choices_view
 from ..events import FRAME, MODEL, on_gpu, one_line_errors, validate
-from ..session import MAX_COLUMNS, Answer, Question, Session
+from ..session import Answer, Question, Session
 from ..text import DELIMITERS
-from ..views import answers_view
+from ..views import MAX_COLUMNS, answers_view
 from ..workshop import EXAMPLE
 from .picker import ProblemSets, connect_picker, picker
 
