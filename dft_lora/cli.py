@@ -390,7 +390,7 @@ def diagnose(recipe: str, changes: tuple[str, ...], examples: int, as_json: bool
 def app(run_dirs, **options) -> None:
     """Open the page: compare the runs' answers side by side, token by token.
 
-    Without RUN_DIR it shows the runs of make real, else of dft-lora demo, else two that come with the package.
+    Without RUN_DIR it shows the runs of make real, else of dft-lora demo, else two that the package has.
 
     Example: dft-lora app runs/demo/base runs/demo/sft runs/demo/dft
     """
