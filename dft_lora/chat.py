@@ -60,6 +60,8 @@ class Chat:
         self.positions: int = model.config.get_text_config().max_position_embeddings
         self.model = load_adapters(model, {"run": run.adapter})
         self.start = [{"role": "system", "content": system}] if system else []
+        self.notes: list[str] = []
+        """What the last answers do not show: that they were cut, or that turns were forgotten."""
         self.speakers = [Speaker(run.name, "run")] + ([Speaker("base", None)] if base else [])
         self.forget()
 
@@ -74,6 +76,7 @@ class Chat:
         Closing the iterator stops the answers; what was written stays in the conversation. Raises
         RequestError for a message that the model's positions have no room for.
         """
+        self.notes = []
         if self.forgets:
             self.forget()
         for speaker in self.speakers:
@@ -100,6 +103,10 @@ class Chat:
             if room >= min(self.max_new_tokens, self.positions // 4) or len(turns) <= first + 1:
                 break
             del turns[first : first + 2]
+        if len(turns) < len(speaker.turns):
+            self.notes.append(
+                f"{speaker.name} no longer sees the oldest turns: {self.positions} tokens are full"
+            )
         if room < 1:
             raise RequestError(f"{len(prompt)} tokens are too many; the model takes {self.positions}")
         speaker.turns = turns
@@ -123,6 +130,9 @@ class Chat:
                     current += 1
         for index in range(current, len(requests)):
             yield index, self.renderer.decode(ids[index])
+        for speaker, request, written in zip(self.speakers, requests, ids, strict=True):
+            if len(written) == request.max_new_tokens:
+                self.notes.append(f"{speaker.name}: cut after {len(written)} tokens")
 
 
 def converse(chat: Chat, messages: Iterable[str], out: TextIO, note: TextIO) -> None:
@@ -155,6 +165,8 @@ def _answer(chat: Chat, message: str, named: bool, out: TextIO, note: TextIO) ->
         print(f"({error})", file=note)
     if shown:
         print(file=out, flush=True)
+    for line in chat.notes:
+        print(f"({line})", file=note)
 
 
 def typed(stdin: TextIO) -> Iterator[str]:

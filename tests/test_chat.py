@@ -71,6 +71,7 @@ def test_the_oldest_turns_are_forgotten_when_there_is_no_room(chat, monkeypatch)
     taken = len(chat.renderer.prompt_ids(chat.speakers[0].turns))
     monkeypatch.setattr(chat, "positions", taken + 10)
     list(chat.say(ASKED))
+    assert any("no longer sees the oldest turns" in line for line in chat.notes)
     assert [turn["content"] for turn in chat.speakers[0].turns][0::2] == [ASKED]
     monkeypatch.setattr(chat, "positions", 5)
     before = list(chat.speakers[1].turns)
@@ -106,6 +107,12 @@ def test_a_conversation_as_it_is_shown(chat):
     sft, base = (alone(chat, s, [{"role": "user", "content": ASKED}]) for s in chat.speakers)
     assert said == f"sft> {sft}\nbase> {base}\n" and "a new conversation" in noted
     assert chat.speakers[0].turns == []
+
+
+def test_an_answer_that_was_cut_is_marked(chat, monkeypatch):
+    monkeypatch.setattr(chat, "max_new_tokens", 3)
+    _, noted = talk(chat, [ASKED])
+    assert "(sft: cut after 3 tokens)\n(base: cut after 3 tokens)" in noted
 
 
 def test_ctrl_c_stops_an_answer_and_between_answers_ends_the_conversation(chat, monkeypatch):

@@ -22,6 +22,10 @@ log = logging.getLogger(__name__)
 
 def recipes_of(folders: Sequence[RunFolder], changes: Sequence[str]) -> list[Recipe]:
     """The runs' recipes with `changes` of the form `evaluate.field=value` or `field=value`."""
+    for change in changes:
+        section, dot, _ = change.partition("=")[0].partition(".")
+        if dot and section in Recipe.model_fields and section != "evaluate":
+            raise RequestError(f"--set {change!r}: an evaluation takes the fields of `evaluate` only")
     changes = [change if change.startswith("evaluate.") else f"evaluate.{change}" for change in changes]
     return [folder.recipe().override(changes) for folder in folders]
 
