@@ -164,7 +164,6 @@ EVALUATE = [
     ("evaluate run --task arithmetic --temperature nan", 2, "'evaluate.temperature'"),
     ("evaluate run --task arithmetic --temperature 0", 2, "'evaluate.temperature': input should be greater"),
     ("evaluate run --task arithmetic --set max_new_tokens=0", 2, "'evaluate.max_new_tokens'"),
-    ("evaluate run --task arithmetic --set train.seed=1", 2, "'evaluate.train.seed' does not exist"),
     ("evaluate run --task arithmetic --set engine=warp", 2, "'evaluate.engine'"),
     ("evaluate run --task arithmetic --set shots=-1", 2, "'evaluate.shots': input should be greater"),
     ("evaluate run --task arithmetic --set shots=65", 2, "'evaluate.shots': input should be less"),
