@@ -220,7 +220,10 @@ def launch(
             pwa=False,
             enable_monitoring=False,
             prevent_thread_lock=True,
+            quiet=not share,  # Gradio's own lines name its option, not ours
         )
     except OSError as error:
         raise RequestError(f"--host, --port: cannot serve there ({error})") from None
+    if not share:
+        print(f"The page is at {page.local_url} (--share makes a public link).", file=sys.stderr, flush=True)
     return page
