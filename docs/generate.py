@@ -470,6 +470,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "bench-choices": choices,
     "bench-loss": partial(bench, "loss"),
     "bench-train": partial(bench, "train"),
+    "bench-generation": partial(bench, "generation"),
     "bench-packing": partial(bench, "packing"),
     "bench-memory": partial(bench, "memory"),
     "bench-gpu": bench_gpu,

@@ -212,8 +212,9 @@ def generation(model, rows, prompts, tokens, rounds, threads, as_is, quick, out)
     torch.set_num_threads(threads)
     if quick:
         rows, prompts, tokens, rounds = (1, 8), (32,), 6, 1
-    result = measure(model, rows=rows, prompts=prompts, tokens=tokens, rounds=rounds, as_is=as_is)
-    keep(result, out, f"generation-{result['model']}-{result['dtype']}")
+    sizes = {"rows": rows, "prompts": prompts, "tokens": tokens, "rounds": rounds}
+    for result in measure(model, **sizes, as_is=as_is):
+        keep(result, out, f"generation-{result['model']}-{result['dtype']}")
     click.echo(generation_table(result))
 
 

@@ -165,10 +165,10 @@ def measure(
     rounds: int = 3,
     most_prompt_tokens: int = 8192,
     as_is: bool = False,
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """All cases on one base; a case of more than `most_prompt_tokens` in all is left out, and named.
 
-    `rounds`: each side of a case runs so often, in turn; the figures are medians over the rounds.
+    Yields the result so far after each case. `rounds`: each side of a case runs so often, in turn; the figures are medians over the rounds.
     """
     with tempfile.TemporaryDirectory() if model == RANDOM else nullcontext(model) as folder:
         name = _random_base(Path(folder)) if model == RANDOM else folder
@@ -206,17 +206,18 @@ def measure(
             asdict(case)
             | {"sides": medians, "stated_mb": stated, "floor_seconds": wall, "floor_cpu_seconds": busy}
         )
-    return {
-        "model": model if model in ("tiny", RANDOM) else Path(model).name,
-        "tokens": tokens,
-        "rounds": rounds,
-        "cases": cases,
-        "left_out": left_out,
-        "device": hardware.name,
-        "dtype": str(hardware.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "provenance": certificate(),
-    }
+        yield {
+            "kind": "generation",
+            "model": model if model in ("tiny", RANDOM) else Path(model).name,
+            "tokens": tokens,
+            "rounds": rounds,
+            "cases": cases,
+            "left_out": left_out,
+            "device": hardware.name,
+            "dtype": str(hardware.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "provenance": certificate(),
+        }
 
 
 def _median(results: list[dict[str, float]]) -> dict[str, float]:
