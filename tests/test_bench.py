@@ -116,7 +116,9 @@ def test_generation_measures_the_same_work_on_every_side():
     assert [len(ticks) for ticks in decode.theirs_mended(model, requests)] == [5, 5, 5]
     assert not bare(model).get_output_embeddings()._forward_pre_hooks
 
-    *_, result = decode.measure("tiny", rows=(1, 6), prompts=(5, 50), tokens=4, rounds=1, most_prompt_tokens=100)
+    *_, result = decode.measure(
+        "tiny", rows=(1, 6), prompts=(5, 50), tokens=4, rounds=1, most_prompt_tokens=100
+    )
     assert len(result["cases"]) == 2 + 4 + 2 and len(result["left_out"]) == 2 + 2 + 4
     for measured in result["cases"]:
         assert measured["floor_seconds"] > 0

@@ -71,7 +71,9 @@ def no_hook_left(model):
 
 
 def hooks(model) -> int:
-    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+    return sum(
+        len(m._forward_pre_hooks) + len(m._forward_hooks) + ("forward" in vars(m)) for m in model.modules()
+    )
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:

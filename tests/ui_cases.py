@@ -202,7 +202,10 @@ class Forwards:
 
 
 def hooks_left() -> int:
-    return sum(len(layer._forward_pre_hooks) for layer in adapter_layers(session().model))
+    return sum(
+        len(layer.module._forward_pre_hooks) + ("forward" in layer.own)
+        for layer in adapter_layers(session().model)
+    )
 
 
 def settle(forwards: Forwards) -> int:

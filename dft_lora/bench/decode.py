@@ -168,7 +168,8 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """All cases on one base; a case of more than `most_prompt_tokens` in all is left out, and named.
 
-    Yields the result so far after each case. `rounds`: each side of a case runs so often, in turn; the figures are medians over the rounds.
+    Yields the result so far after each case. `rounds`: each side of a case runs so often, in turn; the
+    figures are medians over the rounds.
     """
     with tempfile.TemporaryDirectory() if model == RANDOM else nullcontext(model) as folder:
         name = _random_base(Path(folder)) if model == RANDOM else folder

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..data.batches import IGNORE
 from ..data.templates import Example, Renderer, spaced
 from ..loss import Head, token_logps
-from ..model.adapters import adapter_layers, mixed
+from ..model.adapters import AdaptedLayer, adapter_layers, mixed
 from ..model.generation_memory import PREFILL_TOKENS
 from ..model.head import bare, head_of
 from ..tasks.base import Attempt, Problem
@@ -123,7 +123,7 @@ def _batches(sets: Sequence[Texts]) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def _score(
-    model: Any, layers: Sequence[torch.nn.Module], head: Head, sets: Sequence[Texts], pad_id: int
+    model: Any, layers: Sequence[AdaptedLayer], head: Head, sets: Sequence[Texts], pad_id: int
 ) -> Tensor:
     """Summed log-probabilities [N] of the supervised tokens of all texts."""
     from transformers import DynamicCache
