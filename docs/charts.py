@@ -161,7 +161,8 @@ def lab() -> None:
 
     if not (RESULTS / "lab.json").is_file():
         return
-    lines = complete(read(RESULTS / "lab.json"))
+    if not (lines := complete(read(RESULTS / "lab.json"))):
+        return
     found = list(ranks(scores_of(lines)).items())
     figure, axis = plt.subplots(figsize=(7, 0.32 * len(found) + 1.1), layout="constrained")
     for y, (label, row) in enumerate(reversed(found)):

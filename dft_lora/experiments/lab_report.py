@@ -16,7 +16,7 @@ from scipy.stats import rankdata
 
 from ..evaluation import statistics as st
 from .advice import MEASURED
-from .lab import MODES, REGIMES
+from .lab import CORE, MODES, REGIMES
 
 LEVEL = 0.05
 RESAMPLES = 10_000
@@ -37,9 +37,8 @@ def lines_of(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def complete(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """`lines_of` the regimes in which every objective was tested: those that are ranked."""
-    lines = lines_of(result)
-    return {regime: some for regime, some in lines.items() if set(some) >= set(REGIMES[regime].labels)}
+    """`lines_of` the regimes in which every objective of CORE was tested: those that are ranked."""
+    return {regime: some for regime, some in lines_of(result).items() if set(some) >= {*CORE}}
 
 
 def _order(regime: str, part: str) -> int:
@@ -194,7 +193,8 @@ def advice(result: Mapping[str, Any]) -> dict[str, Any]:
 def markdown(result: Mapping[str, Any]) -> str:
     """The whole report for docs/lab.md."""
     lines = {regime: some for regime, some in lines_of(result).items() if some}
-    blocks = [
+    blocks = [_made(result, lines)]
+    blocks += [
         f"### {regime}: {REGIMES[regime].why}\n\n{regime_table(some)}" for regime, some in lines.items()
     ]
     if full := complete(result):
@@ -203,6 +203,22 @@ def markdown(result: Mapping[str, Any]) -> str:
     if found["regimes"]:
         blocks.append("### Was the advice right?\n\n" + advice_text(found))
     return "\n\n".join(blocks)
+
+
+def _made(result: Mapping[str, Any], lines: Mapping[str, Mapping[str, Any]]) -> str:
+    """What was run, when, and what is missing."""
+    parts = [part for regime in lines for part in result["bases"][regime].values()]
+    short = [f"{r} ({len(some)} of {len(REGIMES[r].labels)} objectives)" for r, some in lines.items()]
+    missing = [regime for regime in REGIMES if regime not in lines]
+    said = f"Recorded: {', '.join(short)}. "
+    said += f"Not run: {', '.join(missing)}. " if missing else ""
+    if days := sorted({part["date"][:10] for part in parts if "date" in part}):
+        commits = ", ".join(sorted({part["commit"] for part in parts if "commit" in part}))
+        said += f"Made from {days[0]} to {days[-1]}, commit {commits}. "
+    return (
+        f"{said}Percent correct, means over seeds; differences in points with paired 95 % intervals, in bold "
+        f"where the p corrected by Holm's method is below {LEVEL}."
+    )
 
 
 def rank_table(lines: Mapping[str, Mapping[str, Any]]) -> str:
