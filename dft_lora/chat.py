@@ -103,12 +103,11 @@ class Chat:
             if room >= min(self.max_new_tokens, self.positions // 4) or len(turns) <= first + 1:
                 break
             del turns[first : first + 2]
-        if len(turns) < len(speaker.turns):
-            self.notes.append(
-                f"{speaker.name} no longer sees the oldest turns: {self.positions} tokens are full"
-            )
         if room < 1:
             raise RequestError(f"{len(prompt)} tokens are too many; the model takes {self.positions}")
+        if len(turns) < len(speaker.turns):
+            what = f"its context of {self.positions} tokens is full"
+            self.notes.append(f"{speaker.name} no longer sees the oldest turns: {what}")
         speaker.turns = turns
         most = min(self.max_new_tokens, room)
         return Request(prompt, speaker.adapter, self.seed, self.temperature, max_new_tokens=most)

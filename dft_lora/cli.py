@@ -194,8 +194,8 @@ def sample(
 ) -> None:
     """Sample answers to the training problems of RECIPE, and write the correct ones as training data.
 
-    Train on the file with data.source=OUT. OUT.made.json beside it records how it was made; files made with
-    the same settings are reused.
+    Train on the file with data.source=OUT. For own.jsonl, own.made.json records how it was made; files made
+    with the same settings are reused.
 
     Example: dft-lora sample tiny_dft --out own.jsonl --pairs pairs.jsonl
     """
@@ -206,7 +206,7 @@ def sample(
         raise RequestError("--pairs: give another file than --out")
     chosen = load_recipe(recipe, changes)
     if Path(chosen.data.source).resolve() in {file.resolve() for file in (out, pairs) if file is not None}:
-        raise RequestError(f"--out: {chosen.data.source} is the data that is sampled from")
+        raise RequestError(f"--out, --pairs: {chosen.data.source} is the data that is sampled from")
     if samples is not None:
         chosen = chosen.override([f"rollouts.samples={samples}"])
     elif chosen.rollouts is None:
@@ -310,7 +310,7 @@ def compare(run_dirs, out, llm_comparator, as_json) -> None:
 @click.option("--out", type=UserPath(path_type=Path), help="Output folder.  [default: runs/experiments/NAME]")
 @click.option("--seeds", default="0,1,2", show_default=True, help="Training seeds, separated by commas.")
 @click.option(
-    "--only", multiple=True, metavar="PART", help="Only this part of the experiment; may be repeated."
+    "--only", multiple=True, metavar="PART", help="Run only this part of the experiment; may be repeated."
 )
 def experiment(name: str, out: Path | None, seeds: str, only: tuple[str, ...]) -> None:
     """Run a whole experiment, from training to verdicts; run it again to continue.
@@ -390,7 +390,7 @@ def diagnose(recipe: str, changes: tuple[str, ...], examples: int, as_json: bool
 def app(run_dirs, **options) -> None:
     """Open the page: compare the runs' answers side by side, token by token.
 
-    Without RUN_DIR it shows the runs of make real, else of dft-lora demo, else two that the package has.
+    Without RUN_DIR it shows the runs of make real, else of dft-lora demo, else those of the package.
 
     Example: dft-lora app runs/demo/base runs/demo/sft runs/demo/dft
     """

@@ -659,6 +659,16 @@ def test_requests_that_cannot_be_answered_are_refused(model):
             run(model.train(), [good])
         finally:
             model.eval()
+    model.merge_adapter(["sft"])
+    try:
+        with pytest.raises(ModelError, match="merged into the base"):
+            adapter_layers(model)
+    finally:
+        model.unmerge_adapter()
+    layers = adapter_layers(model)
+    flat = torch.zeros(6, layers[0].base.in_features)
+    with mixed(layers, ["sft", None]), pytest.raises(ModelError, match="6 rows of a batch of 2"):
+        layers[0].module(flat)
     with model.disable_adapter(), pytest.raises(ModelError, match="are disabled"):
         run(model, [good])
 

@@ -132,7 +132,7 @@ def test_own_samples_are_verified_and_made_once(tmp_path):
     assert len({(row["problem"], row["solution"]) for row in rows}) == len(rows)
     date = file.stat().st_mtime_ns
     assert own_samples(recipe, file, samples=2, max_new_tokens=96).stat().st_mtime_ns == date
-    with pytest.raises(RequestError, match=r"own\.jsonl exists and was not made with these settings"):
+    with pytest.raises(RequestError, match=r"own\.jsonl exists, and these files were not all made"):
         own_samples(recipe, file, samples=1, max_new_tokens=96)
     changed = own_samples(recipe, file, samples=1, max_new_tokens=96, overwrite=True)
     assert changed.stat().st_mtime_ns != date

@@ -25,6 +25,7 @@ import torch
 from torch.nn.functional import linear
 
 from ..config import ModelConfig
+from ..errors import RequestError
 from ..model.accelerator import accelerator, default_device
 from ..model.generate import Request, stream
 from ..model.generation_memory import Bound
@@ -171,6 +172,10 @@ def measure(
     Yields the result so far after each case. `rounds`: each side of a case runs so often, in turn; the
     figures are medians over the rounds.
     """
+    wanted = [Case(r, p, a, t) for p in prompts for r in rows for a in adapters for t in (0.0, 1.0)]
+    measured = [c for c in wanted if c.rows * c.prompt <= most_prompt_tokens and c.rows >= c.adapters]
+    if not measured:
+        raise RequestError(f"--rows, --prompt: every case has more than {most_prompt_tokens:,} prompt tokens")
     with tempfile.TemporaryDirectory() if model == RANDOM else nullcontext(model) as folder:
         name = _random_base(Path(folder)) if model == RANDOM else folder
         packed, hardware = load_base(ModelConfig(name=name))
@@ -187,11 +192,9 @@ def measure(
     if as_is:
         sides["transformers as it is, nf4"] = lambda requests: theirs(nf4, requests)
     memory = memory_of(hardware.device)
-    cases, left_out = [], []
-    for case in (Case(r, p, a, t) for p in prompts for r in rows for a in adapters for t in (0.0, 1.0)):
-        if case.rows * case.prompt > most_prompt_tokens or case.rows < case.adapters:
-            left_out.append(asdict(case))
-            continue
+    cases: list[dict[str, Any]] = []
+    left_out = [asdict(case) for case in wanted if case not in measured]
+    for case in measured:
         requests = case.requests(tokens, vocabulary)
         found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for _ in range(rounds):

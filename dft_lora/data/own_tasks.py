@@ -57,7 +57,7 @@ def find_task(name: str, data: DataConfig) -> Task:
     A file with other columns is read by the default ones: problem, solution, answer. Raises RequestError for
     an unknown name, and for a file that is missing, cannot be used, or is named like a task.
     """
-    if os.path.isdir(name):
+    if os.path.isdir(name) and name not in task_names():
         raise RequestError(f"--task {name}: is a folder; name a task or a file")
     if not is_file(name):
         return get_task(name)

@@ -94,7 +94,7 @@ def load_problems(data: DataConfig, seed: int = 0, kind: Kind = "solutions") -> 
         raise DataError(f"data.source {data.source!r} has no rows")
     if len(bad) > data.skip_bad_rows * total:
         remedy = "fix them, or allow a share of bad rows with data.skip_bad_rows"
-        if not good:
+        if not good and kind != "pairs" and all("no column" in row.reason for row in bad):
             remedy = "fix them, or name the columns in data.prompt and data.completion"
         raise DataError(f"{data.source}: {_counted(bad, total)}; {remedy}")
     if not good:

@@ -193,7 +193,7 @@ def advice(result: Mapping[str, Any]) -> dict[str, Any]:
 def markdown(result: Mapping[str, Any]) -> str:
     """The whole report for docs/lab.md."""
     lines = {regime: some for regime, some in lines_of(result).items() if some}
-    blocks = [_made(result, lines)]
+    blocks = [_made(result, lines)] if lines else []
     blocks += [
         f"### {regime}: {REGIMES[regime].why}\n\n{regime_table(some)}" for regime, some in lines.items()
     ]

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..config import Recipe, RolloutConfig, digest
 from ..data.sources import ANSWER, CHOSEN, REJECTED, judgeable, load_problems, readable
 from ..data.templates import Renderer
-from ..errors import RequestError, RunError
+from ..errors import DataError, RequestError, RunError
 from ..model.fingerprint import base_fingerprint
 from ..model.head import check_head
 from ..model.load import load_adapters, load_base, load_tokenizer
@@ -64,7 +65,7 @@ def own_samples(
         "rollouts": config.model_dump(mode="json", exclude={"rounds", "updates"}),
         "seed": recipe.train.seed,
         "adapter": None if run is None else run.adapter_digest,
-        "pairs": pairs is not None,
+        "pairs": pairs and pairs.name,
     }
     record = record_of(out)
     written = [out, *([] if pairs is None else [pairs])]
@@ -73,7 +74,8 @@ def own_samples(
         return out
     if there and not overwrite:
         raise RequestError(
-            f"{there[0]} exists and was not made with these settings; add --overwrite, or name another --out"
+            f"{there[0]} exists, and these files were not all made with these settings; add --overwrite, or "
+            "name others"
         )
     judge = judge_of(recipe.data.source).allowed(recipe.evaluate.allow_code)
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
@@ -121,8 +123,10 @@ def record_of(out: Path) -> Path:
 
 def _made(record: Path) -> Any:
     """How the files beside a record were made, or None."""
-    known = read_json(record)
-    return known.get("how") if isinstance(known, dict) else None
+    with suppress(DataError):
+        known = read_json(record)
+        return known.get("how") if isinstance(known, dict) else None
+    return None
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> list[str]:

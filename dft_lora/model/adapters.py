@@ -58,11 +58,19 @@ class AdaptedLayer:
                     loras[name] = down.weight, up.weight, up.bias, module.scaling[name]
         return cls(module, vars(module), base, loras, doras)
 
-    def forward(self, places: Mapping[str, Rows], x: Tensor, *args: Any, **keywords: Any) -> Tensor:
+    def forward(
+        self, rows_in_all: int, places: Mapping[str, Rows], x: Tensor, *args: Any, **keywords: Any
+    ) -> Tensor:
         """The base's output plus scaling * B(A(x)) in the rows of each adapter.
 
-        Computed in LoRA's dtype and rounded to the output's.
+        Computed in LoRA's dtype and rounded to the output's. Raises ModelError where the model has merged
+        rows and positions before this layer, and the rows of an adapter cannot be told.
         """
+        if len(x) != rows_in_all and any(rows is not None for rows in places.values()):
+            raise ModelError(
+                f"this model hands an adapted layer {len(x)} rows of a batch of {rows_in_all}, so adapters "
+                "cannot be mixed in one batch; ask them one after the other"
+            )
         output = self.base(x, *args, **keywords)
         for name, rows in places.items():
             if name not in self.loras:
@@ -100,6 +108,8 @@ def adapter_layers(model: nn.Module, names: Iterable[str | None] = ()) -> list[A
     layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)]
     if any(layer.disable_adapters for layer in layers):
         raise ModelError("the model's adapters are disabled: generate outside `disable_adapter()`")
+    if any(getattr(layer, "merged", False) for layer in layers):
+        raise ModelError("an adapter is merged into the base: call model.unmerge_adapter() before generating")
     return list(map(AdaptedLayer.of, layers))
 
 
@@ -132,7 +142,7 @@ def mixed(layers: Sequence[AdaptedLayer], adapter_names: Sequence[str | None]) -
                 hooks.append(layer.module.register_forward_pre_hook(inject, with_kwargs=True))
             else:
                 before.append((layer.own, layer.own.get("forward")))
-                layer.own["forward"] = partial(layer.forward, places)
+                layer.own["forward"] = partial(layer.forward, len(names), places)
         yield
     finally:
         for hook in hooks:

@@ -126,7 +126,8 @@ class RunFolder:
         recipe = metadata["recipe"] | {"name": name, "output": str(run.path)}
         step = int(name.removeprefix("step-"))
         if lines := [line for line in self.metrics() if line["step"] <= step]:
-            metadata["figures"] = {"seconds": sum(line["seconds"] for line in lines), "last": lines[-1]}
+            seconds = read_json(checkpoint / "state.json")["progress"]["seconds"]
+            metadata["figures"] = {"seconds": seconds, "last": lines[-1]}
         run.write_run(**metadata | {"recipe": recipe, "step": step})
         return run
 

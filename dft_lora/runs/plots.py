@@ -48,13 +48,13 @@ def accuracy(report: Mapping[str, Any], file: Path) -> None:
             error = [[r["avg"] - r["ci95"][0]], [r["ci95"][1] - r["avg"]]]
             axis.bar(i, r["avg"], yerr=error, capsize=4, color=colour, width=0.6)
             axis.plot(i, r["greedy"], marker="D", color="black", markersize=5, linestyle="none")
-        names = [fill(name, LINE // len(runs)) for name, _ in runs]
+        names = [fill(name, max(8, LINE // len(runs))) for name, _ in runs]
         axis.set_xticks(range(len(runs)), names, fontsize=8)
         lines.append(max(name.count("\n") for name in names))
         axis.set_ylim(0, 1)
         axis.set_title(task, fontsize=11)
         axis.set_ylabel("share correct")
-    figure.subplots_adjust(bottom=(0.4 + 0.14 * max(lines)) / HEIGHT)
+    figure.subplots_adjust(bottom=min(0.6, (0.4 + 0.14 * max(lines)) / HEIGHT))
     figure.suptitle("bars: sampled, with 95 % interval; diamonds: greedy", fontsize=9)
     _save(figure, file)
 

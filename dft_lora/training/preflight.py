@@ -70,13 +70,14 @@ def measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any]
     if fails := ran_out_of_memory(lambda: passes.append(probe(learner, worst))):
         passes.append(fit.predicted(worst.positions, worst.supervised))
     real = passes[0]
-    started = time.perf_counter()
-    learner.update(0.0)
-    update_seconds = time.perf_counter() - started
     seconds = None
-    if device.type != "meta" and not fails:
-        timed = probe(learner, worst, gauged=False)
-        seconds = timed.seconds / worst.positions * _positions_per_step(learner, plan) + update_seconds
+    if not fails:
+        started = time.perf_counter()
+        learner.update(0.0)
+        update_seconds = time.perf_counter() - started
+        if device.type != "meta":
+            timed = probe(learner, worst, gauged=False)
+            seconds = timed.seconds / worst.positions * _positions_per_step(learner, plan) + update_seconds
     learner.optimizer.zero_grad()
     resident = resident_bytes(learner)
     available = accelerator(device).total_memory if budget is None else budget
@@ -92,6 +93,7 @@ def measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any]
         "micro_batch_size": learner.layout.micro_batch_size,
         "gradient_checkpointing": checkpointing,
         "ran_out_of_memory": fails or checkpointing != learner.checkpointing,
+        "peak_is": "predicted" if fails else "measured",
         "longest_micro_batch": list(worst.input_ids_BL.shape),
         "bytes": resident
         | {"activations": real.saved, "loss_workspace": int(fit.workspace(real.M))}
@@ -224,8 +226,9 @@ def preflight_table(found: dict[str, Any]) -> str:
         f"{' x '.join(map(str, found['longest_micro_batch']))}",
     ]
     if found["ran_out_of_memory"]:
+        which = "with" if found["gradient_checkpointing"] else "without"
         lines.append(
-            "the recipe as it is runs out of memory: the peak above is predicted or with checkpointing"
+            f"the recipe as it is runs out of memory; the peak is {found['peak_is']}, {which} checkpointing"
         )
     proposal = found["proposal"]
     if proposal is None:

@@ -66,15 +66,17 @@ class Recorded:
             if all(
                 name in said
                 and _current(folder, said[name])
-                and _asked(runs.get(name, {})) <= _asked(said[name])
+                and _asked(runs.get(name, {})).items() <= _asked(said[name]).items()
                 for name, folder in by_name.items()
             ):
                 return cls(read_json(file), by_name)
         if not runs and not outdated:
             return None
         shown = {name: folder for name, folder in by_name.items() if folder not in outdated}
-        last = [by_name[name] for name in runs][-2:]
-        paired = _difference(tuple((folder.path, folder.report_file.stat().st_mtime_ns) for folder in last))
+        last = list(runs)[-2:]
+        files = [by_name[name].report_file for name in last]
+        found = _difference(tuple((file.parent, file.stat().st_mtime_ns) for file in files))
+        paired = [{**entry, **dict(zip("ab", last, strict=True))} for entry in found]
         return cls({"runs": runs, "paired": paired, "tokens": tokens}, shown, outdated)
 
 
@@ -89,17 +91,19 @@ def _difference(reported: tuple[tuple[Path, int], ...]) -> Sequence[Mapping[str,
 
     folders = [RunFolder(path) for path, _ in reported]
     found: list[Mapping[str, Any]] = []
-    if len(folders) == 2:
-        theirs = complete_tasks(folders[1])
-        for task in (task for task in complete_tasks(folders[0]) if task in theirs):
-            with suppress(DataError, RequestError):  # another protocol: this task alone is left out
-                found += build(folders, [task])["paired"]
+    both: list[str] = []
+    with suppress(DataError, RequestError):
+        first, *others = map(complete_tasks, folders)
+        both = [task for task in first if others and task in others[0]]
+    for task in both:
+        with suppress(DataError, RequestError):  # another protocol: this task alone is left out
+            found += build(folders, [task])["paired"]
     return found
 
 
-def _asked(run: Mapping[str, Any]) -> set[str]:
-    """The tasks and texts that a run's report has."""
-    return {*run.get("tasks", {}), *run.get("texts", {})}
+def _asked(run: Mapping[str, Any]) -> dict[str, str]:
+    """The tasks and texts that a run's report has, with its figures as text."""
+    return {name: repr(figures) for name, figures in {**run.get("tasks", {}), **run.get("texts", {})}.items()}
 
 
 def _current(folder: RunFolder, reported: Mapping[str, Any]) -> bool:

@@ -65,11 +65,15 @@ def measured_view(found: Mapping[str, Any]) -> str:
     """For gr.HTML: memory and time of a training of two runs over one base."""
     rows = [[plain(name.replace("_", " ")), f"{size / MIB:,.0f} MB"] for name, size in found["bytes"].items()]
     rows.append(["<b>peak</b>", f"<b>{found['peak'] / MIB:,.0f} MB</b>"])
-    seconds = 2 * found["seconds_a_step"]
-    whole = f"{seconds * found['steps'] / 60:.1f} minutes for {count(found['steps'], 'step')}"
+    if found["seconds_a_step"] is None:
+        said = "It runs out of memory here: take fewer rows per micro-batch, or a smaller base."
+    else:
+        seconds = 2 * found["seconds_a_step"]
+        whole = f"{seconds * found['steps'] / 60:.1f} minutes for {count(found['steps'], 'step')}"
+        said = f"Both runs together: {seconds:.1f} s per step, about {whole}; looking at tokens and answers "
+        said += "comes on top."
     return (
-        f"<h2>Measured on this machine</h2><p>Both runs together: {seconds:.1f} s per step, about {whole}; "
-        "looking at tokens and answers comes on top.</p>"
+        f"<h2>Measured on this machine</h2><p>{said}</p>"
         f'<p class="small">One run on {plain(found["device"])}, {plain(found["dtype"])}; the second shares '
         f"the base.</p>{html_table(['memory of one run', 'size'], rows, numbers=[1])}"
     )

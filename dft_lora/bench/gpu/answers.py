@@ -13,8 +13,8 @@ from .lab import Lab, Result
 def decoding(lab: Lab) -> Iterator[tuple[str, Result]]:
     """Tokens per second in a batch of one adapter and of three, greedy and sampled."""
     rows, prompt, tokens = ((3,), 8, 3) if lab.small else ((1, 32), 256, 32)
-    found = measure(str(lab.base("1.5B")), rows=rows, prompts=(prompt,), tokens=tokens, rounds=1)
-    for case in found["cases"]:
+    for found in measure(str(lab.base("1.5B")), rows=rows, prompts=(prompt,), tokens=tokens, rounds=1):
+        case = found["cases"][-1]
         name = f"{case['rows']} rows, {case['adapters']} adapters, T = {case['temperature']:g}"
         speeds = {side: figures["decode_tokens_per_second"] for side, figures in case["sides"].items()}
         ours = case["sides"]["ours, nf4"]
