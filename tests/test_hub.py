@@ -86,7 +86,7 @@ def command(tmp_path, port, *arguments):
     ("change", "field"),
     [
         ("model.name=me/model", "model.name: no model 'me/model'"),
-        ("data.source=me/rows", "data.source 'me/rows'"),
+        pytest.param("data.source=me/rows", "data.source 'me/rows'", marks=pytest.mark.slow),
     ],
 )
 def test_a_name_on_the_hub_fails_in_one_line(tmp_path, closed_port, change, field):

@@ -72,11 +72,16 @@ def whole_tensors(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "checkpointing, optimizer",
-    [pytest.param(False, "adamw", marks=pytest.mark.slow), (True, "adamw8bit")],
+    "checkpointing, optimizer, dtype",
+    [
+        (True, "adamw8bit", "float32"),
+        pytest.param(True, "adamw8bit", "bfloat16", marks=pytest.mark.slow),
+        pytest.param(False, "adamw", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
-def test_the_trace_counts_what_a_real_step_takes(base, whole_tensors, checkpointing, optimizer):
+def test_the_trace_counts_what_a_real_step_takes(base, whole_tensors, checkpointing, optimizer, dtype):
     recipe = recipe_of(base, gradient_checkpointing=checkpointing, optimizer=optimizer)
+    recipe = recipe.override([f"model.dtype={dtype}"])
     real, real_bytes = step(Learner(recipe, DFT, 0, Ranks(recipe)))
     with traced(recipe, DFT, 0) as learner:
         found, found_bytes = step(learner)
@@ -156,7 +161,13 @@ def test_a_sharded_base_is_held_in_parts(base):
         assert found["one_row"] < small["peak"] <= large["peak"] < 8 * 2**30
 
 
-@pytest.mark.parametrize("changes", [["tiny_dpo"], ["tiny_dft", "--set", "objective.name=cadft"]])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["tiny_dpo"],
+        pytest.param(["tiny_dft", "--set", "objective.name=cadft"], marks=pytest.mark.slow),
+    ],
+)
 def test_objectives_whose_shapes_depend_on_values_are_traced(changes):
     small = ["--set", "data.sample=8", "--set", "train.batch_size=4", "--set", "train.micro_batch_size=2"]
     done = CliRunner().invoke(main, ["preflight", *changes, *small, "--gpu-memory", "8GB", "--json"])

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +125,13 @@ class RunFolder:
         metadata = self.run()
         recipe = metadata["recipe"] | {"name": name, "output": str(run.path)}
         step = int(name.removeprefix("step-"))
-        if lines := [line for line in self.metrics() if line["step"] <= step]:
+        last: dict[str, Any] = {}
+        with suppress(DataError):  # a run that was killed may have left half a line, after these
+            for line in read_lines(self.metrics_file) if self.metrics_file.is_file() else ():
+                last = line if line["step"] <= step else last
+        if last:
             seconds = read_json(checkpoint / "state.json")["progress"]["seconds"]
-            metadata["figures"] = {"seconds": seconds, "last": lines[-1]}
+            metadata["figures"] = {"seconds": seconds, "last": last}
         run.write_run(**metadata | {"recipe": recipe, "step": step})
         return run
 
