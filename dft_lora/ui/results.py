@@ -95,6 +95,8 @@ def _difference(reported: tuple[tuple[Path, int], ...]) -> Sequence[Mapping[str,
     with suppress(DataError, RequestError):
         first, *others = map(complete_tasks, folders)
         both = [task for task in first if others and task in others[0]]
+        if both:
+            return build(folders, both)["paired"]
     for task in both:
         with suppress(DataError, RequestError):  # another protocol: this task alone is left out
             found += build(folders, [task])["paired"]
