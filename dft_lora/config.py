@@ -348,7 +348,7 @@ class Recipe(Part):
         values = self.model_dump(mode="json", exclude_defaults=True)
         for change in changes:
             path, equals, text = change.partition("=")
-            if not equals:
+            if not equals or not path.strip():
                 raise RecipeError(f"--set {change!r}: write it as field.name=value")
             _assign(values, path.strip(), read_yaml(text, f"--set {_short(change)}"))
         return parse_recipe(values)

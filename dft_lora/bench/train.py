@@ -27,14 +27,14 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from ..config import Recipe, load_recipe, parse_recipe
+from ..config import ModelConfig, Recipe, load_recipe, parse_recipe
 from ..data.batches import Batch, collate, step_indices
 from ..data.templates import Example
 from ..loss import TokenScores
 from ..model import memory
 from ..model.accelerator import accelerator
 from ..model.hardware import choose, dtype_name
-from ..model.load import load_base
+from ..model.load import load_base, load_model_config
 from ..model.memory import MIB, LiveTensors, memory_of
 from ..runs.provenance import certificate, versions
 from ..training.patch import patch
@@ -375,6 +375,7 @@ def write_inputs(folder: Path, m: Measurement) -> Recipe:
         write_random_base(folder / "base", m.shape, tokenizer)
         base, text = str(folder / "base"), text | {"template": "qwen-boxed", "sample": 512}
     else:
+        load_model_config(ModelConfig(name=m.model))  # an unknown base is refused before any child starts
         base, text = m.model, {"source": "word-problems", "template": "plain"}
     recipe = parse_recipe(
         {

@@ -98,7 +98,7 @@ def load_problems(data: DataConfig, seed: int = 0, kind: Kind = "solutions") -> 
             remedy = "fix them, or name the columns in data.prompt and data.completion"
         raise DataError(f"{data.source}: {_counted(bad, total)}; {remedy}")
     if not good:
-        raise DataError(f"data.source {data.source!r}: no row can be used")
+        raise DataError(f"data.source {data.source!r}: {_counted(bad, total)}")
     if data.sample is not None and data.sample < len(good):
         chosen = sorted(random.Random(seed).sample(range(len(good)), data.sample))
         good = [good[i] for i in chosen]
@@ -178,7 +178,7 @@ def _read(
 def _raw_rows(data: DataConfig) -> Iterator[tuple[int, Any]]:
     """Number (from 1) and row; an unreadable line yields an _Unusable in place of the row."""
     source = data.source
-    if not source.endswith(SUFFIXES):
+    if not source.lower().endswith(SUFFIXES):
         if os.path.exists(source):
             kind = f"{', '.join(SUFFIXES)} file"
             what = f"a folder, not a {kind}" if os.path.isdir(source) else f"not a {kind}"
@@ -190,9 +190,9 @@ def _raw_rows(data: DataConfig) -> Iterator[tuple[int, Any]]:
         what = f"{source!r} is a folder" if os.path.isdir(path) else f"no file {source!r}"
         raise DataError(f"data.source: {what}")
     try:
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() == ".jsonl":
             yield from _json_lines(path)
-        elif path.suffix == ".json":
+        elif path.suffix.lower() == ".json":
             yield from _json_array(path)
         else:
             yield from _parquet_rows(path)

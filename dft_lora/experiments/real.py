@@ -82,7 +82,10 @@ STUDIES: dict[str, Callable[[], Study]] = {
 
 
 def remedies(runs: Runs) -> dict[str, Any]:
-    """Each remedy against SFT and against plain DFT: accuracy, answers that ended, p(end), forgetting."""
+    """Each remedy against SFT and against plain DFT: accuracy, answers that ended, p(end), forgetting.
+
+    `first_set` is the contrast on the set that resembles the training problems alone.
+    """
     found: dict[str, Any] = {}
     tasks = runs.study.tasks
     sft, plain = runs.best("sft"), runs.best("plain dft")
@@ -95,6 +98,12 @@ def remedies(runs: Runs) -> dict[str, Any]:
             "against_sft": contrast(f"{kind} - SFT", sft, folders, sampled(*tasks)),
             "against_sft_greedy": contrast(f"{kind} - SFT, greedy", sft, folders, greedy(*tasks)),
             "against_plain": contrast(f"{kind} - plain DFT", plain, folders, sampled(*tasks)),
+            "first_set": {
+                "against_sft": contrast(f"{kind} - SFT, {tasks[0]}", sft, folders, sampled(tasks[0])),
+                "against_sft_greedy": contrast(
+                    f"{kind} - SFT, {tasks[0]}, greedy", sft, folders, greedy(tasks[0])
+                ),
+            },
         }
     return found
 

@@ -358,7 +358,16 @@ def add_lora(base: Any, config: AdapterConfig) -> Any:
     try:
         model = get_peft_model(base, lora)
     except ValueError as error:
-        raise ModelError(f"adapter.target_modules {targets!r}: {_first_line(error)}") from None
+        head = base.get_output_embeddings()
+        layers = {
+            name.rpartition(".")[2]
+            for name, part in base.named_modules()
+            if isinstance(part, torch.nn.Linear) and part is not head
+        }
+        raise ModelError(
+            f"adapter.target_modules {targets!r}: {_first_line(error)} Linear layers of this base: "
+            + ", ".join(sorted(layers))
+        ) from None
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
