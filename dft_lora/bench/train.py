@@ -154,8 +154,11 @@ def run_trl(plan: Plan, steps: int, watch: Watch, objective: str | None = None, 
     model, hardware = load_base(plan.recipe.model)
     loss = {"loss_type": "dft"} if objective is None else {}
     with tempfile.TemporaryDirectory() as folder:
-        common = trainer_settings(plan, steps, hardware.device)
-        arguments = SFTConfig(folder, max_length=plan.recipe.data.max_length, **common, **loss, **settings)
+        settings |= trainer_settings(plan, steps, hardware.device) | loss
+        settings["bf16"] = (
+            hardware.dtype is torch.bfloat16
+        )  # its default, which a CPU without bfloat16 crawls at
+        arguments = SFTConfig(folder, max_length=plan.recipe.data.max_length, **settings)
         trainer = SFTTrainer(
             model,
             arguments,
