@@ -155,9 +155,7 @@ def run_trl(plan: Plan, steps: int, watch: Watch, objective: str | None = None, 
     loss = {"loss_type": "dft"} if objective is None else {}
     with tempfile.TemporaryDirectory() as folder:
         settings |= trainer_settings(plan, steps, hardware.device) | loss
-        settings["bf16"] = (
-            hardware.dtype is torch.bfloat16
-        )  # its default, which a CPU without bfloat16 crawls at
+        settings["bf16"] = hardware.dtype is torch.bfloat16  # TRL's default crawls on a CPU without it
         arguments = SFTConfig(folder, max_length=plan.recipe.data.max_length, **settings)
         trainer = SFTTrainer(
             model,
