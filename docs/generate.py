@@ -470,6 +470,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "bench-choices": choices,
     "bench-loss": partial(bench, "loss"),
     "bench-train": partial(bench, "train"),
+    "bench-trainer": partial(bench, "trainer"),
+    "bench-rl": partial(bench, "rl"),
     "bench-generation": partial(bench, "generation"),
     "bench-packing": partial(bench, "packing"),
     "bench-memory": partial(bench, "memory"),

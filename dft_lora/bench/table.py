@@ -50,19 +50,23 @@ def train_table(result: dict[str, Any]) -> str:
         f"{result['threads']} threads; torch {made['versions']['torch']}, "
         f"TRL {made['peers']['trl'] or 'not installed'}, {made['date'][:10]}, commit {made['commit']}.",
         "",
-        "| | seconds per step | ratio | MB above the loaded model | ratio | of which tensors | MB in all |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| | seconds per step | ratio | MB above the loaded model | ratio | MB in all |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
+    counted = any(row.get("tensors_mb") for row in result["variants"].values())
+    if counted:
+        lines[-2:] = [f"{lines[-2]} of which tensors |", f"{lines[-1]}---:|"]
     digits = {"seconds": 2, "above_loaded_mb": 0}
     first = next((row for row in result["variants"].values() if row["runs"]), {})
     for name, row in result["variants"].items():
         if not row["runs"]:
-            lines.append(f"| {name} | not run: {row['missing']} | | | | | |")
+            lines.append(f"| {name} | not run: {row['missing']} |" + " |" * (4 + counted))
             continue
         cells = [f"{row[key]:.{n}f} | {row[key] / first[key]:.2f}" for key, n in digits.items()]
-        tensors = f"{row['tensors_mb']:.0f}" if row.get("tensors_mb") else ""
-        whole = row["loaded_mb"] + row["above_loaded_mb"]
-        lines.append(f"| {name} | {' | '.join(cells)} | {tensors} | {whole:.0f} |")
+        cells.append(f"{row['loaded_mb'] + row['above_loaded_mb']:.0f}")
+        if counted:
+            cells.append(f"{row['tensors_mb']:.0f}" if row.get("tensors_mb") else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     if floor := first.get("products_cpu_seconds"):
         ours = first["cpu_seconds"]
         text = f"{ours:.2f} CPU seconds: {ours / floor:.2f} times its matrix products alone ({floor:.2f})"
@@ -287,6 +291,7 @@ TABLES = {
     "longest": longest_table,
     "loss": loss_table,
     "train": train_table,
+    "trainer": train_table,
     "packing": packing_table,
     "generation": generation_table,
 }
