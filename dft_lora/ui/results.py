@@ -25,6 +25,7 @@ from .text import plain
 from .views import Legend, html_table, interval_bar
 
 BINS = 5  # at most, for the share of a problem's samples that are correct
+CHART_WIDTH = 270  # pixels, at least, where the window has them
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,11 @@ def results_view(folders: Sequence[RunFolder]) -> str:
             _accuracy(label, recorded),
             _texts(label, recorded),
             _paired(label, report.get("paired", []), set(recorded.folders)),
+            '<div class="blocks">',
             _costs(label, recorded),
             _probabilities(label, recorded),
             _solved(label, recorded),
+            "</div>",
             training,
             _download(recorded),
             _provenance(report.get("provenance")),
@@ -332,10 +335,7 @@ def _costs(label: Legend, recorded: Recorded) -> str:
                 ((run, r["avg"]) for run, r in entries if recorded.folders[run].adapter_digest is None), None
             )
             charts.append(figure(plain(task), costs(label, points, base)))
-    if not charts:
-        return ""
-    note = '<span class="small">sampled, 95 % interval, over wall-clock seconds of training</span>'
-    return f'<h2>Accuracy against cost {note}</h2><div class="charts">{"".join(charts)}</div>'
+    return _charts("Accuracy against cost", "sampled, over wall-clock seconds of training", charts)
 
 
 def _probabilities(label: Legend, recorded: Recorded) -> str:
@@ -346,10 +346,7 @@ def _probabilities(label: Legend, recorded: Recorded) -> str:
         if shown := {run: figures[run]["histogram"] for run in recorded.folders if run in figures}:
             legend = " ".join(map(label, shown))
             charts.append(figure(f"{plain(task)}: {legend}", shares(label, shown)))
-    if not charts:
-        return ""
-    note = '<span class="small">share of the reference solutions’ tokens, log scale</span>'
-    return f'<h2>How likely each token is {note}</h2><div class="charts">{"".join(charts)}</div>'
+    return _charts("How likely each token is", "share of the reference solutions’ tokens, log scale", charts)
 
 
 def _solved(label: Legend, recorded: Recorded) -> str:
@@ -362,10 +359,16 @@ def _solved(label: Legend, recorded: Recorded) -> str:
             if counts:
                 chart = bars(counts, most, label.colour(run))
                 charts.append(figure(f"{label(run)} {plain(task)}", chart))
+    return _charts("How often each problem was solved", "problems by share of correct samples", charts)
+
+
+def _charts(title: str, note: str, charts: Sequence[str]) -> str:
+    """A block of charts that is as wide as it needs to be, so that two short blocks stand side by side."""
     if not charts:
         return ""
-    note = '<span class="small">number of problems by share of correct samples</span>'
-    return f'<h2>How often each problem was solved {note}</h2><div class="charts">{"".join(charts)}</div>'
+    heading = f'<h2>{title} <span class="small">{note}</span></h2>'
+    style = f"flex-grow: {len(charts)}; flex-basis: {CHART_WIDTH * len(charts)}px"
+    return f'<section style="{style}">{heading}<div class="charts">{"".join(charts)}</div></section>'
 
 
 def _by_share(file: Path) -> list[int]:
