@@ -277,17 +277,17 @@ class Recipe(Part):
         if micro != "auto" and micro > batch:
             raise ValueError(f"train.micro_batch_size ({micro}) is larger than train.batch_size ({batch})")
         for field, used in (
-            ("offload_activations", self.train.offload_activations),
-            ("mlp_tile", self.train.mlp_tile),
+            ("train.offload_activations", self.train.offload_activations),
+            ("train.mlp_tile", self.train.mlp_tile),
+            ("train.shard", self.train.shard),
+            ("objective.teacher", self.objective.teacher),
         ):
             if used and self.model.backend != "plain":
-                raise ValueError(f"train.{field}: not with model.backend {self.model.backend!r}; use plain")
+                raise ValueError(f"{field}: not with model.backend {self.model.backend!r}; use plain")
         if self.train.offload_activations and self.train.gradient_checkpointing is False:
             raise ValueError("train.offload_activations needs train.gradient_checkpointing: true")
         if self.train.mlp_tile and self.train.shard:
             raise ValueError("train.mlp_tile: not with train.shard; leave one of them out")
-        if self.train.shard and self.model.backend != "plain":
-            raise ValueError(f"train.shard: not with model.backend {self.model.backend!r}; use plain")
         self._fitting_adapter()
         return self
 

@@ -51,6 +51,7 @@ def test_a_pair_differs_in_the_objective_alone(pair):
         ("model.dtype=fp8", "model.dtype"),
         ("train.seed.x=1", "no fields below"),
         ("nothing", "field.name=value"),
+        ("=3", "field.name=value"),
         ("train.betas=[0.9]", "train.betas"),
         ("data.skip_bad_rows=2", "data.skip_bad_rows"),
         ("output=", "output"),
@@ -72,6 +73,15 @@ def test_a_wrong_change_is_refused_in_one_line(change, message):
     with pytest.raises(RecipeError) as error:
         parse_recipe({}).override([change])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["train.offload_activations=true", "train.mlp_tile=128", "train.shard=true", "objective.teacher=runs/a"],
+)
+def test_what_only_the_plain_backend_does_is_refused_for_others(change):
+    with pytest.raises(RecipeError, match=rf"{change.partition('=')[0]}: not with model.backend 'unsloth'"):
+        parse_recipe({"objective": {"name": "target-sft"}}).override(["model.backend=unsloth", change])
 
 
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
