@@ -20,6 +20,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 NOT_YET = "Not recorded yet."
+ONE_SEED = " (plain dft: the first alone)"
 GPUS = ROOT / "docs" / "gpu"
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -311,7 +312,7 @@ def remedies() -> str:
         seeds, versions = len(recorded["seeds"]), recorded["versions"]
         lines += [
             "",
-            f"{seeds} seed{'s' * (seeds > 1)}, {recorded['problems']} problems a set. Made on "
+            f"{seeds} seed{'s' * (seeds > 1)}{ONE_SEED * (seeds > 1)}, {recorded['problems']} problems a set. Made on "
             f"{recorded['date'][:10]}, commit {recorded['commit']}, torch {versions['torch']}.",
         ]
         blocks.append("\n".join(lines))
@@ -350,7 +351,8 @@ def real() -> str:
         lines += [
             "",
             f"Percent correct on `{first}`, {recorded['problems']} problems with 4 samples each; the last "
-            f"column is over all {tasks} sets. {seeds} seed{'s' * (seeds > 1)}; differences in points with "
+            f"column is over all {tasks} sets. {seeds} seed{'s' * (seeds > 1)}{ONE_SEED * (seeds > 1)}; "
+            "differences in points with "
             f"paired 95 % intervals. Recorded on {recorded['date'][:10]}, commit {recorded['commit']}.",
         ]
     return "\n".join(lines)
