@@ -20,7 +20,6 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 NOT_YET = "Not recorded yet."
-ONE_SEED = " (plain dft: the first alone)"
 GPUS = ROOT / "docs" / "gpu"
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -309,10 +308,10 @@ def remedies() -> str:
                 f"{found['other_text_nll']:.2f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-        seeds, versions = len(recorded["seeds"]), recorded["versions"]
+        versions = recorded["versions"]
         lines += [
             "",
-            f"{seeds} seed{'s' * (seeds > 1)}{ONE_SEED * (seeds > 1)}, {recorded['problems']} problems a set. Made on "
+            f"{counted(recorded['seeds'])}, {recorded['problems']} problems a set. Made on "
             f"{recorded['date'][:10]}, commit {recorded['commit']}, torch {versions['torch']}.",
         ]
         blocks.append("\n".join(lines))
@@ -347,15 +346,18 @@ def real() -> str:
                 everywhere,
             ]
             lines.append(f"| {' | '.join(cells)} |")
-        tasks, seeds = len(recorded["found"]["sft"]["ended"]), len(recorded["seeds"])
+        tasks = len(recorded["found"]["sft"]["ended"])
         lines += [
             "",
             f"Percent correct on `{first}`, {recorded['problems']} problems with 4 samples each; the last "
-            f"column is over all {tasks} sets. {seeds} seed{'s' * (seeds > 1)}{ONE_SEED * (seeds > 1)}; "
-            "differences in points with "
+            f"column is over all {tasks} sets. {counted(recorded['seeds'])}; differences in points with "
             f"paired 95 % intervals. Recorded on {recorded['date'][:10]}, commit {recorded['commit']}.",
         ]
     return "\n".join(lines)
+
+
+def counted(seeds: list[int]) -> str:
+    return f"{len(seeds)} seeds (plain dft: 1)" if len(seeds) > 1 else "1 seed"
 
 
 def difference(part: dict[str, Any]) -> str:
