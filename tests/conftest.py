@@ -74,6 +74,36 @@ def qwen_dir(data_dir, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def many_runs():
+    """For a file of many runs over the embedded base, and not about how it is loaded or what is drawn.
+
+    The base is read and quantized once for each way to hold it, and copied; training draws no curves.
+    """
+    from copy import deepcopy
+
+    from dft_lora.evaluation import engines
+    from dft_lora.model import backends
+    from dft_lora.training import loop
+
+    load_base, kept = backends.load_base, {}
+
+    def copied(config, device=None, **how):
+        if config.name != "tiny":
+            return load_base(config, device, **how)
+        key = config, device, tuple(how.items())
+        if key not in kept:
+            kept[key] = load_base(config, device, **how)
+        model, hardware = kept[key]
+        return deepcopy(model), hardware
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "load_base", copied)
+        patch.setattr(engines, "load_base", copied)
+        patch.setattr(loop, "curves", lambda folders, file: None)
+        yield
+
+
 @pytest.fixture
 def fresh_accelerate():
     """accelerate keeps one precision per process: forget it before and after a test that asks for another."""

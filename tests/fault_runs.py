@@ -15,7 +15,9 @@ from pathlib import Path
 from patience import HANG
 
 BASE = "tiny"
-HEAVY = ["torch", "transformers.models.qwen2.modeling_qwen2", "peft", "bitsandbytes", "accelerate", "tqdm"]
+HEAVY = ["torch", "transformers.models.qwen2.modeling_qwen2", "transformers.models.llama.modeling_llama"]
+HEAVY += ["peft", "bitsandbytes", "accelerate", "tqdm", "matplotlib.figure"]
+HEAVY += ["matplotlib.backends.backend_agg"]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([*HEAVY, "safetensors.torch", "dft_lora.cli", "dft_lora.training.loop"])
 

@@ -22,6 +22,7 @@ from dft_lora.training.plan import make_plan
 from dft_lora.training.ranks import Ranks
 from dft_lora.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("many_runs")
 CPU = torch.device("cpu")
 PLAIN = {"quantization": "none"}
 OPTIONS = {

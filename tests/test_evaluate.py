@@ -37,6 +37,8 @@ from dft_lora.tasks import get_task
 from dft_lora.tasks.base import Task, Verdict
 from dft_lora.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("many_runs")
+
 ARGUMENTS = ("--task", "arithmetic", "--samples", "3", "--limit", "24")
 
 

@@ -34,6 +34,8 @@ from dft_lora.training.ranks import Ranks
 from dft_lora.training.steps import FixedGroups
 from dft_lora.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("many_runs")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

@@ -34,9 +34,9 @@ from dft_lora.training.trainer import Trainer
 
 @pytest.fixture(scope="module")
 def recipe(qwen_dir, tmp_path_factory):
-    """Real vocabulary, so that the loss workspace weighs; rows of 100 to 350 tokens."""
+    """Real vocabulary, so that the loss workspace weighs; rows of 150 to 350 tokens, half supervised."""
     folder = tmp_path_factory.mktemp("preflight")
-    rows = [{"problem": f"Say {i} words.", "solution": "word " * (100 + 30 * i)} for i in range(8)]
+    rows = [{"problem": "word " * (50 + 15 * i), "solution": "word " * (50 + 15 * i)} for i in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return parse_recipe(
         {

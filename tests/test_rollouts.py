@@ -24,6 +24,7 @@ from dft_lora.training.ranks import Ranks
 from dft_lora.training.rollouts import pack_groups, stream_seed, unpack_groups, up_to_the_stop
 from dft_lora.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("many_runs")
 SMALL = (
     "data.sample=24",
     "rollouts.samples=4",

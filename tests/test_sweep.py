@@ -14,6 +14,8 @@ from dft_lora.runs.folder import RunFolder, read_lines
 from dft_lora.tasks.judge import judge
 from dft_lora.training import loop
 
+pytestmark = pytest.mark.usefixtures("many_runs")
+
 FILE = """
 recipe: tiny_dft
 set: {{train.max_steps: 1, train.batch_size: 4, train.micro_batch_size: 4, evaluate.samples: 2}}
