@@ -32,6 +32,8 @@ OPTIONS = {
     "olora": {"adapter": {"init": "olora"}, "model": PLAIN},
     "pissa, rslora": {"adapter": {"init": "pissa", "rslora": True}, "model": PLAIN},
     "loftq": {"adapter": {"init": "loftq"}},
+    "eva": {"adapter": {"init": "eva"}},
+    "eva, rslora, dora": {"adapter": {"init": "eva", "rslora": True, "dora": True}},
     "lora+": {"adapter": {"lora_plus_ratio": 8}},
     "lora+, 8 bit": {"adapter": {"lora_plus_ratio": 8}, "train": {"optimizer": "adamw8bit"}},
     "fp4": {"model": {"quantization": "fp4"}},
