@@ -9,8 +9,8 @@ several of them over one base. So what is saved is a plain LoRA of twice the ran
 LoftQ starts with a low-rank part of W - Q(W), what quantization lost, and leaves the base as it is. EVA
 starts at zero like the default, with A along the main directions of each layer's inputs.
 
-Shapes (docs/shapes.md): R rank, O and I outputs and inputs of a layer, K = min(O, I); B rows, L positions, N
-tokens of a batch.
+Shapes (docs/shapes.md): R rank, O and I outputs and inputs of a layer, K = min(O, I); N = B * L positions
+of a batch, M of them not padding.
 """
 
 from __future__ import annotations
@@ -56,16 +56,17 @@ def correct_quantization(model: Any, plain: Any) -> None:
 
 @torch.no_grad()
 def follow_inputs(model: Any, batch: Batch) -> None:
-    """EVA, arXiv 2410.07170: A_RI is now the top R right-singular vectors of the layer's inputs x_NI; B is 0.
+    """EVA, arXiv 2410.07170: A_RI becomes the top R right-singular vectors of a layer's inputs x_MI.
 
-    No other R directions keep more of the inputs' variance (its Theorem 3.1). model: a new peft model, whose
-    outputs are the base's. batch: rows of N tokens besides padding, prompts included; one pass looks at them.
+    B stays 0. No other R directions keep more of the inputs (its Theorem 3.1). model: a new peft model, whose
+    outputs are the base's; batch: the rows to look at, in one forward pass, prompts included.
 
     Ranks are not redistributed: every layer keeps R, the paper's rho = 1. The paper adds batches until the
     vectors converge; here one batch decides. peft's `initialize_lora_eva_weights` takes out the inputs' mean
     first and skips prompts, and its result depends on how rows are batched.
 
-    Raises ModelError for a rank above N or I, and for a layer that does not read every token.
+    Raises ModelError for a rank above M or I, for inputs that are not finite, and for a layer that does not
+    read every token.
     """
     real_N = batch.attention_mask_BL.flatten().bool().to(model.device)
     layers = {n: m for n, m in bare(model).named_modules() if "default" in getattr(m, "lora_A", ())}
@@ -94,16 +95,18 @@ def follow_inputs(model: Any, batch: Batch) -> None:
         )
 
 
-def _main_directions(x_NI: torch.Tensor, R: int, name: str) -> torch.Tensor:
-    """The top R right-singular vectors [R, I], computed on the CPU: not every device can."""
-    most = min(x_NI.shape)
+def _main_directions(x_MI: torch.Tensor, R: int, name: str) -> torch.Tensor:
+    """The top R right-singular vectors [R, I] of a layer's inputs, on the CPU: MPS cannot compute them."""
+    most = min(x_MI.shape)
     if most < R:
-        tokens, width = x_NI.shape
+        tokens, width = x_MI.shape
         raise ModelError(
             f"adapter.r: {R} is more than eva finds in the inputs of {name} ({tokens} tokens, {width} wide); "
             f"use at most {most}, or adapter.init: default"
         )
-    _, _, v_IK = torch.svd_lowrank(x_NI.cpu().float(), min(R + OVERSAMPLED, most), ITERATIONS)
+    if not x_MI.isfinite().all():
+        raise ModelError(f"adapter.init: eva: the inputs of {name} are not finite; use another model.dtype")
+    _, _, v_IK = torch.svd_lowrank(x_MI.cpu().float(), min(R + OVERSAMPLED, most), ITERATIONS)
     return v_IK[:, :R].T
 
 
