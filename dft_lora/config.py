@@ -103,19 +103,15 @@ class AdapterConfig(Part):
     """Train the length of each weight row beside its direction."""
     init: Literal["default", "pissa", "olora", "loftq", "eva"] = "default"
     """How the adapter starts: at zero; from the base's main directions (pissa: singular vectors, olora: QR),
-    which needs model.quantization none; or from what 4 bits lost of the base (loftq)."""
+    which needs model.quantization none; from what 4 bits lost of the base (loftq); or at zero, with A along
+    the main directions of each layer's inputs on the run's first tokens (eva)."""
     lora_plus_ratio: float | None = Field(None, ge=1)
     """LoRA+: the learning rate of B over that of A, which is train.learning_rate."""
 
     @model_validator(mode="after")
     def _one_start(self):
-        if self.init == "eva":
-            raise ValueError(
-                "adapter.init: eva needs activations of the training data before the first step, which is "
-                "not supported; use default, pissa, olora or loftq"
-            )
-        if self.dora and self.init != "default":
-            raise ValueError(f"adapter.init: {self.init} does not go with adapter.dora; use default")
+        if self.dora and self.init not in ("default", "eva"):
+            raise ValueError(f"adapter.init: {self.init} does not go with adapter.dora; use default or eva")
         return self
 
 

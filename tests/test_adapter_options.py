@@ -10,15 +10,18 @@ from loss_cases import distance
 from safetensors.torch import load_file
 
 from dft_lora.cli import main
-from dft_lora.config import parse_recipe
+from dft_lora.config import load_recipe, parse_recipe
+from dft_lora.data.batches import epoch_order
 from dft_lora.errors import ModelError, RecipeError, RequestError
 from dft_lora.export import card, merge, to_llama_cpp, vllm_command
+from dft_lora.model import backends
 from dft_lora.model.adapters import adapter_layers, mixed
 from dft_lora.model.backends import build
-from dft_lora.model.load import load_adapters, load_base, weights_of
+from dft_lora.model.load import add_lora, load_adapters, load_base, weights_of
+from dft_lora.model.starts import follow_inputs
 from dft_lora.training.checkpoints import Checkpoints, write_adapter
 from dft_lora.training.loop import train
-from dft_lora.training.plan import make_plan
+from dft_lora.training.plan import FIRST_TOKENS, make_plan
 from dft_lora.training.ranks import Ranks
 from dft_lora.training.trainer import Trainer
 
@@ -33,6 +36,7 @@ OPTIONS = {
     "olora": {"adapter": {"init": "olora"}, "model": PLAIN},
     "pissa, rslora": {"adapter": {"init": "pissa", "rslora": True}, "model": PLAIN},
     "loftq": {"adapter": {"init": "loftq"}},
+    "eva": {"adapter": {"init": "eva"}},
     "lora+": {"adapter": {"lora_plus_ratio": 8}},
     "lora+, 8 bit": {"adapter": {"lora_plus_ratio": 8}, "train": {"optimizer": "adamw8bit"}},
     "fp4": {"model": {"quantization": "fp4"}},
@@ -68,7 +72,7 @@ class Trained:
         self.recipe = recipe(path, option)
         self.checkpoints = Checkpoints(path / "checkpoints", 1)
         self.trainer = Trainer(make_plan(self.recipe), Ranks(self.recipe))
-        self.trainer.step(0)
+        self.begun, self.loss = self.weights(), self.trainer.step(0)["loss"]
         self.trainer.save(self.checkpoints)
         self.first = self.weights()
         for step in range(1, STEPS):
@@ -113,10 +117,10 @@ def test_dora_trains_the_length_of_rows_over_a_16_bit_base(tmp_path):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_resumes_bit_exactly(trained, option):
+def test_resumes_bit_exactly(trained, option, monkeypatch):
     whole = trained(option)
-    again = Trainer(whole.trainer.plan, Ranks(whole.recipe))
-    again.restore(whole.checkpoints.newest()[0])
+    monkeypatch.setattr(backends, "follow_inputs", None)  # a checkpoint's weights need no start
+    again = Trainer(whole.trainer.plan, Ranks(whole.recipe), state=whole.checkpoints.newest()[0])
     for step in range(1, STEPS):
         again.step(step)
     saved = load_file(whole.path / "adapter_model.safetensors")
@@ -170,7 +174,8 @@ def test_a_step_over_a_16_bit_base(tmp_path, option, dtype):
 
 def first_logits(tmp_path, option, **changes):
     wanted = recipe(tmp_path, option, **changes)
-    return logits(build(wanted, CPU).model)
+    first = make_plan(wanted).first_batch() if wanted.adapter.init == "eva" else None
+    return logits(build(wanted, CPU, first=first).model)
 
 
 def test_where_each_start_begins(tmp_path):
@@ -179,11 +184,71 @@ def test_where_each_start_begins(tmp_path):
     whole = logits(load_base(recipe(tmp_path, "pissa").model, CPU)[0])
     for option in ("rslora", "dora", "lora+"):
         assert distance(first_logits(tmp_path, option), base) < 1e-5, option
+    both = {"init": "eva", "dora": True, "rslora": True}
+    assert distance(first_logits(tmp_path, "eva", adapter=both), base) < 1e-5
     for option in ("pissa", "olora", "pissa, rslora"):
         assert distance(first_logits(tmp_path, option), whole) < 1e-4, option
     for r, alpha, most in ((64, 16, 0.7), (128, 5, 1e-2)):
         begun = first_logits(tmp_path, "loftq", adapter={"r": r, "init": "loftq", "alpha": alpha})
         assert distance(begun, whole) < most * distance(base, whole), "whatever the scaling"
+
+
+@pytest.fixture(scope="module")
+def inputs_of(trained):
+    """What each adapted layer of the base reads in the run's first tokens, row after row: x_NI by name."""
+    plan = trained("eva").trainer.plan
+    base = load_base(plan.recipe.model, CPU)[0]
+    read = {name: [] for name in layers_of(trained("eva").begun)}
+    for name, inputs in read.items():
+        base.get_submodule(name).register_forward_pre_hook(lambda _, x, to=inputs: to.append(x[0][0]))
+    for i in epoch_order(len(plan.examples), plan.recipe.train.seed, 0):
+        logits(base, plan.examples[i].ids)
+    return {name: torch.cat(inputs)[:FIRST_TOKENS].double() for name, inputs in read.items()}
+
+
+def layers_of(weights):
+    """A_RI by the name of its layer in the base."""
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): weight
+        for name, weight in weights.items()
+        if "lora_A" in name
+    }
+
+
+def test_eva_begins_with_what_each_layer_reads(trained, inputs_of):
+    """A's rows are orthonormal, and no others keep more of the inputs; B is 0, so the base is not changed."""
+    begun = trained("eva").begun
+    assert trained("eva").loss == trained("plain").loss
+    assert not any(weight.any() for name, weight in begun.items() if "lora_B" in name)
+    for name, A_RI in layers_of(begun).items():
+        R, x_NI = len(A_RI), inputs_of[name]
+        assert len(x_NI) == FIRST_TOKENS
+        assert torch.allclose(A_RI @ A_RI.T, torch.eye(R), atol=1e-5), name
+        best = torch.linalg.svdvals(x_NI)[:R].square().sum()
+        assert (x_NI @ A_RI.T.double()).square().sum() > (1 - 1e-4) * best, name
+
+
+def test_eva_does_not_depend_on_the_micro_batch(trained, tmp_path):
+    wanted = recipe(tmp_path, "eva", train={"batch_size": 4, "micro_batch_size": 1, "max_steps": STEPS})
+    found = Trainer(make_plan(wanted), Ranks(wanted)).learner.adapter_weights()
+    assert all(torch.equal(found[name], weight) for name, weight in trained("eva").begun.items())
+
+
+def test_eva_looks_at_prompts_where_the_run_answers_itself():
+    batch = make_plan(load_recipe("tiny_grpo", ["adapter.init=eva"])).first_batch()
+    assert batch.tokens == FIRST_TOKENS and not batch.supervised
+
+
+def test_eva_refuses_a_layer_that_misses_tokens_and_one_that_overflows(trained):
+    plan = trained("eva").trainer.plan
+    base = load_base(plan.recipe.model, CPU)[0]
+    base.model.layers[0].expert = torch.nn.Linear(8, 8)
+    model = add_lora(base, plan.recipe.adapter)
+    with pytest.raises(ModelError, match=r"every token, which model.layers.0.expert does not"):
+        follow_inputs(model, plan.first_batch())
+    base.get_input_embeddings().weight.fill_(torch.inf)
+    with pytest.raises(ModelError, match=r"the inputs of model.layers.0.self_attn.q_proj are not finite"):
+        follow_inputs(model, plan.first_batch())
 
 
 def test_rslora_divides_by_the_root_of_the_rank(tmp_path):
@@ -223,11 +288,11 @@ def test_rows_of_an_int8_base_do_not_depend_on_their_batch(tmp_path):
 
 
 def test_several_adapters_in_one_batch(trained):
-    """rsLoRA, DoRA, LoftQ and the base, mixed by row: each row as on its own."""
-    names = ("plain", "rslora", "dora", "loftq")
+    """rsLoRA, DoRA, LoftQ, EVA and the base, mixed by row: each row as on its own."""
+    names = ("plain", "rslora", "dora", "loftq", "eva")
     base = load_base(trained("plain").recipe.model, CPU)[0]
     model = load_adapters(base, {name: trained(name).path for name in names})
-    rows = ["plain", "dora", None, "rslora", "loftq", "dora"]
+    rows = ["plain", "dora", None, "rslora", "loftq", "eva"]
     ids_BL = torch.arange(5, 5 + 6 * 20).view(6, 20)
 
     def alone(i):
@@ -285,7 +350,7 @@ def test_evaluate_a_dora_run(runs):
             {"adapter": {"init": "loftq"}, "model": {"quantization": "none"}},
             "loftq corrects what 4 bits lost",
         ),
-        ({"adapter": {"init": "eva"}}, "adapter.init: eva needs activations"),
+        ({"adapter": {"init": "eva"}, "train": {"shard": True}}, "adapter.init: eva: not with train.shard"),
         ({"adapter": {"init": "svd"}}, "adapter.init"),
         ({"adapter": {"dora": True, "init": "loftq"}}, "adapter.dora"),
         ({"adapter": {"rslora": "often"}}, "adapter.rslora"),
@@ -316,3 +381,22 @@ def test_an_objective_that_needs_the_base_refuses_a_start_that_changes_it(tmp_pa
 def test_a_rank_beyond_a_layers_width(tmp_path):
     with pytest.raises(ModelError, match=r"adapter.r: 4000 is more than model.layers.0"):
         build(recipe(tmp_path, "pissa", adapter={"init": "pissa", "r": 4000}), CPU)
+
+
+@pytest.mark.parametrize(
+    ("r", "sample", "message"),
+    [
+        (129, 40, r"2048 tokens, 128 wide\); use at most 128"),
+        (120, 1, r"\d\d tokens, 128 wide\); use at most"),
+    ],
+)
+def test_a_rank_beyond_what_eva_finds(tmp_path, r, sample, message):
+    wanted = recipe(
+        tmp_path,
+        "eva",
+        adapter={"r": r},
+        data={"source": "arithmetic", "sample": sample},
+        train={"batch_size": 1, "micro_batch_size": 1, "max_steps": 1},
+    )
+    with pytest.raises(ModelError, match=f"adapter.r: {r} is more than eva finds .*{message}"):
+        Trainer(make_plan(wanted), Ranks(wanted))

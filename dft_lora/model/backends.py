@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..config import Recipe
+from ..data.batches import Batch
 from .built import Built
 from .hardware import Hardware
 from .head import check_head, refuse_adapted_head
@@ -21,7 +22,7 @@ from .long_rows import tile_mlps
 from .lora_inputs import keep_inputs_narrow
 from .row_blocks import norms_in_blocks
 from .sharding import shard
-from .starts import correct_quantization, start_of
+from .starts import correct_quantization, follow_inputs, start_of
 from .teacher import add_teacher
 
 
@@ -33,19 +34,34 @@ def prepare(recipe: Recipe) -> None:
         import_unsloth()
 
 
-def build(recipe: Recipe, device: torch.device, base: tuple[Any, Hardware] | None = None) -> Built:
+def build(
+    recipe: Recipe,
+    device: torch.device,
+    base: tuple[Any, Hardware] | None = None,
+    first: Batch | None = None,
+) -> Built:
     """Build the base and adapter of a recipe on a device.
 
-    `base`: what `load_base` returned, if it is in memory already (backend `plain` only).
+    `base`: what `load_base` returned, if it is in memory already (backend `plain` only). `first`: the run's
+    first tokens, for `adapter.init: eva`; without them A starts as by default, which is enough to measure
+    memory or to load a checkpoint.
 
     Raises ModelError for what cannot be trained exactly, MissingPart if the backend is not installed.
     """
-    built = _plain(recipe, device, base) if base else BACKENDS[recipe.model.backend](recipe, device)
+    if base or first:
+        built = _plain(recipe, device, base, first)
+    else:
+        built = BACKENDS[recipe.model.backend](recipe, device)
     refuse_adapted_head(built.model)
     return built
 
 
-def _plain(recipe: Recipe, device: torch.device, loaded: tuple[Any, Hardware] | None = None) -> Built:
+def _plain(
+    recipe: Recipe,
+    device: torch.device,
+    loaded: tuple[Any, Hardware] | None = None,
+    first: Batch | None = None,
+) -> Built:
     base, hardware = loaded or load_base(recipe.model, device, shardable=recipe.train.shard)
     head = check_head(base)
     torch.manual_seed(recipe.train.seed)  # the same initial adapter for every objective
@@ -53,6 +69,8 @@ def _plain(recipe: Recipe, device: torch.device, loaded: tuple[Any, Hardware] | 
     if recipe.adapter.init == "loftq":
         plain = recipe.model.model_copy(update={"quantization": "none"})
         correct_quantization(model, load_base(plain, torch.device("cpu"))[0])
+    if first is not None:
+        follow_inputs(model, first)
     if recipe.objective.teacher is not None:
         add_teacher(model, Path(recipe.objective.teacher) / "adapter")
     start = start_of(model, recipe.adapter)

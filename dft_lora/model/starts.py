@@ -6,23 +6,29 @@ several of them over one base. So what is saved is a plain LoRA of twice the ran
 
     s (B A - B0 A0) = s [B, -B0] [A; A0]
 
-LoftQ starts with a low-rank part of W - Q(W), what quantization lost, and leaves the base as it is.
+LoftQ starts with a low-rank part of W - Q(W), what quantization lost, and leaves the base as it is. EVA
+starts at zero like the default, with A along the main directions of each layer's inputs.
 
-Shapes (docs/shapes.md): R rank, O and I outputs and inputs of a layer, K = min(O, I).
+Shapes (docs/shapes.md): R rank, O and I outputs and inputs of a layer, K = min(O, I); N = B * L positions
+of a batch, M of them not padding.
 """
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..config import AdapterConfig
+from ..data.batches import Batch
 from ..errors import ModelError
-from .head import bare
+from .head import bare, hidden_states
 
 CHANGES_BASE = ("pissa", "olora")
+OVERSAMPLED, ITERATIONS = 32, 8
+"""Directions beyond the rank, and power iterations, with which a truncated SVD finds the first ones."""
 Weights = dict[str, torch.Tensor]
 
 
@@ -46,6 +52,62 @@ def correct_quantization(model: Any, plain: Any) -> None:
         root_R = (S_K[:R] / layer.scaling["default"]).sqrt()
         layer.lora_A["default"].weight.copy_(root_R[:, None] * right_KI[:R])
         layer.lora_B["default"].weight.copy_(left_OK[:, :R] * root_R)
+
+
+@torch.no_grad()
+def follow_inputs(model: Any, batch: Batch) -> None:
+    """EVA, arXiv 2410.07170: A_RI becomes the top R right-singular vectors of a layer's inputs x_MI.
+
+    B stays 0. No other R directions keep more of the inputs (its Theorem 3.1). model: a new peft model, whose
+    outputs are the base's; batch: the rows to look at, in one forward pass, prompts included.
+
+    Ranks are not redistributed: every layer keeps R, the paper's rho = 1. The paper adds batches until the
+    vectors converge; here one batch decides. peft's `initialize_lora_eva_weights` takes out the inputs' mean
+    first and skips prompts, and its result depends on how rows are batched.
+
+    Raises ModelError for a rank above M or I, for inputs that are not finite, and for a layer that does not
+    read every token.
+    """
+    real_N = batch.attention_mask_BL.flatten().bool().to(model.device)
+    layers = {n: m for n, m in bare(model).named_modules() if "default" in getattr(m, "lora_A", ())}
+    latest: list[Any] = [None, None]  # q, k and v read the same tensor
+
+    def follow(name: str, layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        A_RI = layer.lora_A["default"].weight
+        x_BLI = inputs[0]
+        if x_BLI.shape[:-1].numel() != len(real_N):
+            return
+        if x_BLI is not latest[0]:
+            latest[:] = x_BLI, _main_directions(x_BLI.flatten(0, -2)[real_N], len(A_RI), name)
+        A_RI.copy_(latest[1])
+        layers.pop(name, None)
+
+    hooks = [layer.register_forward_pre_hook(partial(follow, name)) for name, layer in layers.items()]
+    try:
+        hidden_states(model, **batch.inputs(model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if layers:
+        raise ModelError(
+            f"adapter.init: eva needs layers that read every token, which {min(layers)} does not; leave it "
+            "out of adapter.target_modules, or use default"
+        )
+
+
+def _main_directions(x_MI: torch.Tensor, R: int, name: str) -> torch.Tensor:
+    """The top R right-singular vectors [R, I] of a layer's inputs, on the CPU: MPS cannot compute them."""
+    most = min(x_MI.shape)
+    if most < R:
+        tokens, width = x_MI.shape
+        raise ModelError(
+            f"adapter.r: {R} is more than eva finds in the inputs of {name} ({tokens} tokens, {width} wide); "
+            f"use at most {most}, or adapter.init: default"
+        )
+    if not x_MI.isfinite().all():
+        raise ModelError(f"adapter.init: eva: the inputs of {name} are not finite; use another model.dtype")
+    _, _, v_IK = torch.svd_lowrank(x_MI.cpu().float(), min(R + OVERSAMPLED, most), ITERATIONS)
+    return v_IK[:, :R].T
 
 
 def start_of(model: Any, config: AdapterConfig) -> Weights | None:

@@ -45,7 +45,10 @@ log = logging.getLogger(__name__)
 
 
 class Learner:
-    """A base with its adapter, the objective and the optimizer: `accumulate` gradients, then `update`."""
+    """A base with its adapter, the objective and the optimizer: `accumulate` gradients, then `update`.
+
+    `base`, `first`: see `build`.
+    """
 
     def __init__(
         self,
@@ -54,10 +57,11 @@ class Learner:
         pad_id: int,
         ranks: Ranks,
         base: tuple[Any, Hardware] | None = None,
+        first: Batch | None = None,
     ):
         self.recipe, self.objective, self.pad_id, self.ranks = recipe, objective, pad_id, ranks
         self.accelerator = ranks.accelerator
-        built = build(recipe, ranks.device, base)
+        built = build(recipe, ranks.device, base, first)
         if ranks.device.type == "cpu":
             give_back_large_blocks(ranks.device)
         self.head, self.hardware, self.checkpointing = built.head, built.hardware, built.checkpointing

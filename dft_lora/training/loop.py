@@ -86,11 +86,9 @@ class Run:
         if ranks.is_main and not ((resume or extend) and self.folder.begun):
             RunFolder.create(self.folder.path)
         accelerator(ranks.device).reset_peak()
-        self.trainer = trainer = Trainer(plan, ranks, base=base)
+        self.trainer = trainer = Trainer(plan, ranks, base=base, state=state)
         learner = trainer.learner
-        if state is not None:
-            trainer.restore(state)
-        elif learner.finds_micro_batch:
+        if state is None and learner.finds_micro_batch:
             learner.layout = replace(learner.layout, micro_batch_size=auto_micro_batch(learner, plan.sized))
         if ranks.is_main:
             self.folder.cut_metrics(trainer.done)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import Recipe, RolloutConfig, digest
-from ..data.batches import Group, ungrouped
+from ..data.batches import Batch, Group, collate, epoch_order, ungrouped
 from ..data.doctor import Finding, Found, check_data, check_rows, usable
 from ..data.sources import Kind, Rows, judgeable, load_problems
 from ..data.templates import Example, Renderer
@@ -22,6 +22,9 @@ from ..model.starts import CHANGES_BASE
 from ..runs.folder import RunFolder
 from ..tasks import judge_of
 from ..tasks.base import Problem
+
+FIRST_TOKENS = 2048
+"""Those that `adapter.init: eva` looks at. Its time grows with them, and its rank cannot exceed them."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,19 @@ class Plan:
     def groups(self) -> list[Group]:
         """The groups that steps draw from: preference pairs, or single examples."""
         return paired(self.sized) if self.objective.learns_from == "pairs" else ungrouped(self.sized)
+
+    def first_batch(self) -> Batch:
+        """The first FIRST_TOKENS tokens of the run: its examples, or prompts, in the first epoch's order."""
+        groups = ungrouped(self.examples) if self.problems else self.groups
+        order = epoch_order(len(groups), self.recipe.train.seed, epoch=0)
+        rows: list[Example] = []
+        left = FIRST_TOKENS
+        for example in (example for i in order for example in groups[i]):
+            if left <= 0:
+                break
+            rows.append(replace(example, ids=example.ids[:left]))
+            left -= len(example.ids)
+        return collate(rows, self.renderer.pad_id)
 
 
 def make_plan(recipe: Recipe) -> Plan:

@@ -36,7 +36,7 @@ def step_source(plan: Plan, learner: Learner) -> StepSource:
 
 
 class Trainer:
-    """A plan, a source of steps and a learner, after `done` steps."""
+    """A plan, a source of steps and a learner, after `done` steps: none, or those of `state`."""
 
     def __init__(
         self,
@@ -44,12 +44,16 @@ class Trainer:
         ranks: Ranks,
         source: StepSource | None = None,
         base: tuple[Any, Hardware] | None = None,
+        state: State | None = None,
     ):
         self.plan, self.recipe, self.ranks = plan, plan.recipe, ranks
-        self.learner = Learner(plan.recipe, plan.objective, plan.renderer.pad_id, ranks, base)
+        first = plan.first_batch() if state is None and plan.recipe.adapter.init == "eva" else None
+        self.learner = Learner(plan.recipe, plan.objective, plan.renderer.pad_id, ranks, base, first)
         self.source = source or step_source(plan, self.learner)
         self.skips = Skips()
         self.done, self.seconds = 0, 0.0
+        if state is not None:
+            self.restore(state)
 
     def step(self, step: int) -> dict[str, Any]:
         """Run optimizer step `step` (from 0); returns its line of `metrics.jsonl`."""
