@@ -1,5 +1,6 @@
 """Shared fixtures. Real data is found through DFT_LORA_DATA (default ../shared/data)."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -24,6 +25,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first: two workers that take one file at a time then end together."""
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST.split())}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """What the test files import stays, so the garbage collector need not look at it: a sixth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)
