@@ -6,7 +6,7 @@ from collections.abc import Callable
 HANG = 1200  # seconds; below the half hour after which gloo gives up by itself
 
 
-def wait_for(condition: Callable[[], object], pause: float = 0.01) -> None:
+def wait_for(condition: Callable[[], object], pause: float = 0.03) -> None:
     """Until `condition()` holds."""
     end = time.monotonic() + HANG
     while not condition():
