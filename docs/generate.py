@@ -371,15 +371,15 @@ def rates() -> str:
     if not (RESULTS / "real.json").is_file():
         return NOT_YET
     bases = json.loads((RESULTS / "real.json").read_text(encoding="utf-8"))["bases"]
-    tried = {base: parts["rates"]["found"] for base, parts in bases.items() if "rates" in parts}
-    if not tried:
-        return NOT_YET
-    lines = ["| base | | learning rate: percent correct at T = 1 |", "|---|---|---|"]
-    for base, kinds in tried.items():
-        for kind, by_rate in kinds.items():
-            said = ", ".join(f"{rate}: {100 * share:.1f}" for rate, share in by_rate.items())
-            lines.append(f"| {base} | {kind} | {said} |")
-    return "\n".join(lines)
+    lines = []
+    for base, parts in bases.items():
+        for part, recorded in parts.items():
+            if part.startswith("rates/"):
+                by_rate = recorded["found"].items()
+                said = ", ".join(f"{rate}: {100 * share:.1f}" for rate, share in by_rate)
+                lines.append(f"| {base} | {part.removeprefix('rates/')} | {said} |")
+    head = ["| base | | learning rate: percent correct at T = 1 |", "|---|---|---|"]
+    return "\n".join(head + lines) if lines else NOT_YET
 
 
 def choices() -> str:

@@ -22,7 +22,7 @@ code"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first: workers that take one file at a time then end together."""
+    """Long files first: two workers that take one file at a time then end together."""
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST.split())}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 

@@ -25,6 +25,7 @@ def recorded(tmp_path_factory):
         tasks=("arithmetic",),
         problems=3,
         objectives=FEW,
+        swept=("sft", "dft"),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(real, "STUDIES", {"tiny": lambda: study})
@@ -41,7 +42,7 @@ def recorded(tmp_path_factory):
 def test_each_remedy_is_compared_with_sft_and_with_plain_dft(recorded):
     out, _, _ = recorded
     parts = json.loads((out / "real.json").read_text())["bases"]["tiny"]
-    assert set(parts) == {"rates", "remedies"}
+    assert set(parts) == {"rates/sft", "rates/dft", "remedies"}
     found = parts["remedies"]["found"]
     assert list(found) == ["sft", *FEW]
     for kind, line in found.items():
@@ -53,7 +54,7 @@ def test_each_remedy_is_compared_with_sft_and_with_plain_dft(recorded):
 
 def test_finished_parts_are_kept(recorded):
     _, first, again = recorded
-    assert first == again and len(first) == 2
+    assert first == again and len(first) == 3
 
 
 def test_a_part_of_other_seeds_is_made_again(recorded):

@@ -121,7 +121,8 @@ def other_text_nll(folders: Sequence[RunFolder]) -> float:
 def parts_of(name: str, runs: Runs) -> Iterator[tuple[str, Callable[[], Any]]]:
     """What is found out about a base, in the order of its cost."""
     yield "remedies", lambda: remedies(runs)
-    yield "rates", lambda: {kind: _by_rate(runs.tried(kind)) for kind in runs.study.swept}
+    for kind in runs.study.swept:
+        yield f"rates/{kind}", lambda kind=kind: _by_rate(runs.tried(kind))  # type: ignore[misc]
     if name.startswith("tiny"):  # its claims are those of `experiment findings`
         return
     for claim, find in FINDINGS.items():
