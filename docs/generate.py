@@ -291,7 +291,7 @@ def remedies() -> str:
         for kind, found in kinds.items():
             ended = [f"{100 * share:.0f} %" for share in found["ended"].values()]
             cells = [
-                kind,
+                seeds_of(kind, recorded),
                 f"{found['learning_rate']:g}",
                 *(f"{100 * found['accuracy'][column]:.1f}" for column in columns),
                 ", ".join(ended),
@@ -311,7 +311,7 @@ def remedies() -> str:
         versions = recorded["versions"]
         lines += [
             "",
-            f"{counted(recorded['seeds'])}, {recorded['problems']} problems a set. Made on "
+            f"{plural(len(recorded['seeds']), 'seed')}, {recorded['problems']} problems a set. Made on "
             f"{recorded['date'][:10]}, commit {recorded['commit']}, torch {versions['torch']}.",
         ]
         blocks.append("\n".join(lines))
@@ -337,7 +337,7 @@ def real() -> str:
             sampled, greedy, everywhere = ("" if kind == "sft" else difference(part) for part in contrasts)
             cells = [
                 base,
-                kind,
+                seeds_of(kind, recorded),
                 f"{100 * found['accuracy'][first]:.1f}",
                 sampled,
                 f"{100 * found['accuracy'][f'{first} greedy']:.1f}",
@@ -346,18 +346,24 @@ def real() -> str:
                 everywhere,
             ]
             lines.append(f"| {' | '.join(cells)} |")
-        tasks = len(recorded["found"]["sft"]["ended"])
+        tasks, seeds = len(recorded["found"]["sft"]["ended"]), plural(len(recorded["seeds"]), "seed")
         lines += [
             "",
             f"Percent correct on `{first}`, {recorded['problems']} problems with 4 samples each; the last "
-            f"column is over all {tasks} sets. {counted(recorded['seeds'])}; differences in points with "
+            f"column is over all {tasks} sets. {seeds}; differences in points with "
             f"paired 95 % intervals. Recorded on {recorded['date'][:10]}, commit {recorded['commit']}.",
         ]
     return "\n".join(lines)
 
 
-def counted(seeds: list[int]) -> str:
-    return f"{len(seeds)} seeds (plain dft: 1)" if len(seeds) > 1 else "1 seed"
+def seeds_of(kind: str, recorded: dict[str, Any]) -> str:
+    """The kind, and how many seeds it has where they are fewer than the experiment's."""
+    seeds = recorded["found"][kind]["seeds"]
+    return kind if seeds == len(recorded["seeds"]) else f"{kind} ({plural(seeds, 'seed')})"
+
+
+def plural(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"
 
 
 def difference(part: dict[str, Any]) -> str:

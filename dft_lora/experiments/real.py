@@ -59,7 +59,7 @@ def real_study(base: str) -> Study:
         swept=("sft", "dft", "iw-sft"),
         facts_rate=1e-3,
         seeds_per_rate=1,
-        once=(*RIVALS[1:], "facts", "checkpoints", "plain dft"),  # none of its answers ends: slow to ask
+        once=(*RIVALS[1:], "facts", "checkpoints", "plain dft", "dft, annealed from sft"),
     )
 
 
@@ -93,6 +93,7 @@ def remedies(runs: Runs) -> dict[str, Any]:
         folders = runs.best(kind)
         found[kind] = {
             **table(folders, runs),
+            "seeds": len(folders),
             "learning_rate": runs.rate(kind),
             "p_end": float(np.mean([folder.metrics()[-1]["p_end"] for folder in folders])),
             "against_sft": contrast(f"{kind} - SFT", sft, folders, sampled(*tasks)),
