@@ -9,13 +9,11 @@ from dataclasses import dataclass
 import gradio as gr
 
 from ...errors import RequestError
-from ...tasks import get_task
 from ..choices import choices_view
 from ..events import FRAME, MODEL, on_gpu, one_line_errors, validate
 from ..session import Answer, Question, Session
 from ..text import DELIMITERS
 from ..views import MAX_COLUMNS, answers_view
-from ..workshop import EXAMPLE
 from .picker import ProblemSets, connect_picker, picker
 
 
@@ -46,14 +44,14 @@ class CompareInputs:
 
 
 def compare_tab(session: Session, sets: ProblemSets) -> CompareInputs:
-    example = get_task("arithmetic").problems()[EXAMPLE]
+    name, example, why = sets.proposed()
     with gr.Tab("Compare", id="compare"):
         comparison, picked = gr.State(None), gr.State(None)
         with gr.Row(elem_classes="ask"):
             problem = gr.Textbox(
                 example.question,
                 label="Problem",
-                info="Chosen because the demo’s runs disagree on it; Results shows how often they do.",
+                info=why,
                 lines=4,
                 max_lines=12,
                 max_length=8000,
@@ -74,7 +72,7 @@ def compare_tab(session: Session, sets: ProblemSets) -> CompareInputs:
                     stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
         with gr.Row(elem_classes="more"):
             with gr.Column(min_width=280), gr.Accordion("Pick a problem", open=False):
-                task, level, pick = picker(sets)
+                task, level, pick = picker(sets, name)
             with gr.Column(min_width=280), gr.Accordion("Sampling", open=False):
                 temperature = gr.Slider(0, 1.5, 1.0, step=0.1, label="Temperature", info="0 means greedy")
                 samples = gr.Slider(1, 8, 1, step=1, label="Samples per run")
