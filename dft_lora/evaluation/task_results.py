@@ -196,9 +196,14 @@ def complete_tasks(folder: RunFolder) -> list[str]:
 
 
 def evaluated_tasks(folder: RunFolder) -> list[str]:
-    """Tasks with answers in a run folder. A dot in a file's stem marks a part of an unfinished evaluation."""
+    """Tasks with answers in a run folder: those of its recipe first, in their order, then others by name.
+
+    A dot in a file's stem marks a part of an unfinished evaluation.
+    """
     files = (folder.path / "evaluation").glob("*.jsonl")
-    return sorted(file.stem for file in files if "." not in file.stem)
+    names = sorted(file.stem for file in files if "." not in file.stem)
+    own = [task for task in folder.recipe().evaluate.tasks if task in names] if names else []
+    return list(dict.fromkeys([*own, *names]))
 
 
 def _choices(problems: Mapping[str, Any], attempts: Sequence[Attempt]) -> dict[str, Any] | None:
