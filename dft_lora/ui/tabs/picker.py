@@ -1,4 +1,4 @@
-"""Pick a random problem from a named set, by level or subject."""
+"""Pick a random problem from a named set, by level or subject; and the one that the page begins with."""
 
 from __future__ import annotations
 
