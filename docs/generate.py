@@ -285,8 +285,8 @@ def remedies() -> str:
         kinds = recorded["found"]
         columns = list(next(iter(kinds.values()))["accuracy"])
         first = next(iter(next(iter(kinds.values()))["ended"]))
-        head = ["", "rate", *columns, "ended", "p(end)", "minus SFT", f"{first} minus SFT", "greedy"]
-        head += ["minus plain DFT", "other text, NLL"]
+        head = ["", "rate", *columns, "ended", "p(end)", "all sets minus SFT", f"{first} minus SFT"]
+        head += [f"{first} greedy minus SFT", "all sets minus plain DFT", "other text, NLL"]
         lines = [f"### {base}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for kind, found in kinds.items():
             ended = [f"{100 * share:.0f} %" for share in found["ended"].values()]
