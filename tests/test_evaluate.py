@@ -247,13 +247,13 @@ def test_a_runs_report_holds_every_task_that_was_answered(runs, tmp_path):
 
 def test_the_page_proposes_a_problem_on_which_the_runs_differ(runs, fresh):
     """And for runs without answers the one that comes with the page."""
-    name, problem, why = ProblemSets([RunFolder(path) for path in runs]).proposed()
+    name, problem, why = ProblemSets([RunFolder(path) for path in runs]).proposed
     sft, dft = (TaskResults.read(RunFolder(path), "arithmetic") for path in runs[1:])
     apart_P = abs(sft.correct_PS.mean(1) - dft.correct_PS.mean(1))
     assert apart_P.max() > 0 and apart_P[sft.problems.index(problem.id)] == apart_P.max()
     assert name == "arithmetic" and why.startswith("Chosen because sft and dft disagree on it")
-    unasked = ProblemSets([RunFolder(path) for path in fresh]).proposed()
-    assert unasked == ProblemSets([]).proposed() and "the demo" in unasked[2]
+    unasked = ProblemSets([RunFolder(path) for path in fresh]).proposed
+    assert unasked == ProblemSets([]).proposed and "the demo" in unasked[2]
 
 
 def test_vllm_says_what_is_missing(fresh):

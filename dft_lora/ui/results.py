@@ -335,7 +335,8 @@ def _costs(label: Legend, recorded: Recorded) -> str:
                 ((run, r["avg"]) for run, r in entries if recorded.folders[run].adapter_digest is None), None
             )
             charts.append(figure(plain(task), costs(label, points, base)))
-    return _charts("Accuracy against cost", "sampled, over wall-clock seconds of training", charts)
+    note = "sampled, 95 % interval, over wall-clock seconds of training"
+    return _charts("Accuracy against cost", note, charts)
 
 
 def _probabilities(label: Legend, recorded: Recorded) -> str:
@@ -359,7 +360,8 @@ def _solved(label: Legend, recorded: Recorded) -> str:
             if counts:
                 chart = bars(counts, most, label.colour(run))
                 charts.append(figure(f"{label(run)} {plain(task)}", chart))
-    return _charts("How often each problem was solved", "problems by share of correct samples", charts)
+    note = "number of problems by share of correct samples"
+    return _charts("How often each problem was solved", note, charts)
 
 
 def _charts(title: str, note: str, charts: Sequence[str]) -> str:

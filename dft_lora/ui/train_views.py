@@ -122,7 +122,7 @@ def _said(label: Legend, now: Moment) -> str:
     cards = "".join(
         f'<section class="card"><header>{label(run)}<span class="small">'
         f"{'unchanged' if run == 'base' else f'after step {now.said_at}'}</span></header>"
-        f'<div class="said" tabindex="0">{plain(said) or "(empty)"}</div></section>'
+        f'<div class="said">{plain(said) or "(empty)"}</div></section>'
         for run, said in now.said.items()
     )
     return f'<h2>Their answers to your problem</h2><div class="columns n{len(now.said)}">{cards}</div>'

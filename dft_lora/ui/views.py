@@ -70,7 +70,7 @@ def _sample(answer: Answer) -> str:
     caret = '<span class="caret"></span>' if answer.state == "writing" else ""
     text = rich(answer.text) or ("" if caret else '<span class="nothing">(empty)</span>')
     return (
-        f'<div class="sample"><div class="said" tabindex="0">{text}{caret}</div>'
+        f'<div class="sample"><div class="said">{text}{caret}</div>'
         f'<footer>{chip(answer)}<span class="small">{count(len(answer.ids), "token")} · '
         f"{answer.seconds:.2f} s</span></footer></div>"
     )
@@ -323,7 +323,7 @@ def pair_view(pair: Pair | None, runs: Sequence[str] = ()) -> str:
     cards = "".join(
         f'<section class="card"><header><span class="side">{side}</span>'
         f"{Legend(runs)(run) if runs else ''}</header>"
-        f'<div class="said" tabindex="0">{rich(text)}</div></section>'
+        f'<div class="said">{rich(text)}</div></section>'
         for side, run, text in sides
     )
     return f'<div class="asked">{rich(pair.problem)}</div><div class="columns n2">{cards}</div>'

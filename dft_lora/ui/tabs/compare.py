@@ -44,9 +44,9 @@ class CompareInputs:
 
 
 def compare_tab(session: Session, sets: ProblemSets) -> CompareInputs:
-    name, example, why = sets.proposed()
+    name, example, why = sets.proposed
     with gr.Tab("Compare", id="compare"):
-        comparison, picked = gr.State(None), gr.State(None)
+        comparison, picked = gr.State(None), gr.State(sets.picked(name, example))
         with gr.Row(elem_classes="ask"):
             problem = gr.Textbox(
                 example.question,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cached_property
 
 import gradio as gr
 
@@ -57,6 +58,7 @@ class ProblemSets:
             raise RequestError(f"problem set {name!r} has no problem with {level!r}; pick another level")
         return random.choice(fitting)
 
+    @cached_property
     def proposed(self) -> tuple[str, Problem, str]:
         """The set and the problem that the page begins with, and why it was chosen."""
         trained = [folder for folder in self.folders if folder.adapter_digest is not None][-2:]

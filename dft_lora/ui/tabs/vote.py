@@ -13,14 +13,15 @@ from ..session import Question, Session
 from ..text import DELIMITERS
 from ..views import pair_view, standings_view
 from ..votes import Ballot, Pair
-from .picker import ProblemSets
+from .picker import EMBEDDED, ProblemSets
 
 
 def vote_tab(session: Session, ballot: Ballot, sets: ProblemSets) -> None:
     with gr.Tab("Vote", id="vote") as tab:
         held = gr.State(None)  # the pair stays on the server: the browser learns the names after the vote
         with gr.Row(elem_classes="controls"):
-            task = gr.Dropdown(sets.written, value="arithmetic-long", label="Problem set", min_width=160)
+            name = "arithmetic-long" if sets.proposed[0] == EMBEDDED else sets.proposed[0]
+            task = gr.Dropdown(sets.written, value=name, label="Problem set", min_width=160)
             new = gr.Button("New pair", variant="primary", elem_id="new-pair", min_width=120)
         pair_shown = gr.Markdown(pair_view(None), latex_delimiters=[*DELIMITERS], elem_id="pair")
         with gr.Row(elem_classes="choices", equal_height=True):
