@@ -373,7 +373,7 @@ def difference(part: dict[str, Any]) -> str:
 
 
 def rates() -> str:
-    """Sampled accuracy on the validation set by learning rate, with the first seed."""
+    """Sampled accuracy on the validation set by learning rate, one number per seed."""
     if not (RESULTS / "real.json").is_file():
         return NOT_YET
     bases = json.loads((RESULTS / "real.json").read_text(encoding="utf-8"))["bases"]
@@ -381,10 +381,12 @@ def rates() -> str:
     for base, parts in bases.items():
         for part, recorded in parts.items():
             if part.startswith("rates/"):
-                by_rate = recorded["found"].items()
-                said = ", ".join(f"{rate}: {100 * share:.1f}" for rate, share in by_rate)
+                said = "; ".join(
+                    f"{rate}: {', '.join(f'{100 * share:.1f}' for share in by_seed)}"
+                    for rate, by_seed in recorded["found"].items()
+                )
                 lines.append(f"| {base} | {part.removeprefix('rates/')} | {said} |")
-    head = ["| base | | learning rate: percent correct at T = 1 |", "|---|---|---|"]
+    head = ["| base | | learning rate: percent correct at T = 1, by seed |", "|---|---|---|"]
     return "\n".join(head + lines) if lines else NOT_YET
 
 

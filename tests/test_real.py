@@ -8,6 +8,7 @@ import pytest
 from dft_lora.errors import RequestError
 from dft_lora.experiments import real
 from dft_lora.experiments.findings import STUDY
+from dft_lora.experiments.study import Runs
 from dft_lora.tasks import get_task
 
 FEW = {kind: real.REMEDIES[kind] for kind in ("plain dft", "dft")}
@@ -74,6 +75,27 @@ def test_the_runs_differ_in_their_objective(recorded):
     assert objectives["dft-0.001"] == {"name": "dft", "floor": 0.1}
     assert objectives["plain dft-0.001"] == {"name": "dft"}
     assert len({json.dumps(objective) for objective in objectives.values()}) == 3
+
+
+SHARES = {1e-4: [0.1, 0.9, 0.9], 3e-4: [0.5, 0.4, 0.6], 1e-3: [0.6, 0.6, 0.1], 2e-3: [0.2, 0.9, 0.9]}
+
+
+class Validated(Runs):
+    """Runs whose accuracies on the validation set are known: those of SHARES."""
+
+    def _validated(self, group, kind, rates, seeds):
+        return {rate: SHARES[rate][:seeds] for rate in rates}
+
+
+@pytest.mark.parametrize(
+    ("finalists", "kind", "rate"), [(1, "dft", 1e-3), (2, "dft", 3e-4), (2, "far", 1e-3)]
+)
+def test_the_two_best_rates_of_the_first_seed_are_compared_with_all(tmp_path, finalists, kind, rate):
+    study = replace(STUDY, rates=tuple(SHARES), finalists=finalists, once=("far",))
+    runs = Validated(study, tmp_path, [0, 1, 2])
+    assert runs.rate(kind) == rate
+    compared = {rate: len(by_seed) for rate, by_seed in runs.tried(kind).items()}
+    assert compared == {1e-4: 1, 3e-4: 1, 1e-3: 1, 2e-3: 1} | ({3e-4: 3, 1e-3: 3} if finalists == 2 else {})
 
 
 def test_an_unknown_part_is_refused():

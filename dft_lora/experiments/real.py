@@ -11,7 +11,7 @@ may run at the same time, with OMP_NUM_THREADS=1 each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ def real_study(base: str) -> Study:
         swept=("sft", "dft", "iw-sft"),
         facts_rate=1e-3,
         seeds_per_rate=1,
+        finalists=2,
         once=(*RIVALS[1:], "facts", "checkpoints", *FAR_BEHIND),
     )
 
@@ -126,7 +127,7 @@ def parts_of(name: str, runs: Runs) -> Iterator[tuple[str, Callable[[], Any]]]:
     """What is found out about a base, in the order of its cost."""
     yield "remedies", lambda: remedies(runs)
     for kind in runs.study.swept:
-        yield f"rates/{kind}", lambda kind=kind: _by_rate(runs.tried(kind))  # type: ignore[misc]
+        yield f"rates/{kind}", lambda kind=kind: by_rate(runs.tried(kind))  # type: ignore[misc]
     if name.startswith("tiny"):  # its claims are those of `experiment findings`
         return
     for claim, find in FINDINGS.items():
@@ -144,8 +145,9 @@ def table(folders: Sequence[RunFolder], runs: Runs) -> dict[str, Any]:
     }
 
 
-def _by_rate(tried: dict[float, float]) -> dict[str, float]:
-    return {f"{rate:g}": accuracy for rate, accuracy in tried.items()}
+def by_rate(tried: Mapping[float, list[float]]) -> dict[str, list[float]]:
+    """Sampled accuracy on the validation set, one number per seed."""
+    return {f"{rate:g}": by_seed for rate, by_seed in tried.items()}
 
 
 def run(out: Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[str]:

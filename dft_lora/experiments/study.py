@@ -1,8 +1,8 @@
 """The runs behind an experiment's claims, trained and evaluated when a claim first needs them.
 
 A `Study` says what the runs of one base have in common; `Runs` makes them. Every objective runs at its own
-best learning rate, chosen on a validation set with the first seed and reported on the test sets. Run folders
-are reused, so a stopped experiment resumes.
+best learning rate, chosen on a validation set and reported on the test sets. Run folders are reused, so a
+stopped experiment resumes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..config import Recipe, load_recipe, setting
 from ..evaluation.base_run import base_run
@@ -55,6 +57,8 @@ class Study:
     facts_task: str = "codebook"
     validation_problems: int | None = None
     """At most this many problems of the validation set; by default all."""
+    finalists: int = 1
+    """Of the learning rates, this many of the first seed's best are compared again, with all seeds."""
     once: tuple[str, ...] = ()
     """Kinds and groups of runs with the first seed only; `checkpoints` is the group that finds the peak."""
 
@@ -64,7 +68,7 @@ class Runs:
 
     def __init__(self, study: Study, out: Path, seeds: Sequence[int]):
         self.study, self.out, self.seeds = study, out, seeds
-        self._rates: dict[tuple[str, str], float] = {}
+        self._rates: dict[tuple[str, str, int], float] = {}
 
     def recipe(self, group: str, kind: str, rate: float, seed: int, **more: Any) -> Recipe:
         """The recipe of one run. Its seed determines the data's order and the adapter's initial weights."""
@@ -89,23 +93,43 @@ class Runs:
         return 1 if {group, kind} & set(self.study.once) else len(self.seeds[:seeds])
 
     def rate(self, kind: str, group: str = "main") -> float:
-        """The learning rate with the best sampled accuracy for the first seed; the lower one of a tie."""
+        """The learning rate with the best sampled accuracy on the validation set; the lower one of a tie.
+
+        Kinds that have one seed take the first seed's best.
+        """
         if group == "facts" and self.study.facts_rate is not None:
             return self.study.facts_rate
+        seeds = self.count(group, kind)
         if self.study.swept and kind not in self.study.swept:
             kind = "dft"
-        if (kind, group) in self._rates:
-            return self._rates[kind, group]
-        tried = self.tried(kind, group)
-        self._rates[kind, group] = max(tried, key=lambda rate: (tried[rate], -rate))
-        return self._rates[kind, group]
+        if (kind, group, seeds) not in self._rates:
+            tried = self.tried(kind, group, seeds)
+            compared = max(map(len, tried.values()))
+            means = {rate: np.mean(by_seed) for rate, by_seed in tried.items() if len(by_seed) == compared}
+            self._rates[kind, group, seeds] = max(means, key=lambda rate: (means[rate], -rate))
+        return self._rates[kind, group, seeds]
 
-    def tried(self, kind: str, group: str = "main") -> dict[float, float]:
-        """Sampled accuracy on the validation set, by learning rate, with the first seed."""
+    def tried(self, kind: str, group: str = "main", seeds: int | None = None) -> dict[float, list[float]]:
+        """Sampled accuracy on the validation set by learning rate: of the first seed, and of the finalists
+        with the others of the first `seeds`.
+        """
+        tried = self._validated(group, kind, self.study.rates, 1)
+        if self.study.finalists > 1:
+            best = sorted(tried, key=lambda rate: (-tried[rate][0], rate))[: self.study.finalists]
+            tried |= self._validated(group, kind, best, seeds)
+        return tried
+
+    def _validated(
+        self, group: str, kind: str, rates: Sequence[float], seeds: int | None
+    ) -> dict[float, list[float]]:
         task = self.study.facts_task if group == "facts" else self.study.validation
-        first = {rate: self._train(group, kind, rate, self.seeds[0]) for rate in self.study.rates}
-        evaluate([folder.path for folder in first.values()], [task], limit=self.study.validation_problems)
-        return {r: float(TaskResults.read(folder, task).correct_PS.mean()) for r, folder in first.items()}
+        trained = {rate: self.trained(group, kind, rate, seeds) for rate in rates}
+        every = [folder.path for folders in trained.values() for folder in folders]
+        evaluate(every, [task], limit=self.study.validation_problems)
+        return {
+            rate: [float(TaskResults.read(folder, task).correct_PS.mean()) for folder in folders]
+            for rate, folders in trained.items()
+        }
 
     def best(self, kind: str, group: str = "main") -> list[RunFolder]:
         """One evaluated run per seed, at the kind's best learning rate on the group's data."""

@@ -19,7 +19,7 @@ from ..model.known import KNOWN
 from .advice import before_training
 from .claims import accuracy, contrast, greedy, sampled
 from .parts import in_parts
-from .real import other_text_nll, table
+from .real import by_rate, other_text_nll, table
 from .study import Fields, Runs, Study
 
 KINDS: dict[str, Fields] = {
@@ -89,12 +89,7 @@ def parts_of(name: str, runs: Runs) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The advice comes first, so no result is known when it is given."""
     recipe = runs.recipe("main", "plain dft", runs.study.rates[0], runs.seeds[0])
     yield "diagnosis", lambda: before_training(recipe)
-    yield (
-        "rates",
-        lambda: {
-            kind: {f"{rate:g}": share for rate, share in runs.tried(kind).items()} for kind in ("sft", *KINDS)
-        },
-    )
+    yield "rates", lambda: {kind: by_rate(runs.tried(kind)) for kind in ("sft", *KINDS)}
     yield "objectives", lambda: objectives(runs)
 
 
