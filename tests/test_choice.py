@@ -201,6 +201,20 @@ def test_what_a_text_chooses(text, place):
     assert chosen_place(text, ("a cat", "two dogs", "rain")) == place
 
 
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("it is water vapor", 1),
+        ("it is water", 0),
+        ("the correct answer is $5 a day", 2),
+        ("the correct answer is Plants need light", 3),
+        ("the correct answer is Rr", 5),
+    ],
+)
+def test_a_choice_is_known_by_its_own_words(text, place):
+    assert chosen_place(text, ("water", "Water vapor", "$5 a day", "Plants need light.", "rr", "Rr")) == place
+
+
 # --- scores ----------------------------------------------------------------------------------------------
 
 

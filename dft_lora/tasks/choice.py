@@ -55,7 +55,7 @@ def normalised(logps: Sequence[float], choices: Sequence[str]) -> list[float]:
 def chosen_place(text: str, choices: Sequence[str]) -> int | None:
     """The place of the choice that a text names: by its own text, as `answer3`, or as `(C)`; None if none.
 
-    Of several mentions the first counts, as in LLM-Adapters' script.
+    Of several mentions the first counts, as in LLM-Adapters' script; a choice's last full stop does not.
     """
     said = text.strip()
     if said in choices:
@@ -65,10 +65,21 @@ def chosen_place(text: str, choices: Sequence[str]) -> int | None:
     elif letter := _letter(len(choices)).search(said):
         place = LETTERS.index(next(filter(None, letter.groups())))
     else:
-        lowered = [choice.lower() for choice in choices]
-        word = re.search("|".join(rf"\b{re.escape(choice)}\b" for choice in lowered), said.lower())
-        return lowered.index(word[0]) if word else None
+        return _in_its_words(said, choices)
     return place if 0 <= place < len(choices) else None
+
+
+def _in_its_words(said: str, choices: Sequence[str]) -> int | None:
+    """The place of the choice that is written out first; between `Rr` and `rr` the case decides."""
+    known = [choice.rstrip(".") or choice for choice in choices]
+    longest_first = sorted(known, key=len, reverse=True)  # "water vapor" is not "water"
+    written = re.search(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", said, re.I)
+    if not written:
+        return None
+    if written[0] in known:
+        return known.index(written[0])
+    same = (place for place, one in enumerate(known) if one.lower() == written[0].lower())
+    return next(same, None)
 
 
 @cache
