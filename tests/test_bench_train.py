@@ -45,6 +45,24 @@ def test_ours_and_the_full_logits_step_compute_the_same_loss(data_dir, monkeypat
     assert result["provenance"]["versions"]["torch"]
 
 
+def test_the_full_logits_step_is_our_step_with_all_logits(monkeypatch):
+    from dft_lora.bench import train
+    from dft_lora.training.plan import make_plan
+    from dft_lora.training.ranks import Ranks
+
+    seen, cross_entropy = [], train.cross_entropy
+    monkeypatch.setattr(
+        train, "cross_entropy", lambda z, *more, **how: seen.append(z.shape) or cross_entropy(z, *more, **how)
+    )
+    few = ("data.sample=4", "train.batch_size=4", "train.micro_batch_size=4", "train.max_steps=1")
+    losses = []
+    for kind in (train.Trainer, train.FullLogits):
+        plan = make_plan(train.load_recipe("tiny_dft", few))
+        losses.append(kind(plan, Ranks(plan.recipe)).step(0)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert [V for _, V in seen] == [539]  # of the second step alone
+
+
 def test_products_are_those_of_forward_and_backward_passes_and_of_packed_layers():
     from dft_lora.bench.products import products_of
 

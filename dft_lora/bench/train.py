@@ -117,14 +117,21 @@ def run_ours(plan: Plan, steps: int, watch: Watch, kind: type[Trainer] = Trainer
 class FullLogits(Trainer):
     """Our step with the loss as transformers computes it: all logits, and a float32 copy of them."""
 
+    def __init__(self, plan: Plan, ranks: Ranks):
+        super().__init__(plan, ranks)
+        self.learner.score = self.score  # type: ignore[method-assign]
+
     def score(self, batch: Batch, sums: Any) -> torch.Tensor:
-        z_NV = self.model(**batch.inputs(self.ranks.device), use_cache=False).logits[:, :-1].flatten(0, 1)
+        learner = self.learner
+        inputs = batch.inputs(learner.ranks.device)
+        z_NV = learner.model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
         y_N = batch.labels_BL[:, 1:].flatten().to(z_NV.device)
         logp_N = -cross_entropy(z_NV.float(), y_N, reduction="none")
         index = (y_N != -100).nonzero()[:, 0]
         none = torch.zeros(len(index), device=z_NV.device)
-        scores = TokenScores(logp_N[index], none, none, none.bool(), index)
-        loss = self.plan.objective(scores)
+        sequence_M = batch.examples_BL[:, 1:].flatten().to(z_NV.device)[index]
+        scores = TokenScores(logp_N[index], none, none, none.bool(), index, sequence=sequence_M)
+        loss = learner.objective(scores)
         sums.add(loss, scores, batch)
         return loss
 

@@ -35,16 +35,16 @@ OTHER = "word-problems"
 
 
 def commonsense_study(base: str) -> Study:
-    """480 questions of OpenBookQA's training set on a real base."""
+    """240 questions of OpenBookQA's training set on a real base."""
     return Study(
         recipe=f"{base}_sft",
         settings={
             "data.source": "openbookqa-validation",
-            "train.max_steps": 60,
+            "train.max_steps": 30,
             "evaluate.samples": 2,
             "evaluate.max_new_tokens": 24,
         },
-        rates=(2e-4, 5e-4, 1e-3),
+        rates=(5e-4, 1e-3),
         tasks=WRITTEN,
         validation="openbookqa-validation",
         validation_problems=100,
