@@ -268,8 +268,13 @@ def evaluate(
     changes = (*changes, *(f"{name}={value}" for name, value in given.items() if value is not None))
     try:
         folders = run(run_dirs, tasks, limit=limit, changes=changes, overwrite=overwrite)
-        if steps := [step.path for folder in folders if checkpoints for step in folder.checkpoint_runs()]:
-            run(steps, tasks, limit=limit, changes=changes, overwrite=overwrite)
+        if checkpoints:
+            shard = Shard.of_this_process()
+            if shard.is_main:  # which alone writes their run folders
+                _ = [folder.checkpoint_runs() for folder in folders]
+            shard.wait()
+            if steps := [step.path for folder in folders for step in folder.checkpoint_runs()]:
+                run(steps, tasks, limit=limit, changes=changes, overwrite=overwrite)
     except Interrupted as stop:
         again = "without --overwrite" if overwrite else "again"
         raise stop.and_then(f"run the same command {again} to continue") from None

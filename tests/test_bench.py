@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from dft_lora.bench import decode, packing
 from dft_lora.bench.__main__ import main
-from dft_lora.bench.generation import random_adapters
+from dft_lora.bench.decode import random_adapters
 from dft_lora.bench.inputs import SOURCES, prescribed
 from dft_lora.bench.loss import measure, relative, true_gradient
 from dft_lora.bench.peers import FLOOR, VARIANTS

@@ -405,7 +405,7 @@ def test_evaluate_runs_programs_only_with_the_flag(local, tmp_path, caplog):
     report = build([RunFolder(tmp_path / "base")])
     result = report["runs"]["base"]["tasks"]["humaneval"]
     assert (result["samples"], result["problems"], result["template"]) == (2, 2, "raw")
-    assert set(result["pass_at"]) == {"1", "2"}
+    assert set(result["pass_at"]) == {"1", "2"} and result["maj_at"] == {}
     lines = list(read_lines(tmp_path / "base/evaluation/humaneval.jsonl"))
     assert len(lines) == 6 and all(line["verdict"] in ("wrong", "unparsable") for line in lines)
     assert read_json(tmp_path / "base/evaluation/humaneval.json")["protocol"]["template"] == "raw"

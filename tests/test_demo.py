@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from dft_lora.cli import main
 from dft_lora.errors import RequestError
 from dft_lora.experiments import demo
-from dft_lora.experiments.demo import clear, demo_recipe, run_demo
+from dft_lora.experiments.demo import clear, demo_recipe, keep_mark, run_demo
 from dft_lora.runs.folder import RunFolder
 
 
@@ -123,6 +123,18 @@ def test_what_the_mark_names_is_removed_below_the_folder_alone(tmp_path):
     clear(out)
     assert [path.name for path in out.iterdir()] == ["demo.json"]
     assert (tmp_path / "precious/report.md").is_file() and (tmp_path / "linked/report.md").is_file()
+
+
+def test_what_was_added_to_a_finished_demo_is_not_removed(tmp_path):
+    (tmp_path / "sft" / "steps" / "step-000003").mkdir(parents=True)
+    keep_mark(tmp_path, finished=True)
+    (tmp_path / "sft" / "steps" / "step-000003" / "run.json").touch()  # as the page's Steps tab does
+    (tmp_path / "sft" / "gsm8k.jsonl").touch()
+    with pytest.raises(RequestError, match=r"did not write \(sft/gsm8k\.jsonl\); move them"):
+        clear(tmp_path)
+    (tmp_path / "sft" / "gsm8k.jsonl").unlink()
+    clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.json"]
 
 
 def test_a_demo_refused_for_its_seed_leaves_the_last_one(tmp_path):

@@ -26,10 +26,12 @@ from dft_lora.evaluation.attempts import read_attempts
 from dft_lora.evaluation.evaluate import evaluate
 from dft_lora.evaluation.protocol import answer_limit
 from dft_lora.evaluation.report import build, write_own_report
+from dft_lora.evaluation.run_set import unique_names
 from dft_lora.evaluation.sharpening import entropy_matched
 from dft_lora.evaluation.task_results import TaskResults
 from dft_lora.evaluation.token_table import TokenTable, tokens_file
 from dft_lora.evaluation.tokens import entropy, score, temperature_for
+from dft_lora.experiments.shipped import shipped_runs
 from dft_lora.model.head import check_head
 from dft_lora.model.load import load_adapters, load_base, load_tokenizer, resolve
 from dft_lora.runs.folder import RunFolder, read_json
@@ -102,6 +104,8 @@ def test_a_killed_evaluation_resumes_to_the_same_report(runs, fresh):
     assert before > 0
     with file.open("ab") as lines:
         lines.write(b'{"problem": "arithmetic/te')
+    left = file.read_bytes()
+    assert sum(len(answers(path)) for path in fresh) == before and file.read_bytes() == left  # only read
     evaluate(fresh, ["arithmetic"], limit=24, changes=["samples=3"])
     assert figures(fresh) == figures(runs)
     assert [answers(path) for path in fresh] == [answers(path) for path in runs]
@@ -245,6 +249,11 @@ def test_a_runs_report_holds_every_task_that_was_answered(runs, tmp_path):
     assert list(read_json(path / "report.json")["runs"]["base"]["tasks"]) == ["arithmetic-long"]
 
 
+def test_names_are_unique_whatever_the_folders_are_called():
+    folders = [RunFolder(path) for path in ("a/sft-3", "b/sft", "c/sft", "d/sft", "e/v1.5")]
+    assert unique_names(folders) == ["sft-3", "sft", "sft-2", "sft-4", "v1_5"]
+
+
 def test_the_page_proposes_a_problem_on_which_the_runs_differ(runs, fresh):
     """And for runs without answers the one that comes with the page."""
     name, problem, why = ProblemSets([RunFolder(path) for path in runs]).proposed
@@ -253,7 +262,8 @@ def test_the_page_proposes_a_problem_on_which_the_runs_differ(runs, fresh):
     assert apart_P.max() > 0 and apart_P[sft.problems.index(problem.id)] == apart_P.max()
     assert name == "arithmetic" and why.startswith("Chosen because sft and dft disagree on it")
     unasked = ProblemSets([RunFolder(path) for path in fresh]).proposed
-    assert unasked == ProblemSets([]).proposed and "the demo" in unasked[2]
+    assert unasked == ProblemSets([]).proposed and unasked[2] == "An example of arithmetic."
+    assert "disagree" in ProblemSets(shipped_runs()).proposed[2]
 
 
 def test_vllm_says_what_is_missing(fresh):

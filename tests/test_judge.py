@@ -98,6 +98,17 @@ def test_the_verdict_names_what_was_judged():
     assert judge(r"\boxed{" + "7" * 5000 + "}", "5").status == "unparsable"
 
 
+def test_a_hostile_reference_costs_no_more_than_an_ordinary_one():
+    """Equal answers are compared in the page's own process, so every step is linear or bounded."""
+    deep = "(" * 1000 + "1" + ")" * 1000
+    references = ["1" + " " * 7900 + "2", "\\ " * 2600, "degrees " * 1000, deep]
+    started = time.process_time()
+    assert [judge("\\boxed{5}", reference).status for reference in references[:3]] == ["wrong"] * 3
+    assert judge("\\boxed{5}", deep).status in ("wrong", "unparsable")
+    assert judge("\\boxed{(" + deep + ")}", deep).status in ("correct", "unparsable")
+    assert time.process_time() - started < 2
+
+
 def test_an_empty_reference_is_refused():
     with pytest.raises(DataError, match="reference answer is empty"):
         judge(r"\boxed{5}", " ")

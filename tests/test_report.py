@@ -12,7 +12,10 @@ from patience import HANG
 from dft_lora.errors import RequestError
 from dft_lora.evaluation import statistics as st
 from dft_lora.evaluation.report import build, write_report
+from dft_lora.evaluation.task_results import _vote
 from dft_lora.evaluation.text import report_table
+from dft_lora.tasks.base import Attempt
+from dft_lora.tasks.judge import Verdict
 
 RNG = np.random.default_rng(0)
 
@@ -66,11 +69,20 @@ def test_promised_shape(report):
     json.dumps(report)
 
 
+def test_equal_wrong_answers_vote_together():
+    votes = [
+        _vote(Attempt("p", 0, "", 1, False, Verdict(status, said)), {"answer": "5"})
+        for status, said in [("wrong", "7"), ("wrong", "$7$"), ("wrong", "7."), ("correct", "5.0")]
+    ]
+    assert votes == ["7", "7", "7", "5"]
+    assert _vote(Attempt("p", 0, "", 1, False, Verdict("unparsable", None)), {"answer": "5"}) is None
+
+
 def test_small_differences_are_called_noise_and_holm_only_raises(report):
     said = {(e["a"], e["b"]): e for e in report["paired"]}
     assert said["base", "sft"]["noise"] and not said["sft", "dft"]["noise"]
     for entry in report["paired"]:
-        assert entry["noise"] == (abs(entry["difference"]) < entry["smallest_detectable"])
+        assert entry["noise"] == (entry["ci95"][0] <= 0 <= entry["ci95"][1])
         assert entry["p_value"] <= entry["p_holm"] <= 1
     adjusted = st.holm([entry["p_value"] for entry in report["paired"]])
     assert [entry["p_holm"] for entry in report["paired"]] == pytest.approx(adjusted.tolist())

@@ -183,10 +183,13 @@ def test_smallest_detectable_difference_is_found_with_its_power():
     assert smallest_detectable(np.tile(a, 4), np.tile(b, 4)) == pytest.approx(size / 2, rel=0.01)
 
 
-def test_a_difference_below_the_smallest_detectable_is_noise():
+def test_a_difference_whose_interval_contains_zero_is_noise():
     a, b = (avg_at_n(random_correct(40, 4, seed)) for seed in (5, 6))
-    assert compare(a, b).noise == (abs((b - a).mean()) < smallest_detectable(a, b))
+    low, high = compare(a, b).ci95
+    assert compare(a, b).noise is True and low < 0 < high
     assert compare(a, a + 0.9 * (1 - a)).noise is False
+    small = compare(np.zeros(400), np.arange(400) % 60 == 0)  # 1.75 points, with p = 0.016
+    assert small.noise is False and small.difference < small.smallest_detectable
 
 
 @pytest.mark.parametrize(

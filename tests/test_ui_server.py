@@ -35,7 +35,7 @@ from ui_cases import (
 )
 
 from dft_lora.cli import main
-from dft_lora.ui.server import MAX_BODY, UPLOAD, Guard
+from dft_lora.ui.server import MAX_BODY, Guard
 from dft_lora.ui.session import Question
 from dft_lora.ui.workshop import MAX_UPLOAD
 
@@ -117,18 +117,24 @@ def test_a_refused_body_is_dropped_unparsed():
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "headers": [(b"content-length", str(4 * MAX_BODY + 1).encode())]}
+    headers = [(b"content-length", str(4 * MAX_BODY + 1).encode())]
+    scope = {"type": "http", "path": "/gradio_api/queue/join", "headers": headers}
     asyncio.run(Guard(page)(scope, receive, send))
     assert not reached and next(parts, None) is None
     assert [message.get("status") for message in sent] == [413, None]
 
 
 @pytest.mark.parametrize(
-    ("path", "most", "passes"),
-    [(UPLOAD, MAX_UPLOAD, True), (UPLOAD, 0, False), (b"/gradio_api/queue/join", MAX_UPLOAD, False)],
-    ids=["upload", "upload to a public page", "elsewhere"],
+    ("path", "most", "sent_bytes", "refused"),
+    [
+        ("/gradio_api/upload", MAX_UPLOAD, MAX_UPLOAD, None),
+        ("/gradio_api/upload", 0, 10, 403),  # nothing is stored for visitors who cannot train
+        ("/gradio_api/upload/", 0, 10, 403),
+        ("/gradio_api/queue/join", MAX_UPLOAD, MAX_UPLOAD, 413),
+    ],
+    ids=["upload", "upload to a public page", "with a slash", "elsewhere"],
 )
-def test_only_an_upload_to_a_page_that_trains_may_be_larger(path, most, passes):
+def test_only_a_page_that_trains_takes_uploads_and_larger_ones(path, most, sent_bytes, refused):
     reached, sent = [], []
 
     async def page(scope, receive, send):
@@ -140,9 +146,10 @@ def test_only_an_upload_to_a_page_that_trains_may_be_larger(path, most, passes):
     async def send(message):
         sent.append(message)
 
-    headers = [(b"content-length", str(MAX_UPLOAD).encode())]
-    asyncio.run(Guard(page, most)({"type": "http", "raw_path": path, "headers": headers}, receive, send))
-    assert bool(reached) == passes and bool(sent) == (not passes)
+    headers = [(b"content-length", str(sent_bytes).encode())]
+    asyncio.run(Guard(page, most)({"type": "http", "path": path, "headers": headers}, receive, send))
+    assert bool(reached) == (refused is None)
+    assert [message.get("status") for message in sent] == ([refused, None] if refused else [])
 
 
 def test_an_over_long_problem_is_refused_by_name(client):

@@ -195,11 +195,11 @@ def packing(capacity, batch, rows, examples, threads, out) -> None:
 
 @main.command()
 @click.option("--model", default="tiny", help="a folder, `tiny`, or `random-qwen2` (D = 896, 24 layers)")
-@click.option("--rows", multiple=True, type=int, default=(1, 8, 64, 256), help="may be repeated")
-@click.option("--prompt", "prompts", multiple=True, type=int, default=(32, 1000), help="may be repeated")
-@click.option("--tokens", default=16, help="decoded per row")
-@click.option("--rounds", default=3, help="each side runs so often, in turn")
-@click.option("--threads", default=2)
+@click.option("--rows", multiple=True, type=POSITIVE, default=(1, 8, 64, 256), help="may be repeated")
+@click.option("--prompt", "prompts", multiple=True, type=POSITIVE, default=(32, 1000), help="may be repeated")
+@click.option("--tokens", default=16, type=click.IntRange(2), help="decoded per row")
+@click.option("--rounds", default=3, type=POSITIVE, help="each side runs so often, in turn")
+@click.option("--threads", default=2, type=POSITIVE)
 @click.option("--as-is", is_flag=True, help="also model.generate without its slice mended: slow, much memory")
 @click.option("--quick", is_flag=True, help="1 and 8 rows, 32-token prompts, 6 tokens, one round")
 @out_option

@@ -33,10 +33,27 @@ from ..model.head import bare, check_head
 from ..model.load import load_base
 from ..model.memory import MIB, memory_of
 from ..runs.provenance import certificate
-from .generation import random_adapters
 
 RANKS = {"first": 8, "second": 16, "third": 8}
 RANDOM = "random-qwen2"
+
+
+def random_adapters(base: Any, ranks: dict[str, int]) -> Any:
+    """`base` with untrained adapters of these ranks that do change its answers."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = base
+    for name, rank in ranks.items():
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        if model is base:
+            model = get_peft_model(base, lora, adapter_name=name)
+        else:
+            model.add_adapter(name, lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    return model.eval()
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class Answers:
                 tables = tokens_file(self.folder, self.protocol.task)
                 for old in (self.file, self.metadata_file, tables, *self._parts()):
                     old.unlink(missing_ok=True)
+            _end_at_a_line(self._mine)
         self.overwrite = False
         if self.shard.is_main and not self.metadata_file.is_file():
             problems = {p.id: _facts(p) | self._own_facts(p) for p in self.problems}
@@ -89,8 +90,7 @@ class Answers:
 
     def add(self, attempts: Iterable[Attempt]) -> None:
         """Append attempts to this process's file."""
-        part = self.file if self.shard.world == 1 else self._part(self.shard.rank)
-        with writing(part, RESUME), part.open("a", encoding="utf-8") as file:
+        with writing(self._mine, RESUME), self._mine.open("a", encoding="utf-8") as file:
             file.writelines(attempt_line(attempt) for attempt in attempts)
 
     def gather(self) -> None:
@@ -105,11 +105,22 @@ class Answers:
         files = (self.file, *self._parts())
         return {(a.problem, a.sample): a for file in files for a in read_attempts(file)}
 
-    def _part(self, rank: int) -> Path:
-        return self.file.with_name(f"{self.protocol.task}.rank-{rank}.jsonl")
+    @property
+    def _mine(self) -> Path:
+        """The file to which this process appends."""
+        if self.shard.world == 1:
+            return self.file
+        return self.file.with_name(f"{self.protocol.task}.rank-{self.shard.rank}.jsonl")
 
     def _parts(self) -> list[Path]:
         return sorted(self.file.parent.glob(f"{self.protocol.task}.rank-*.jsonl"))
+
+
+def _end_at_a_line(file: Path) -> None:
+    """Remove an incomplete last line, which a killed process left."""
+    text = file.read_bytes() if file.is_file() else b""
+    if text and not text.endswith(b"\n"):
+        file.write_bytes(text[: text.rfind(b"\n") + 1])
 
 
 def _facts(problem: Problem) -> dict[str, Any]:
@@ -146,13 +157,10 @@ def attempt_line(attempt: Attempt) -> str:
 def read_attempts(file: Path) -> list[Attempt]:
     """The attempts in a file; none if it does not exist.
 
-    An incomplete last line, left by a killed process, is removed from the file.
+    An incomplete last line is left out: it is being written, or a killed process left it.
     """
     if not file.is_file():
         return []
-    text = file.read_bytes()
-    if not text.endswith(b"\n"):
-        file.write_bytes(text[: text.rfind(b"\n") + 1])
     with parsing(file):
         return [
             Attempt(
@@ -164,5 +172,5 @@ def read_attempts(file: Path) -> list[Attempt]:
                 Verdict(line["verdict"], line["extracted"]),
                 tuple(line["choice_logps"]) if "choice_logps" in line else None,
             )
-            for line in read_lines(file)
+            for line in read_lines(file, partial=False)
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from ..config import ModelConfig, Recipe
@@ -179,7 +180,9 @@ def unique_names(folders: Sequence[RunFolder]) -> list[str]:
     names: list[str] = []
     for folder in folders:
         name = candidate = folder.name.replace(".", "_")
-        while candidate in names:
-            candidate = f"{name}-{sum(n.startswith(name) for n in names) + 1}"
+        for number in count(2):
+            if candidate not in names:
+                break
+            candidate = f"{name}-{number}"
         names.append(candidate)
     return names

@@ -126,8 +126,8 @@ def smallest_detectable(a_P: ArrayLike, b_P: ArrayLike, power: float = 0.8, leve
     """The smallest true difference of means that a paired test on such data detects with this `power`.
 
     (z(1 - (1 - level) / 2) + z(power)) * s / sqrt(P), with s the standard deviation of b - a over problems:
-    2.8 standard errors by default. A smaller difference is called noise. If all differences are equal, s is 0
-    and the longer half of `paired_interval` is used instead.
+    2.8 standard errors by default. It serves to plan how many problems to ask. If all differences are equal,
+    s is 0 and the longer half of `paired_interval` is used instead.
     """
     difference_P = _paired(a_P, b_P)
     if np.ptp(difference_P) == 0:
@@ -148,8 +148,8 @@ class Comparison:
 
     @property
     def noise(self) -> bool:
-        """Whether the difference is too small to be detected with such data."""
-        return abs(self.difference) < self.smallest_detectable
+        """Whether the interval contains zero."""
+        return self.ci95[0] <= 0 <= self.ci95[1]
 
 
 def compare(a_P: ArrayLike, b_P: ArrayLike) -> Comparison:

@@ -15,6 +15,8 @@ import numpy as np
 
 from ..errors import RequestError
 from ..runs.folder import RunFolder, parsing, read_json
+from ..tasks import get_task, task_names
+from ..tasks.answers import tidy
 from ..tasks.base import Attempt
 from ..tasks.choice import LETTERS, normalised
 from . import statistics as st
@@ -44,7 +46,7 @@ class TaskResults:
     timed_out: float
     mean_tokens: float
     answers_PS: list[list[str | None]]
-    """Extracted answers. A correct one is given as the reference answer, if any, so that all are equal."""
+    """What each sample votes for (see `_vote`)."""
     greedy_text_P: list[str]
     choices: dict[str, Any] | None = None
     """Where answers are chosen by log-likelihood: accuracy by both rules, how probable the right one is."""
@@ -77,10 +79,7 @@ class TaskResults:
             unparsable=_share(status == "unparsable" for status in statuses),
             timed_out=_share(status == "timed_out" for status in statuses),
             mean_tokens=_mean([attempt.tokens for attempt in drawn]),
-            answers_PS=[
-                [(a.verdict.correct and problems[a.problem]["answer"]) or a.verdict.extracted for a in row]
-                for row in drawn_PS
-            ],
+            answers_PS=[[_vote(attempt, problems[attempt.problem]) for attempt in row] for row in drawn_PS],
             greedy_text_P=[attempt.text for attempt in greedy_P],
             choices=_choices(problems, greedy_P),
             texts=texts,
@@ -100,6 +99,7 @@ class TaskResults:
             "maj_at": {
                 str(k): float(st.maj_at_k(self.answers_PS, self.correct_PS, k).mean())
                 for k in _powers(self.correct_PS.shape[1])
+                if self._votes
             },
             "samples": self.correct_PS.shape[1],
             "problems": len(self.problems),
@@ -110,6 +110,12 @@ class TaskResults:
             "mean_tokens": self.mean_tokens,
             "by_tag": self._by_tag(),
         } | ({"choices": self.choices} if self.choices else {})
+
+    @property
+    def _votes(self) -> bool:
+        """Whether equal answers are recognised as equal, so that a majority means something."""
+        name = self.protocol["task"]
+        return "file" in self.protocol or name not in task_names() or get_task(name).votes
 
     def text_summary(self) -> dict[str, Any] | None:
         """Metrics of the solutions without a reference answer; None if there are none."""
@@ -168,6 +174,14 @@ def _complete(folder: RunFolder, task: str) -> tuple[dict[str, Any], list[Attemp
             "(the evaluation was interrupted); run dft-lora evaluate again to complete it"
         )
     return metadata, attempts
+
+
+def _vote(attempt: Attempt, problem: Mapping[str, Any]) -> str | None:
+    """The answer in a form in which equal ones are equal: a correct one as the reference answer, if any."""
+    verdict = attempt.verdict
+    if verdict.correct and problem["answer"]:
+        return problem["answer"]
+    return verdict.extracted and tidy(verdict.extracted)
 
 
 def _judged(problems: Mapping[str, Any]) -> dict[str, Any]:

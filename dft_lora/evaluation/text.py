@@ -144,7 +144,7 @@ def _sharpening(report: dict[str, Any]) -> list[str]:
             task,
             percent(r["greedy"]),
             *(percent(r["pass_at"][str(k)]) if str(k) in r["pass_at"] else "" for k in ks),
-            percent(r["maj_at"][str(r["samples"])]),
+            percent(r["maj_at"][str(r["samples"])]) if r["maj_at"] else "",
         ]
         for run, task, r in _results(report)
     ]

@@ -60,7 +60,9 @@ def run_demo(
     if base != "tiny" and available(HUMAN):
         tasks.append(HUMAN)
     limit = QUICK_LIMIT if quick else REAL_LIMIT if base != "tiny" else None
-    return evaluate_runs(train_runs(out, changes, base), out, limit, tasks)
+    report = evaluate_runs(train_runs(out, changes, base), out, limit, tasks)
+    keep_mark(out, finished=True)
+    return report
 
 
 def train_runs(out: Path, changes: Sequence[str] = (), base: str = "tiny") -> list[RunFolder]:
@@ -94,13 +96,17 @@ def clear(out: Path) -> None:
     if not out.is_dir():
         raise RequestError(f"--out: {out} is not a folder")
     mark = read_json(out / MARK) if (out / MARK).is_file() else {"wrote": []}
-    wrote = mark.get("wrote") if isinstance(mark, dict) else None
+    mark = mark if isinstance(mark, dict) else {}
+    wrote = mark.get("wrote")
     ours = [*wrote, MARK] if isinstance(wrote, list) else []
     entries = sorted(out.iterdir())
-    if foreign := [entry.name for entry in entries if entry.name not in ours]:
+    foreign = [entry.name for entry in entries if entry.name not in ours]
+    if isinstance(mark.get("files"), list):  # the demo finished: what lies in its runs since then is kept
+        foreign += sorted({*_files(out)} - {*mark["files"], MARK})
+    if foreign:
         raise RequestError(
             f"--out: {out} contains files that the demo did not write ({', '.join(foreign[:3])}); "
-            "name another folder"
+            "move them, or name another folder"
         )
     for path in entries:
         if path.is_dir() and not path.is_symlink():
@@ -109,10 +115,17 @@ def clear(out: Path) -> None:
             path.unlink()
 
 
-def keep_mark(out: Path) -> None:
-    """Write the list of what the demo writes: the three runs and the report's files."""
+def keep_mark(out: Path, finished: bool = False) -> None:
+    """Record what the demo writes: the three runs and the report's files, and at its end each file."""
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / MARK, {"wrote": [*RUNS, "report.json", "report.md", "plots"]})
+    files = {"files": _files(out)} if finished else {}
+    write_json(out / MARK, {"wrote": [*RUNS, "report.json", "report.md", "plots"], **files})
+
+
+def _files(out: Path) -> list[str]:
+    """The files below `out`, without the copies of checkpoints that the page makes."""
+    files = (path.relative_to(out) for path in out.rglob("*") if path.is_file())
+    return sorted(str(file) for file in files if "steps" not in file.parts or "evaluation" in file.parts)
 
 
 def runs(out: Path) -> list[RunFolder]:

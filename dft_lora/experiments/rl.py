@@ -207,8 +207,9 @@ def run(out: Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[s
             base = base_fingerprint(runs.recipe("main", "sft", study.rates[0], seeds[0]).model)
             for part, find in parts_of(runs):
                 file = out / "parts" / name / f"{count}-seeds" / f"{part}.json"
-                if not file.is_file():
-                    write_json(file, {"found": find(), **certificate(fingerprint=base)})
+                if not file.is_file() or read_json(file)["seeds"] != list(runs.seeds):
+                    made = {"seeds": list(runs.seeds), "found": find(), **certificate(fingerprint=base)}
+                    write_json(file, made)
                     write_report(out)
                 yield f"{name:14} {_seeds(count):8} {part:24} {_said(part, read_json(file)['found'])}"
 

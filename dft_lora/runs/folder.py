@@ -307,11 +307,16 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: {error.strerror}") from None
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file. Raises DataError naming the file and the line."""
+def read_lines(path: Path, partial: bool = True) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file; `partial`: also a last line that has no end yet.
+
+    Raises DataError naming the file and the line.
+    """
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
+                if not partial and not line.endswith(b"\n"):
+                    return
                 try:
                     value = json.loads(line)
                 except (ValueError, RecursionError) as error:
@@ -331,7 +336,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: a temporary file is flushed to disk and renamed over the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -35,6 +35,7 @@ class NeedsAlgebra(Exception):
 _TIDY = [
     (re.compile(pattern), new)
     for pattern, new in [
+        (r"\s+", " "),  # first, and again where spaces may have met: the patterns below are then linear
         (r"[−–]", "-"),
         (r"×", r"\\times "),
         (r"[·⋅]", r"\\cdot "),
@@ -46,6 +47,7 @@ _TIDY = [
         (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])", ""),
         (r",\s*\\!\s*|\{,\}", ","),
         (r"(?<!\\)\\[!,;: ]|\\q?quad(?![a-z])|~|\xa0", " "),
+        (r" +", " "),
         (r"\\?\$|\\\(|\\\)|\*\*|[€£]|\\pounds", ""),
         (r"\\[dtc]frac", r"\\frac"),
         (r"\\(?:textbf|mathbf|boldsymbol|bf)\s*\{([^{}]*)\}", r"\1"),

@@ -95,6 +95,9 @@ class Task(Judge, ABC):
     by_likelihood: ClassVar[bool] = False
     """Whether a model answers by the choice whose text it finds most probable, without generating text."""
 
+    votes: ClassVar[bool] = True
+    """Whether a majority can be taken over its answers; programs that do the same differ as texts."""
+
     file: str | None = None
     """sha256 of the file that a person's own test set was read from (data/own_tasks.py)."""
 

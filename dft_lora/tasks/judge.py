@@ -80,6 +80,8 @@ def _exactly(text: str, reference: str) -> tuple[str | None, str | None]:
         return answer, "correct" if agree(answer, reference) else "wrong"
     except NeedsAlgebra:
         return answer, None
+    except RecursionError:  # brackets, a thousand deep
+        return answer, "unparsable"
 
 
 class _Checker:

@@ -8,7 +8,7 @@ import gradio as gr
 
 from ..tasks.judge import judge
 from .events import MODEL, on_gpu, one_line_errors
-from .session import Question, Session, check_text
+from .session import MAX_REFERENCE, Question, Session, check_text
 
 
 def endpoints(session: Session) -> None:
@@ -41,7 +41,7 @@ def endpoints(session: Session) -> None:
     def score(answer: str, reference: str) -> str:
         """Judge an answer: correct, wrong, unparsable or timed_out."""
         check_text("answer", answer)
-        check_text("reference", reference)
+        check_text("reference", reference, MAX_REFERENCE)
         return judge(answer, reference).status
 
     gr.api(compare, api_name="compare", **MODEL)

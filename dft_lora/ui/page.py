@@ -55,7 +55,7 @@ def build(
                 steps_tab(session, compare)
                 samples_tab(session, compare)
             results_tab(folders)
-            if session and ballot:
+            if session and ballot and len(session.runs) > 1:
                 vote_tab(session, ballot, sets)
         if session and ballot:
             page.load(

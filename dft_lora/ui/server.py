@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 PORTS = range(7860, 7960)  # as Gradio chooses: the first one that is free
 MAX_BODY = 256 * 1024  # bytes per request; a comparison's own state is far smaller
-UPLOAD = b"/gradio_api/upload"  # the one path that may be sent more, where visitors may train
+UPLOAD = "/upload"  # the end of the one path that may be sent more, where visitors may train
 MULTIPART = 4096  # bytes around an uploaded file
 DRAINED = 16 * 1024 * 1024  # bytes of a refused body that are read, so that the client reads the answer
 MAX_WAITING = 64  # events in the queue; the next one is refused
@@ -41,8 +41,10 @@ HEADERS = (
 
 
 class Guard:
-    """ASGI middleware: refuses a body that is too long (413) or of unknown length (411) before it is parsed,
-    and adds the content security policy to every response."""
+    """ASGI middleware: refuses an upload where there is nothing to upload for (403), and a body that is too
+    long (413) or of unknown length (411), before it is parsed; adds the content security policy to every
+    response.
+    """
 
     def __init__(self, app, most_uploaded: int = 0):
         self.app, self.most_uploaded = app, most_uploaded
@@ -57,14 +59,19 @@ class Guard:
                 message = {**message, "headers": [*message.get("headers", []), *HEADERS]}
             await send(message)
 
-        uploads = self.most_uploaded and scope.get("raw_path", b"").partition(b"?")[0] == UPLOAD
+        uploads = scope["path"].rstrip("/").endswith(UPLOAD)
         most = self.most_uploaded + MULTIPART if uploads else MAX_BODY
         status = self._refusal(dict(scope["headers"]), most)
+        if uploads and not self.most_uploaded:
+            status = 403
         if status is None:
             await self.app(scope, receive, send_guarded)
             return
         await _drain(receive)
-        body = f'{{"detail":"a request must state its length, at most {most} bytes"}}'.encode()
+        detail = f"a request must state its length, at most {most} bytes"
+        if status == 403:
+            detail = "this page takes no uploads"
+        body = f'{{"detail":"{detail}"}}'.encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send_guarded({"type": "http.response.start", "status": status, "headers": headers})
         await send_guarded({"type": "http.response.body", "body": body})

@@ -36,6 +36,7 @@ from ..tasks.judge import Verdict
 from .views import MAX_COLUMNS
 
 MAX_CHARACTERS = 8_000
+MAX_REFERENCE = 2_000  # characters of a reference that answers are compared with
 MAX_LINES = 400
 MAX_SAMPLES = 64
 TORCH_RANDOM = threading.Lock()
@@ -74,7 +75,7 @@ class Question:
         check_text("problem", self.problem)
         if not self.problem.strip():
             raise RequestError("problem is empty: enter one, or pick one")
-        check_text("reference", self.reference)
+        check_text("reference", self.reference, MAX_REFERENCE if self.judge else MAX_CHARACTERS)
         check_number("temperature", self.temperature, 0, 2)
         check_number("max_new_tokens", self.max_new_tokens, 1, 4096, whole=True)
         check_number("seed", self.seed, 0, 2**31 - 1, whole=True)
@@ -106,12 +107,12 @@ class Question:
         return Problem.ask("page", self.problem, answer=answer)
 
 
-def check_text(name: str, value: Any) -> None:
-    """Raises RequestError unless `value` is text of at most MAX_CHARACTERS and MAX_LINES."""
+def check_text(name: str, value: Any, most: int = MAX_CHARACTERS) -> None:
+    """Raises RequestError unless `value` is text of at most `most` characters and MAX_LINES."""
     if not isinstance(value, str):
         raise RequestError(f"{name} is {type(value).__name__}, not text")
-    if len(value) > MAX_CHARACTERS:
-        raise RequestError(f"{name} has {len(value):,} characters; at most {MAX_CHARACTERS:,}")
+    if len(value) > most:
+        raise RequestError(f"{name} has {len(value):,} characters; at most {most:,}")
     if value.count("\n") >= MAX_LINES:
         raise RequestError(f"{name} has {value.count(chr(10)) + 1:,} lines; at most {MAX_LINES}")
 

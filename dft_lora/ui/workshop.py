@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ import yaml
 
 from ..config import Recipe, load_recipe, setting
 from ..data.templates import Example
-from ..errors import DataError, RequestError, RunError
+from ..errors import DataError, RecipeError, RequestError, RunError
 from ..evaluation.diagnosis import diagnose
 from ..loss.objectives import objective, objective_names
 from ..model.cache_folder import cache_folder, is_kept
@@ -296,11 +296,14 @@ class Workshop:
     def begin(self, setup: Setup) -> Training:
         """A new training in a folder of its own. Raises RequestError when it cannot be written."""
         make_writable(self.home, "runs of the page")
-        taken = [int(path.name) for path in self.home.iterdir() if path.name.isdigit()]
-        path = self.home / str(max(taken, default=0) + 1)
-        recipes = setup.recipes(path, self.changes)
+        while True:
+            taken = [int(path.name) for path in self.home.iterdir() if path.name.isdigit()]
+            path = self.home / str(max(taken, default=0) + 1)
+            recipes = setup.recipes(path, self.changes)
+            with suppress(FileExistsError):  # another server with the same home was faster
+                path.mkdir()
+                break
         try:
-            path.mkdir()
             if setup.upload is not None:
                 write_text(path / ROWS, setup.upload.text)
             for recipe in recipes:
@@ -329,9 +332,10 @@ class Workshop:
         for path in self.home.glob("[0-9]*"):
             files = sorted(path.glob("*.yaml"))
             if path.name.isdigit() and len(files) == 2:
-                recipes = [load_recipe(str(file)) for file in files]
-                recipes.sort(key=lambda recipe: recipe.objective.name != "sft")  # files have no order
-                found.append(Training(path, recipes))
+                with suppress(RecipeError):  # a damaged folder does not hide the others
+                    recipes = [load_recipe(str(file)) for file in files]
+                    recipes.sort(key=lambda recipe: recipe.objective.name != "sft")  # files have no order
+                    found.append(Training(path, recipes))
         return found
 
     def ask(self, number: int, what: Literal["paused", "stopped"]) -> None:

@@ -42,6 +42,7 @@ class Programs(Benchmark):
     """
 
     template: ClassVar[str | None] = "raw"
+    votes: ClassVar[bool] = False
     stops: tuple[str, ...] = ()
     program: Callable[[str, Problem], str] = lambda code, problem: code
     runs_code: bool = False

@@ -11,7 +11,7 @@ import gradio as gr
 from ...errors import RequestError
 from ..choices import choices_view
 from ..events import FRAME, MODEL, on_gpu, one_line_errors, validate
-from ..session import Answer, Question, Session
+from ..session import MAX_REFERENCE, Answer, Question, Session
 from ..text import DELIMITERS
 from ..views import MAX_COLUMNS, answers_view
 from .picker import ProblemSets, connect_picker, picker
@@ -64,7 +64,7 @@ def compare_tab(session: Session, sets: ProblemSets) -> CompareInputs:
                     example.answer,
                     label="Reference answer",
                     placeholder="Optional. Answers are judged against it.",
-                    max_length=2000,
+                    max_length=MAX_REFERENCE,
                     elem_id="reference",
                 )
                 with gr.Row(elem_classes="buttons"):
@@ -124,9 +124,11 @@ def compare_tab(session: Session, sets: ProblemSets) -> CompareInputs:
                 yield gr.skip(), Comparison(question, written, runs)
 
     def stopped(last: Comparison | None):
-        for answer in last.answers if last else ():
+        if last is None:
+            return gr.skip()
+        for answer in last.answers:
             answer.state = "stopped" if answer.state == "writing" else answer.state
-        return answers_view(last.runs if last else session.runs, last.answers if last else [])
+        return answers_view(last.runs, last.answers)
 
     run = gr.on(
         [go.click, problem.submit],

@@ -12,6 +12,7 @@ from ...errors import RequestError
 from ...evaluation.attempts import own_problems
 from ...evaluation.statistics import avg_at_n
 from ...evaluation.task_results import TaskResults, complete_tasks
+from ...experiments.shipped import HOME
 from ...runs.folder import RunFolder
 from ...tasks import available, get_task, task_names
 from ...tasks.base import Problem
@@ -72,7 +73,8 @@ class ProblemSets:
         if recipe and recipe.model.name != "tiny":
             for name in (name for name in recipe.evaluate.tasks if self._is_judged(name)):
                 return name, self.problems(name)[0], f"The first problem of {name}."
-        why = "Chosen because the demo’s runs disagree on it; Results shows how often they do."
+        shipped = bool(self.folders) and all(folder.path.parent == HOME for folder in self.folders)
+        why = "Chosen because sft and dft disagree on it." if shipped else f"An example of {EMBEDDED}."
         return EMBEDDED, self.problems(EMBEDDED)[EXAMPLE], why
 
     def _is_judged(self, name: str) -> bool:

@@ -74,10 +74,11 @@ def steps_tab(session: Session, compare: CompareInputs) -> None:
         if solution.strip():
             scored = film.tokens(chosen, step, problem, session.text_ids(solution))
             strips = "".join(strip(label(run), run, tokens) for run, tokens in scored.items())
-        said = "the base, before training" if step == 0 else f"after step {step}"
+        said = "The base, before training" if step == 0 else f"After step {step}"
         return (
-            f'<h2>{said}</h2><div class="charts film">{chart}</div>'
-            f'<h2>The reference solution of the Compare tab</h2>{SCALE}<div class="strips">{strips}</div>'
+            f'<div class="film"><section><h2>{said}</h2><div class="charts">{chart}</div></section>'
+            "<section><h2>The reference solution of the Compare tab</h2>"
+            f'{SCALE}<div class="strips">{strips}</div></section></div>'
         )
 
     @one_line_errors

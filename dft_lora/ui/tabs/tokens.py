@@ -9,6 +9,7 @@ from ..session import Session, check_text
 from ..views import tokens_view
 from .compare import CompareInputs, Comparison, chosen
 
+EMPTY = '<p class="nothing">That answer is empty.</p>'
 NO_ANSWERS = '<p class="nothing">No answers yet. Press Compare on the Compare tab first.</p>'
 NO_SOLUTION = (
     '<p class="nothing">This problem has no reference solution. Write one on the Compare tab, or choose '
@@ -41,11 +42,13 @@ def tokens_tab(session: Session, compare: CompareInputs) -> None:
             return NO_ANSWERS
         elif which == EACH:
             rows = [(run, session.answer_ids(last.of(run))) for run in last.runs if last.of(run).ids]
+            if not rows:
+                return EMPTY
             return tokens_view(last.runs, _with_runs(rows, session.tokens(last.question.problem, rows)), None)
         else:
             problem, ids = last.question.problem, session.answer_ids(last.of(which.removesuffix("’s answer")))
         if not ids:
-            return '<p class="nothing">That answer is empty.</p>'
+            return EMPTY
         rows = [(run, ids) for run in runs]
         pair = (a, b) if {a, b} <= set(runs) else (runs[-min(2, len(runs))], runs[-1])
         return tokens_view(runs, _with_runs(rows, session.tokens(problem, rows)), pair)

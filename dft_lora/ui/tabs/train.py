@@ -81,6 +81,7 @@ def train_tab(session: Session, workshop: Workshop, compare: CompareInputs) -> N
             raise RequestError("unfinished trainings: choose one")
         yield from watched(workshop.open(chosen), asked)
 
+    @one_line_errors
     def left() -> tuple:
         """The trainings that may be continued, the newest chosen."""
         found = unfinished_choices(workshop.unfinished())
@@ -136,7 +137,7 @@ def train_tab(session: Session, workshop: Workshop, compare: CompareInputs) -> N
             api_visibility="private",
             **TRAIN,
         )
-        running.then(
+        running.success(
             compared, held, [compare.columns, note], show_progress="hidden", api_visibility="private"
         )
         running.then(left, None, [earlier, number], show_progress="hidden", api_visibility="private")
