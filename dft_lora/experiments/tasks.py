@@ -48,7 +48,7 @@ def commonsense_study(base: str) -> Study:
         tasks=WRITTEN,
         validation="openbookqa-validation",
         validation_problems=100,
-        problems=100,
+        problems=60,
         groups={"main": {}},
         own_problems=0,
         objectives=KINDS,
