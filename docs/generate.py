@@ -390,6 +390,53 @@ def rates() -> str:
     return "\n".join(head + lines) if lines else NOT_YET
 
 
+def commonsense() -> str:
+    """SFT and DFT on a commonsense set: in words, by log-likelihood, and what was forgotten."""
+    file = RESULTS / "tasks.json"
+    bases = json.loads(file.read_text(encoding="utf-8"))["bases"] if file.is_file() else {}
+    blocks = []
+    for base, parts in bases.items():
+        if "objectives" not in parts:
+            continue
+        recorded = parts["objectives"]
+        written, scored, other = ([*recorded["found"]["base"][name]] for name in COMMONSENSE)
+        scored = [name for name in scored if not name.endswith(" greedy")]
+        head = [
+            "",
+            "rate",
+            *written,
+            "minus SFT",
+            "greedy minus SFT",
+            "ended",
+            *(f"{n}, scored" for n in scored),
+        ]
+        head += ["scored minus SFT", other[0], "other text, NLL"]
+        lines = [f"### {base}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for kind, found in recorded["found"].items():
+            trained = kind not in ("base", "sft")
+            against = [difference(found[name]) if trained else "" for name in AGAINST_SFT]
+            cells = [
+                kind,
+                f"{found['learning_rate']:g}" if kind != "base" else "",
+                *(f"{100 * found['accuracy'][column]:.1f}" for column in written),
+                *against[:2],
+                ", ".join(f"{100 * share:.0f} %" for share in found["ended"].values()),
+                *(f"{100 * found['scored'][column]:.1f}" for column in scored),
+                against[2],
+                f"{100 * found['other_family'][other[0]]:.1f}",
+                f"{found['other_text_nll']:.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += [
+            "",
+            f"Percent correct; differences in points over both sets, with paired 95 % intervals. "
+            f"{plural(len(recorded['seeds']), 'seed')}, {recorded['problems']} problems a set. Made on "
+            f"{recorded['date'][:10]}, commit {recorded['commit']}, torch {recorded['versions']['torch']}.",
+        ]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) or NOT_YET
+
+
 def choices() -> str:
     """Multiple choice on the real bases against published figures."""
     return bench("choices") or NOT_YET
@@ -474,6 +521,9 @@ def rl_made(base: dict[str, Any]) -> str:
     )
 
 
+COMMONSENSE = ("accuracy", "scored", "other_family")
+AGAINST_SFT = ("against_sft", "against_sft_greedy", "against_sft_scored")
+
 PARTS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "demo-seeds": demo_seeds,
@@ -489,6 +539,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "rl": rl,
     "objectives": objectives,
     "hardware": hardware,
+    "commonsense": commonsense,
     "advice": advice,
     "lab": lab,
     "bench-choices": choices,
