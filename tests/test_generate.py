@@ -479,7 +479,7 @@ def test_the_head_takes_one_dense_matrix(wide):
 @pytest.mark.parametrize("length", [40, pytest.param(300, marks=pytest.mark.slow)])
 def test_memory_stays_below_the_bound_that_is_stated(wide, length):
     """Resident memory, because a library's scratch space is not among the tensors; and tensors alone."""
-    rows, new = 200, 2
+    rows, new = 120, 2
     requests = [
         Request(prompt(length - i % 5, seed=i), None, seed=i, max_new_tokens=new) for i in range(rows)
     ]
