@@ -91,8 +91,9 @@ def many_runs():
     from copy import deepcopy
 
     from dft_lora.evaluation import engines
+    from dft_lora.experiments import own_samples
     from dft_lora.model import backends
-    from dft_lora.training import loop
+    from dft_lora.training import loop, side_by_side
 
     load_base, kept = backends.load_base, {}
 
@@ -106,8 +107,8 @@ def many_runs():
         return deepcopy(model), hardware
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "load_base", copied)
-        patch.setattr(engines, "load_base", copied)
+        for module in (backends, engines, own_samples, side_by_side):
+            patch.setattr(module, "load_base", copied)
         patch.setattr(loop, "curves", lambda folders, file: None)
         yield
 

@@ -12,13 +12,16 @@ from dft_lora.experiments import demo
 from dft_lora.experiments.demo import clear, demo_recipe, keep_mark, run_demo
 from dft_lora.runs.folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("many_runs")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def small_batches():
-    """`--quick` on fewer rows: the demo runs three times here."""
+    """`--quick` on fewer rows and problems: the demo runs three times here."""
     fewer = ("data.sample=64", "train.batch_size=8", "train.micro_batch_size=8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "QUICK", (*demo.QUICK, *fewer))
+        patch.setattr(demo, "QUICK_LIMIT", 6)
         yield
 
 

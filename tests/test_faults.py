@@ -1,6 +1,7 @@
 """Faults put into real steps and real runs: bad numbers, no memory, no disk, bad rows, hostile files."""
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -96,15 +97,24 @@ def poison(trainer, where: str, value: float, at: set[int]):
     return first_layer(trainer).register_forward_hook(hook)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+PAIRWISE = {("loss", "nan", "adamw"), ("loss", "inf", "adamw8bit")}
+PAIRWISE |= {("gradient", "nan", "adamw8bit"), ("gradient", "inf", "adamw")}
+"""Every two of place, value and optimizer meet in one of these; the other four are slow."""
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "optimizer"),
+    [
+        pytest.param(*case, marks=[] if case in PAIRWISE else pytest.mark.slow)
+        for case in itertools.product(("loss", "gradient"), ("nan", "inf"), ("adamw", "adamw8bit"))
+    ],
+)
 def test_one_bad_micro_batch_of_four_changes_nothing(make_trainer, where, value, optimizer):
     trainer = make_trainer(f"train.optimizer={optimizer}")
     trainer.step(0)
     before, state = weights(trainer), optimizer_state(trainer)
     for at in range(4):
-        hook = poison(trainer, where, value, {at})
+        hook = poison(trainer, where, float(value), {at})
         line = trainer.step(1)
         hook.remove()
         assert line["skipped"] is True
@@ -209,7 +219,7 @@ def test_float16_overflows_skips_and_recovers(make_trainer, monkeypatch, changes
     for key in ("loss", "nll", "grad_norm"):
         assert line[key] == pytest.approx(expected[key], rel=0.01), key
 
-    before, state, skipped, scale = weights(trainer), optimizer_state(trainer), 0, 2.0**32
+    before, state, skipped, scale = weights(trainer), optimizer_state(trainer), 0, 2.0**29
     set_scale(trainer, scale=scale)
     while (line := trainer.step(1))["skipped"]:
         skipped, scale = skipped + 1, scale / 2

@@ -1,8 +1,10 @@
 """The notebooks run from top to bottom on the embedded base, and are kept without outputs.
 
-By default with few steps and problems; `pytest -m slow` runs them at the reader's own sizes.
+By default in this process, with few steps and problems; `pytest -m slow` runs them in a kernel, at the
+reader's own sizes.
 """
 
+import contextlib
 import json
 import re
 import subprocess
@@ -29,15 +31,35 @@ def set_names(notebook, **values):
             cell.source = re.sub(rf"^{name} = .*$", f"{name} = {value}", cell.source, count=1, flags=re.M)
 
 
-def execute(path, folder, **values):
-    """Run a notebook in `folder` on the embedded base, with these values of its names; the executed cells."""
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+def read(path, **values):
+    """A notebook on the embedded base, with these values of its names."""
+    nbformat = pytest.importorskip("nbformat")
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     set_names(notebook, TINY=True, **values)
+    return notebook
+
+
+def execute(path, folder, **values):
+    """Run a notebook in `folder` in a kernel of its own, see `read`; the executed cells."""
+    nbclient = pytest.importorskip("nbclient")
+    notebook = read(path, **values)
     nbclient.NotebookClient(notebook, timeout=HANG, resources={"metadata": {"path": str(folder)}}).execute()
     assert all(c.execution_count for c in notebook.cells if c.cell_type == "code" and c.source)
     return notebook.cells
+
+
+def execute_here(path, folder, **values):
+    """The same without the ten seconds in which a kernel imports what is imported here."""
+    shells = pytest.importorskip("IPython.core.interactiveshell")
+    traitlets = pytest.importorskip("traitlets.config")
+    quiet = traitlets.Config(HistoryManager={"enabled": False})
+    # A name of its own: `__main__` stays pytest's.
+    shell = shells.InteractiveShell(config=quiet, user_ns={"__name__": path.stem})
+    with contextlib.chdir(folder):
+        for cell in read(path, **values).cells:
+            if cell.cell_type == "code":
+                shell.run_cell(cell.source).raise_error()
 
 
 LONG = {"03_sft_vs_dft", "04_should_i_use_dft", "05_sft_dft_grpo"}
@@ -48,7 +70,7 @@ LONG = {"03_sft_vs_dft", "04_should_i_use_dft", "05_sft_dft_grpo"}
     [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in LONG else []) for p in NOTEBOOKS],
 )
 def test_a_notebook_runs_on_the_embedded_base(path, tmp_path):
-    execute(path, tmp_path, **SMALL)
+    execute_here(path, tmp_path, **SMALL)
     for metrics in tmp_path.rglob("metrics.jsonl"):  # SMALL reached it: nobody's machine trains for long
         assert len(metrics.read_text().splitlines()) == SMALL["STEPS"]
 

@@ -13,6 +13,8 @@ from dft_lora.experiments.own_samples import own_samples
 from dft_lora.tasks.judge import judge
 from dft_lora.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("many_runs")
+
 
 def read(file):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -78,7 +80,7 @@ def test_a_run_samples_with_its_own_adapter(tmp_path):
     files = {"base": [], "run": ["--run", run]}
     texts = {}
     for name, more in files.items():
-        done = sample("--out", tmp_path / f"{name}.jsonl", *more)
+        done = sample("--out", tmp_path / f"{name}.jsonl", "--samples", 2, *more)
         assert done.exit_code == 0, done.output
         texts[name] = (tmp_path / f"{name}.jsonl").read_text()
     assert texts["base"] != texts["run"]

@@ -11,6 +11,8 @@ from dft_lora.experiments.findings import STUDY
 from dft_lora.experiments.study import Runs
 from dft_lora.tasks import get_task
 
+pytestmark = pytest.mark.usefixtures("many_runs")
+
 FEW = {kind: real.REMEDIES[kind] for kind in ("plain dft", "dft")}
 SMALL = {"train.batch_size": 2, "train.micro_batch_size": 2, "train.max_steps": 1, "evaluate.samples": 1}
 

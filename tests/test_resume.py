@@ -223,11 +223,11 @@ def test_where_it_is_written_and_how_it_is_judged_are_free(whole, recipe, stoppe
     assert_same(moved, whole)
 
 
-def kill_and_resume(recipe, whole, after: int, delay: float) -> bool:
+def kill_and_resume(recipe, whole, after: int, delay: float, draws: bool = False) -> bool:
     """SIGKILL `delay` seconds after `after` steps were logged, then resume; whether it came in time."""
     run_dir = recipe.parent / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
-    child = start("train", str(recipe))
+    child = start("train", str(recipe), draws=draws)
     metrics = run_dir / "metrics.jsonl"
     wait_for(lambda: not after or (metrics.is_file() and metrics.read_bytes().count(b"\n") >= after))
     child.join(delay)
@@ -280,7 +280,7 @@ def test_sigkill_at_50_random_points_of_a_30_step_run(data, tmp_path):
     for i in range(50):
         after = rng.randrange(31)
         delay = rng.uniform(0, 2 * step_seconds[15] if after else 2)
-        killed += kill_and_resume(recipe, whole, after, delay)
+        killed += kill_and_resume(recipe, whole, after, delay, draws=True)
         print(f"{i + 1} of 50 ended bit-equal; {killed} were killed before their end", flush=True)
     assert killed >= 40
 

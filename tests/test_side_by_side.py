@@ -10,6 +10,8 @@ from dft_lora.runs.folder import RunFolder
 from dft_lora.training.loop import train
 from dft_lora.training.side_by_side import SideBySide
 
+pytestmark = pytest.mark.usefixtures("many_runs")
+
 SMALL = (
     "adapter.r=4",
     "adapter.dropout=0.3",  # draws in every step: a run must have its own random state

@@ -35,6 +35,7 @@ from dft_lora.ui.views import Legend
 
 TABS = ("Compare", "Train", "Tokens", "Steps", "Samples", "Results", "Vote")
 SIZES = {1280: 900, 390: 844}
+BRIEF = 24
 FRAMES = "requestAnimationFrame(() => requestAnimationFrame(arguments[0]))"
 FORBIDDEN = "img, iframe, object, embed, script, style, link, meta, base, form, video, audio, a[href]"
 
@@ -139,7 +140,19 @@ def page(driver, url):
     return page
 
 
-def test_first_screen_explains_itself_and_its_example_runs(page):
+@pytest.fixture
+def brief(monkeypatch):
+    """Answers of at most BRIEF tokens, where it does not matter what is said: random adapters seldom stop."""
+
+    def short(*arguments, **options):
+        with closing(stream(*arguments, **options)) as steps:
+            yield from islice(steps, BRIEF)
+        yield []  # every row has ended
+
+    monkeypatch.setattr(ui_session, "stream", short)
+
+
+def test_first_screen_explains_itself_and_its_example_runs(page, brief):
     assert "see where plain SFT and DFT answer differently" in page.text("#top")
     assert page.run("return document.querySelector('#problem textarea').value").endswith("?")
     page.compare()
@@ -156,6 +169,7 @@ def test_first_token_of_all_columns_is_shown_while_the_second_is_computed(page):
         assert all(page.text(f"#answers .card:nth-child({i}) .said").strip() for i in (1, 2, 3))
         assert forwards.count <= 2 and forwards.streams == 1
         forwards.go_on.set()
+        page.click("#stop")
         wait_for(lambda: not page.count("#answers .chip.wait"))
 
 
@@ -182,18 +196,6 @@ def test_first_token_of_all_columns_within_a_second(page):
         times.append(page.run("return window.first"))
     print("first token, ms:", [round(t) for t in times])
     assert min(times) < 1000, times
-
-
-@pytest.fixture
-def brief(monkeypatch):
-    """Answers of at most 24 tokens, where it does not matter what is said: random adapters seldom stop."""
-
-    def short(*arguments, **options):
-        with closing(stream(*arguments, **options)) as steps:
-            yield from islice(steps, 24)
-        yield []  # every row has ended
-
-    monkeypatch.setattr(ui_session, "stream", short)
 
 
 def see_hostile(page: Page, monkeypatch, strings: list[str]) -> None:
@@ -280,17 +282,17 @@ def check_closed_pages(page: Page, monkeypatch, times: int) -> None:
             page.open()
     page.compare()
     problem = page.run("return document.querySelector('#problem textarea').value")
-    question = Question(problem, temperature=1.0, max_new_tokens=512)
+    question = Question(problem, temperature=1.0, max_new_tokens=BRIEF)
     shown = [page.text(f"#answers .card:nth-child({i}) .said").split() for i in (1, 2, 3)]
     assert shown == [unescape(plain(text)).split() for text in alone_texts(question)]
 
 
-def test_closing_the_page_stops_its_stream(page, monkeypatch):
+def test_closing_the_page_stops_its_stream(page, monkeypatch, brief):
     check_closed_pages(page, monkeypatch, 1)
 
 
 @pytest.mark.slow
-def test_closing_a_hundred_pages_stops_their_streams(page, monkeypatch):
+def test_closing_a_hundred_pages_stops_their_streams(page, monkeypatch, brief):
     check_closed_pages(page, monkeypatch, 100)
 
 
@@ -455,7 +457,7 @@ def upload(page: Page, name: str, content: bytes, folder: Path) -> None:
     page.driver.find_element("css selector", "input[type=file]").send_keys(str(file))
 
 
-def test_a_training_from_an_upload_to_compare(page, tmp_path):
+def test_a_training_from_an_upload_to_compare(page, brief, tmp_path):
     """Refused uploads, hostile rows, pause, reload, a second visitor, stop; then the runs are columns."""
     page.tab("Train")
     wait_for(lambda: page.count("#start") and page.count("input[type=file]"))
@@ -544,7 +546,7 @@ def test_axe_finds_nothing(driver, url, brief, axe, width):
         assert page.driver.execute_async_script(AXE) == [], name
 
 
-def test_a_vote_is_blind_until_it_is_cast(page):
+def test_a_vote_is_blind_until_it_is_cast(page, brief):
     visit(page, "Vote")
     names = page.run("return document.querySelector('#pair').innerHTML")
     assert not any(f">{run}<" in names for run in session().runs)

@@ -20,6 +20,8 @@ from dft_lora.ui.session import Question
 from dft_lora.ui.train_views import inspection_view, moment_view
 from dft_lora.ui.workshop import LONGEST_ROW, MAX_ROWS, MAX_UPLOAD, Setup, Upload, Workshop
 
+pytestmark = pytest.mark.usefixtures("many_runs")
+
 ROW = json.dumps({"question": "1+1?", "answer": "2"}).encode()
 
 
