@@ -98,7 +98,7 @@ def make_plan(recipe: Recipe) -> Plan:
             f"train.skip_rows needs an objective whose weight depends only on the token's probability, "
             f"which {chosen.name!r} is not; set it to 0"
         )
-    if chosen.needs & REFERENCE_NEEDS and recipe.adapter.init in CHANGES_BASE:
+    if (chosen.needs | chosen.signals) & REFERENCE_NEEDS and recipe.adapter.init in CHANGES_BASE:
         raise RecipeError(
             f"adapter.init: {recipe.adapter.init} changes the base that {chosen.name!r} compares with; use "
             "default, or another objective"
