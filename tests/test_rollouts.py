@@ -18,10 +18,17 @@ from dft_lora.errors import DataError, RecipeError, RunError
 from dft_lora.model.generate import Completion
 from dft_lora.tasks import get_task
 from dft_lora.tasks.base import Judge
+from dft_lora.training import rollouts
 from dft_lora.training.loop import train
 from dft_lora.training.plan import make_plan
 from dft_lora.training.ranks import Ranks
-from dft_lora.training.rollouts import pack_groups, stream_seed, unpack_groups, up_to_the_stop
+from dft_lora.training.rollouts import (
+    pack_groups,
+    sample_answers,
+    stream_seed,
+    unpack_groups,
+    up_to_the_stop,
+)
 from dft_lora.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("many_runs")
@@ -141,6 +148,38 @@ def test_streams_differ_for_every_seed_rollout_and_sample():
     every = product((0, 1, 2**32 - 1), range(4), range(4))
     seeds = [stream_seed(seed, rollout, sample) for seed, rollout, sample in every]
     assert len(set(seeds)) == len(seeds)
+
+
+def test_no_two_requests_of_a_rollout_are_equal_however_many_ranks_ask_them(grpo, monkeypatch):
+    """A problem that is drawn twice; a rank may be left without one."""
+    requests = []
+
+    def note(model, asked, **_):
+        requests.extend(asked)
+        return [Completion([5], False)] * len(asked)
+
+    monkeypatch.setattr(rollouts, "generate", note)
+    first, second = grpo.plan.problems[:2]
+
+    def ask(problems, rank, world):
+        requests.clear()
+        config, mine = grpo.plan.rollouts, slice(rank, None, world)
+        answers = sample_answers(
+            None, grpo.plan.renderer, get_task("arithmetic"), problems, config, seed=7, rollout=1, mine=mine
+        )
+        names = [answer.example.id for some in answers for answer in some]
+        return list(zip(names, [(r.prompt_ids, r.seed) for r in requests], strict=True))
+
+    once = ask([first, second], 0, 1)
+    assert [seed for _, (_, seed) in once] == [stream_seed(7, 1, sample) for sample in range(4)] * 2
+    twice = ask([first, second, first], 0, 1)
+    assert twice[:8] == once and len(dict(twice)) == len(set(dict(twice).values())) == 12
+    assert ask([first, second, first], 0, 2) + ask([first, second, first], 1, 2) == [
+        *twice[:4],
+        *twice[8:],
+        *twice[4:8],
+    ]
+    assert ask([first, second, first], 3, 4) == []
 
 
 def test_one_step_for_a_rollout_needs_no_old_log_probabilities(grpo):

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 """peft's name of the adapter in training."""
 SAMPLES = 1_000_003
-"""More than the samples of a problem: seeds of different rollouts never coincide."""
+"""More than the samples of a prompt in a rollout: seeds of different rollouts never coincide."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,21 @@ def sample_answers(
     rollout: int = 0,
     adapter: str | None = None,
     title: str | None = None,
+    mine: slice = slice(None),
 ) -> list[list[Answer]]:
-    """`config.samples` judged answers to each problem, in order. `adapter` None asks the bare base.
+    """`config.samples` judged answers to each of the problems `mine`, in order.
 
-    `title`: that of the progress bar; None shows none.
+    A prompt that is asked again among all `problems` goes on with its next samples. `adapter` None asks the
+    bare base. `title`: that of the progress bar; None shows none.
     """
     from tqdm import tqdm
 
-    asked = [
-        (problem, tuple(renderer.prompt_ids(problem.messages)), sample)
-        for problem in problems
-        for sample in range(config.samples)
-    ]
+    prompts = ((problem, tuple(renderer.prompt_ids(problem.messages))) for problem in problems)
+    numbers: defaultdict[tuple[int, ...], Iterator[int]] = defaultdict(count)
+    each = [[(problem, ids, next(numbers[ids])) for _ in range(config.samples)] for problem, ids in prompts]
+    asked = [request for some in each[mine] for request in some]
+    if not asked:
+        return []
     requests = [
         Request(
             prompt_ids=prompt,
@@ -209,7 +214,7 @@ class Rollouts:
         plan, learner = self.plan, self.learner
         problems = self._asked(rollout)
         answers = learner.ranks.everyone(
-            self._marked(self._answers(problems[learner.ranks.rank :: learner.ranks.world], rollout))
+            self._marked(self._answers(problems, rollout))
         )
         refuse_all_truncated(answers, self.config, what)
         every = [answer for some in answers for answer in some]
@@ -246,7 +251,8 @@ class Rollouts:
         return [self.plan.problems[i] for i in chosen]
 
     def _answers(self, problems: Sequence[Problem], rollout: int) -> list[list[Answer]]:
-        model = self.learner.adapter_model.eval()
+        """The answers to this rank's share of the problems."""
+        model, ranks = self.learner.adapter_model.eval(), self.learner.ranks
         seed = self.plan.recipe.train.seed
         try:
             return sample_answers(
@@ -258,7 +264,8 @@ class Rollouts:
                 seed=seed,
                 rollout=rollout,
                 adapter=ADAPTER,
-                title=f"answers, rollout {rollout + 1}" if self.learner.ranks.is_main else None,
+                title=f"answers, rollout {rollout + 1}" if ranks.is_main else None,
+                mine=slice(ranks.rank, None, ranks.world),
             )
         finally:
             model.train()
