@@ -134,6 +134,17 @@ def test_the_reference_is_the_base_and_is_computed_once(grpo, monkeypatch):
     assert grpo.learner.with_reference(groups) == marked
 
 
+def test_ranks_that_share_a_base_pass_through_it_equally_often(grpo, monkeypatch):
+    """Whatever of a step each of them has seen before: a pass needs every rank's part of a layer."""
+    learner, passes = grpo.learner, []
+    recall = learner.recall
+    monkeypatch.setattr(learner, "recipe", learner.recipe.override(["train.shard=true"]))
+    monkeypatch.setattr(learner, "recall", lambda *a, **k: passes.append(1) or recall(*a, **k))
+    groups = grpo.source.groups(0)[:2]
+    assert learner.with_reference(groups) == learner.with_reference(groups)
+    assert len(passes) == 4
+
+
 def test_answers_survive_a_checkpoint(grpo):
     groups = grpo.source.groups(0)
     again = unpack_groups(pack_groups(groups))
