@@ -375,7 +375,9 @@ def test_refused_by_name(changes, message):
 
 @pytest.mark.parametrize("objective", [{"name": "asft"}, {"name": "dpo"}, {"name": "grpo", "kl": 0.1}])
 def test_an_objective_that_needs_the_base_refuses_a_start_that_changes_it(tmp_path, objective):
-    with pytest.raises(RecipeError, match=f"init: pissa changes the base that '{objective['name']}' compares"):
+    with pytest.raises(
+        RecipeError, match=f"init: pissa changes the base that '{objective['name']}' compares"
+    ):
         make_plan(recipe(tmp_path, "pissa", objective=objective, rollouts={"samples": 2}))
 
 

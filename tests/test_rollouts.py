@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dft_lora.config import load_recipe
 from dft_lora.data.batches import examples_of
-from dft_lora.errors import DataError, RecipeError, RunError
+from dft_lora.errors import DataError, RecipeError, RequestError, RunError
 from dft_lora.model.generate import Completion
 from dft_lora.tasks import get_task
 from dft_lora.tasks.base import Judge
@@ -22,6 +22,7 @@ from dft_lora.training import rollouts
 from dft_lora.training.loop import train
 from dft_lora.training.plan import make_plan
 from dft_lora.training.ranks import Ranks
+from dft_lora.training.resume_guard import ROUND, guarded_fields, refuse_differences
 from dft_lora.training.rollouts import (
     pack_groups,
     sample_answers,
@@ -381,6 +382,22 @@ def test_the_value_head_learns_and_stays_out_of_the_adapter(whole_runs):
     assert head.shape[0] == 1 and head.dtype == torch.float32 and head.any()
     assert all("lora" in name for name in load_file(whole / "adapter" / "adapter_model.safetensors"))
     assert {"reward", "truncated", "answers_used", "generated_tokens"} <= lines(whole)[0].keys()
+
+
+def test_a_longer_run_whose_rounds_would_begin_elsewhere_is_refused():
+    """It would go back a round and sample it again. Online objectives sample as often as they need."""
+
+    def guarded(name, *changes):
+        return guarded_fields(
+            make_plan(load_recipe(f"tiny_{name}", (*SMALL, *changes))), torch.device("cpu"), 1
+        )
+
+    before = guarded("rft", "rollouts.rounds=2")
+    with pytest.raises(RequestError, match="steps per rollout was 2, is 4"):
+        refuse_differences(before, guarded("rft", "rollouts.rounds=2", "train.max_steps=8"), extend=True)
+    refuse_differences(guarded("grpo"), guarded("grpo", "train.max_steps=8"), extend=True)
+    of_an_earlier_version = {name: value for name, value in before.items() if name != ROUND}
+    refuse_differences(of_an_earlier_version, before, extend=False)
 
 
 # --- what is refused --------------------------------------------------------------------------------------

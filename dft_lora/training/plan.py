@@ -53,6 +53,13 @@ class Plan:
         return self.recipe.rollouts or RolloutConfig()
 
     @property
+    def steps_each(self) -> int:
+        """Optimizer steps that learn from the same rollout."""
+        if self.objective.learns_from == "rollouts":
+            return self.rollouts.updates
+        return math.ceil(self.steps / self.rollouts.rounds)
+
+    @property
     def sized(self) -> list[Example]:
         """Examples as long as those of the run can be, to measure memory by: the examples themselves, or the
         longest prompts with stand-ins for the longest answers."""

@@ -11,7 +11,6 @@ Shapes: E answers of a rollout, T tokens of one answer.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -181,14 +180,13 @@ class Rollouts:
         self.plan, self.learner, self.config = plan, learner, plan.rollouts
         self.judge = judge_of(plan.recipe.data.source).allowed(plan.recipe.evaluate.allow_code)
         self.online = plan.objective.learns_from == "rollouts"
-        self.steps_each = self.config.updates if self.online else math.ceil(plan.steps / self.config.rounds)
         self.rollout = -1
         self.known: list[Group] = []
         self.figures: Mapping[str, float] = {}
 
     def groups(self, step: int) -> list[Group]:
         """See StepSource. Samples where a new rollout begins."""
-        rollout, within = divmod(step, self.steps_each)
+        rollout, within = divmod(step, self.plan.steps_each)
         if rollout != self.rollout:
             self._sample(rollout, f"step {step + 1}")
         settings = self.plan.recipe.train
@@ -198,7 +196,7 @@ class Rollouts:
 
     def kept(self, step: int) -> dict[str, Any]:
         """See StepSource. Nothing, where the next step begins a rollout."""
-        rollout, within = divmod(step, self.steps_each)
+        rollout, within = divmod(step, self.plan.steps_each)
         if not within or rollout != self.rollout:
             return {}
         return {"rollout": rollout, "figures": dict(self.figures), "groups": pack_groups(self.known)}
@@ -213,9 +211,7 @@ class Rollouts:
         """Sample, judge, make groups. Raises RunError if there is nothing to learn from."""
         plan, learner = self.plan, self.learner
         problems = self._asked(rollout)
-        answers = learner.ranks.everyone(
-            self._marked(self._answers(problems, rollout))
-        )
+        answers = learner.ranks.everyone(self._marked(self._answers(problems, rollout)))
         refuse_all_truncated(answers, self.config, what)
         every = [answer for some in answers for answer in some]
         if self.online:
