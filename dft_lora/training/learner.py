@@ -335,7 +335,7 @@ class Learner:
 
     def hidden(self, model: Any, batch: Batch) -> torch.Tensor:
         """The last hidden states of a micro-batch, but for its last position, which predicts nothing."""
-        with offloaded() if self.recipe.train.offload_activations else nullcontext():
+        with offloaded(model) if self.recipe.train.offload_activations else nullcontext():
             return self.hidden_states(model, **batch.inputs(self.ranks.device))[:, :-1]
 
     def scores_at(self, h_BLD: torch.Tensor, batch: Batch, **more: Any) -> TokenScores:
