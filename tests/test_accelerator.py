@@ -75,7 +75,7 @@ def fake(request, monkeypatch):
 
 
 def test_a_resumed_run_takes_up_the_devices_own_generator(fake, tmp_path):
-    """cadft, since it also sums over each example."""
+    """With cadft, which also sums over each example."""
     recipe = [*STEPS, "objective={name: cadft}", f"output={tmp_path / 'run'}"]
     with NoFloat64():
         train(load_recipe("tiny_dft", recipe))
