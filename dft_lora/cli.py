@@ -23,6 +23,12 @@ from .errors import DftLoraError, Interrupted, RequestError, did_you_mean
 from .experiments import CONTINUES
 from .experiments import NAMES as EXPERIMENTS
 
+OUT_OF_MEMORY = (
+    "out of memory: take a smaller model, or fewer rollouts.rows where the run samples; dft-lora preflight "
+    "RECIPE measures what fits"
+)
+"""Where no smaller piece is tried: while a base is loaded, or answers are sampled."""
+
 
 class Commands(click.Group):
     """A group that turns our errors into one line and an exit code, and suggests near names."""
@@ -44,6 +50,14 @@ class Commands(click.Group):
             if error.filename is None:  # not about a file of the user's
                 raise
             message, code = f"{error.filename}: {error.strerror}", 1
+        except (click.Abort, click.exceptions.Exit):  # click's own ways to end, which are RuntimeErrors
+            raise
+        except (MemoryError, RuntimeError) as error:
+            from .training.faults import is_out_of_memory
+
+            if not is_out_of_memory(error):
+                raise
+            message, code = OUT_OF_MEMORY, 1
         click.echo(f"error: {' '.join(message.splitlines())}", err=True)
         context.exit(code)
 

@@ -27,8 +27,8 @@ PROBES = 8
 
 
 def refuse_unfinished(run: RunFolder) -> None:
-    """Raises RequestError for a bare base and for a run that was stopped before its last step."""
-    if not run.has_adapter or "figures" not in run.run():
+    """Raises RequestError for a bare base, a run before its last step, and a checkpoint without figures."""
+    if not (run.has_adapter and run.finished and "figures" in run.run()):
         raise RequestError(
             f"{run.path}: no adapter of a finished run; train it, or continue it with --resume"
         )
@@ -37,9 +37,9 @@ def refuse_unfinished(run: RunFolder) -> None:
 def merge(run: RunFolder, out: Path, dtype: str = "bfloat16") -> dict[str, Any]:
     """Write base and adapter as one 16-bit model, with tokenizer and card, to the new folder `out`.
 
-    Returns the drift: how far its logits are from those of the model as trained (4-bit base and adapter), and
-    from those of the unmerged 16-bit model. Raises RequestError when `out` exists or cannot be written, or
-    when there is no adapter.
+    Returns the drift: how far its logits are from those of the model as trained (over the base as the recipe
+    holds it), and from those of the unmerged 16-bit model. Raises RequestError when `out` exists or cannot be
+    written, or when there is no adapter.
     """
     refuse_unfinished(run)
     with new_folder(out, "OUT"):
@@ -145,12 +145,14 @@ def card(
     from .loss import objective
 
     metadata, recipe = run.run(), run.recipe()
-    base, name = recipe.model.name, run.name
+    base, name, held = recipe.model.name, run.name, recipe.model.quantization
+    quantized = held != "none"
+    over = f"a base in {held}" if quantized else "a base that was not quantized"
     header: dict[str, Any] = {
         "base_model": base,
         "library_name": "transformers" if merged else "peft",
         "pipeline_tag": "text-generation",
-        "tags": ["dft", "dynamic-fine-tuning", "lora", *([] if merged else ["qlora"])],
+        "tags": ["dft", "dynamic-fine-tuning", "lora", *(["qlora"] if quantized and not merged else [])],
     }
     if recipe.data.source.count("/") == 1 and not Path(recipe.data.source).exists():
         header["datasets"] = [recipe.data.source]
@@ -171,21 +173,21 @@ def card(
     if drift:
         far = drift["from_training"]
         lines += [
-            "The adapter was trained on the 4-bit base and merged into the 16-bit base. Compared with the "
-            f"model as trained, the largest logit change is {far['largest_logit_change']:.3g}, the mean KL "
-            f"is {far['mean_kl']:.2g} nats, and the most probable token is the same at "
-            f"{far['same_top1']:.1%} of positions. The results above are those of the 4-bit model."
+            f"The adapter was trained over {over} and merged into the 16-bit base. Compared with the model "
+            f"as trained, the largest logit change is {far['largest_logit_change']:.3g}, the mean KL is "
+            f"{far['mean_kl']:.2g} nats, and the most probable token is the same at "
+            f"{far['same_top1']:.1%} of positions. The results above are those of the model as trained."
         ]
     lines += [
         "## Training",
         f"- Objective: `{wanted}`, {formula}\n"
-        f"- Adapter: r {recipe.adapter.r}, alpha {recipe.adapter.alpha:g}, over a base in "
-        f"{recipe.model.quantization}\n"
+        f"- Adapter: r {recipe.adapter.r}, alpha {recipe.adapter.alpha:g}, over {over}\n"
         f"- Data: `{source}`, split `{recipe.data.split}`\n"
         f"- Steps: {last['step']} of {train.batch_size} examples, AdamW {train.learning_rate:g}, "
         f"{train.schedule}, seed {train.seed}; {metadata['figures']['seconds']:.0f} s on {made['device']} in "
         f"{made['dtype']}\n"
-        f"- Last step: NLL {last['nll']:.3f}, mean target probability {last['mean_probability']:.3f}",
+        f"- Last step: NLL {_figure(last['nll'])}, mean target probability "
+        f"{_figure(last['mean_probability'])}",
         f"Made with dft-lora {made['versions']['dft-lora']} (commit {made['commit']}), "
         f"torch {made['versions']['torch']}, transformers {made['versions']['transformers']}, "
         f"{made['date'][:10]}.",
@@ -195,6 +197,11 @@ def card(
         "facts from it, and check for overlap before comparing on a public test set.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _figure(value: float | None) -> str:
+    """A metric of `metrics.jsonl`, which has None for what is not finite."""
+    return "not finite" if value is None else f"{value:.3f}"
 
 
 def _usage(run: RunFolder, merged: bool, repository: str | None) -> list[str]:
@@ -289,8 +296,7 @@ def to_llama_cpp(run: RunFolder, out: Path | None = None) -> tuple[Path, str]:
     from .model.gguf import write_adapter
     from .model.load import gguf_file, load_model_config
 
-    if not run.has_adapter:
-        raise RequestError(f"{run.path}: no adapter to export; the run has not finished")
+    refuse_unfinished(run)
     out = out or run.path / f"{run.name}.adapter.gguf"
     if out.exists():
         raise RequestError(f"{out} exists; name another file with --out")

@@ -6,10 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dft_lora.config import load_recipe
 from dft_lora.errors import RecipeError, RequestError
 from dft_lora.model.accelerator import KINDS, Accelerator, Cpu, Mps, accelerator, default_device
+from dft_lora.model.generate import Request, _choose, _Row, random_stream
 from dft_lora.model.hardware import choose
 from dft_lora.training.faults import is_out_of_memory
 from dft_lora.training.loop import train
@@ -32,7 +35,7 @@ class TorchModule(SimpleNamespace):
     def __getattr__(self, name):
         answers = {
             "get_device_name": "an accelerator",
-            "get_device_properties": SimpleNamespace(total_memory=2**33),
+            "get_device_properties": SimpleNamespace(total_memory=2**33, has_fp64=False),
             "recommended_max_memory": 2**33,
             "driver_allocated_memory": 2**32,
             "mem_get_info": (2**32, 2**33),
@@ -51,6 +54,16 @@ class TorchModule(SimpleNamespace):
         return call
 
 
+class NoFloat64(TorchDispatchMode):
+    """Apple's GPUs, and some of Intel's: a float64 tensor cannot exist there."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if any(getattr(x, "dtype", None) == torch.float64 for x in tree_leaves(out)):
+            raise TypeError(f"{func}: this device has no float64")
+        return out
+
+
 @pytest.fixture(params=["xpu", "mps"])
 def fake(request, monkeypatch):
     """torch's module of an accelerator that answers in place of the CPU."""
@@ -62,8 +75,10 @@ def fake(request, monkeypatch):
 
 
 def test_a_resumed_run_takes_up_the_devices_own_generator(fake, tmp_path):
-    recipe = [*STEPS, f"output={tmp_path / 'run'}"]
-    train(load_recipe("tiny_dft", recipe))
+    """With cadft, which also sums over each example."""
+    recipe = [*STEPS, "objective={name: cadft}", f"output={tmp_path / 'run'}"]
+    with NoFloat64():
+        train(load_recipe("tiny_dft", recipe))
     fake.generator.zero_()
     run = train(load_recipe("tiny_dft", [*recipe, "train.max_steps=2"]), resume=True, extend=True)
     assert torch.equal(fake.generator, torch.arange(8, dtype=torch.uint8))
@@ -75,6 +90,24 @@ def test_memory_is_what_the_device_says(fake):
     assert (device.total_memory, device.free_memory) == (2**33, 2**32)
     if device.counts_memory:
         assert (device.allocated(), device.peak()) == (2**20, 2**21)
+
+
+def test_a_draw_is_the_same_where_float64_is_missing(monkeypatch):
+    """There the logits go to the CPU first. The device is one without contents, so nothing else can."""
+    logits_RV = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    asked = [Request((1, 2), None, seed=seed) for seed in range(2)]
+
+    def to(device):
+        assert device == CPU
+        return logits_RV
+
+    def drawn(h_RD, logits):
+        rows = [_Row(i, request, random_stream(request)) for i, request in enumerate(asked)]
+        return _choose(SimpleNamespace(row_bytes=1, raw_logits=lambda h_RD: logits), h_RD, rows)
+
+    monkeypatch.setitem(KINDS, "meta", Mps)
+    on_meta = drawn(torch.empty(2, 8, device="meta"), SimpleNamespace(to=to))
+    assert on_meta == drawn(torch.empty(2, 8), logits_RV)
 
 
 def test_the_dtype_follows_what_the_device_computes(fake, monkeypatch):

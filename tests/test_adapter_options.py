@@ -373,9 +373,12 @@ def test_refused_by_name(changes, message):
     assert "\n" not in str(refused.value)
 
 
-def test_an_objective_that_needs_the_base_refuses_a_start_that_changes_it(tmp_path):
-    with pytest.raises(RecipeError, match=r"init: pissa changes the base that 'asft' compares with"):
-        make_plan(recipe(tmp_path, "pissa", objective={"name": "asft"}))
+@pytest.mark.parametrize("objective", [{"name": "asft"}, {"name": "dpo"}, {"name": "grpo", "kl": 0.1}])
+def test_an_objective_that_needs_the_base_refuses_a_start_that_changes_it(tmp_path, objective):
+    with pytest.raises(
+        RecipeError, match=f"init: pissa changes the base that '{objective['name']}' compares"
+    ):
+        make_plan(recipe(tmp_path, "pissa", objective=objective, rollouts={"samples": 2}))
 
 
 def test_a_rank_beyond_a_layers_width(tmp_path):

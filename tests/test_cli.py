@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from evidence_runs import answered
 
-from dft_lora.cli import main
+from dft_lora.cli import OUT_OF_MEMORY, main
 from dft_lora.config import parse_recipe
 from dft_lora.errors import RunError
 from dft_lora.runs.folder import new_folder
@@ -50,6 +50,30 @@ def test_exports_and_all_agree():
         assert getattr(dft_lora, name).__name__ == name
     with pytest.raises(AttributeError):
         dft_lora.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("recipe", "where"),
+    [
+        ("tiny_dft", "transformers.AutoModelForCausalLM.from_pretrained"),
+        ("tiny_rft", "dft_lora.training.rollouts.generate"),
+    ],
+)
+def test_out_of_memory_is_one_line(monkeypatch, tmp_path, recipe, where):
+    """While the base is loaded, or answers are sampled. Any other error keeps its traceback."""
+    import torch
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(where, fails)
+    command = ("train", recipe, "--set", "data.sample=12")
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    done = invoke(*command, "--set", f"output={tmp_path / 'a'}")
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+    assert done.stderr.splitlines()[-1] == f"error: {OUT_OF_MEMORY}"
+    error = RuntimeError("something else")
+    assert invoke(*command, "--set", f"output={tmp_path / 'b'}").exception is error
 
 
 def test_every_command_has_an_example():

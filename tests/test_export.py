@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -17,7 +18,17 @@ from dft_lora.cli import main
 from dft_lora.config import load_recipe
 from dft_lora.data.templates import Renderer
 from dft_lora.errors import MissingPart, RequestError, RunError
-from dft_lora.export import card, difference, logits_of, merge, probe_rows, push, to_gguf, vllm_command
+from dft_lora.export import (
+    card,
+    difference,
+    logits_of,
+    merge,
+    probe_rows,
+    push,
+    to_gguf,
+    to_llama_cpp,
+    vllm_command,
+)
 from dft_lora.model.load import load_adapters, load_base, load_tokenizer
 from dft_lora.runs.folder import RunFolder
 from dft_lora.training.loop import train
@@ -61,6 +72,38 @@ def test_merging_refuses_what_exists_and_a_run_without_adapter(run, merged, tmp_
         merge(bare, tmp_path / "out")
     with pytest.raises(RequestError, match="no adapter"):
         push(bare, "a/b")
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    """The run, to be changed."""
+    return RunFolder(shutil.copytree(run.path, tmp_path / "copied"))
+
+
+def test_a_run_whose_extension_was_interrupted_is_not_exported(copied, tmp_path):
+    """Its adapter is still that of fewer steps than planned."""
+    copied.write_run(steps=6)
+    for export in (merge, push, to_llama_cpp):
+        with pytest.raises(RequestError, match="no adapter of a finished run"):
+            export(copied, tmp_path / "out")
+
+
+def test_the_card_says_what_the_base_was_held_in(copied):
+    drift = {"from_training": {"largest_logit_change": 0.1, "mean_kl": 0.0, "same_top1": 1.0}}
+    for held, over in (("nf4", "a base in nf4"), ("none", "a base that was not quantized")):
+        metadata = copied.run()
+        metadata["recipe"]["model"]["quantization"] = held
+        copied.write_run(**metadata)
+        text, merged = card(copied), card(copied, merged=True, drift=drift)
+        assert f", over {over}\n" in text and f"trained over {over} and merged" in merged
+        assert ("qlora" in text) == (held == "nf4") and "qlora" not in merged and "4-bit" not in text + merged
+
+
+def test_the_card_of_a_run_whose_last_step_was_skipped(copied):
+    metadata = copied.run()
+    metadata["figures"]["last"] |= {"nll": None, "mean_probability": None}
+    copied.write_run(**metadata)
+    assert "Last step: NLL not finite, mean target probability not finite" in card(copied)
 
 
 def test_the_card_holds_the_figures_of_the_run(run, merged):

@@ -86,6 +86,19 @@ def watch(rank: int, port: int, log) -> None:
     shard, backends.shard = backends.shard, shard_and_watch
 
 
+@pytest.mark.slow
+def test_dpo_over_a_shared_base_is_dpo_over_whole_ones(tmp_path):
+    """Three epochs, in which a pair is not always the same rank's."""
+    rows = [{"problem": f"{i} + 1?", "chosen": f"so {i + 1}", "rejected": f"no {i}"} for i in range(8)]
+    for name, shard in (("whole", False), ("shared", True)):
+        train = {"batch_size": 4, "max_steps": 6, "shard": shard}
+        path = recipe(tmp_path, name, "dpo", **train)
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        two_of_them(tmp_path, path)
+    whole, shared = weights(tmp_path / "whole"), weights(tmp_path / "shared")
+    assert all(torch.equal(weight, shared[name]) for name, weight in whole.items())
+
+
 def two_of_them(tmp_path, path, *arguments):
     ends = [finish(child) for child in start_two("train", str(path), *arguments)]
     assert [code for code, _ in ends] == [0, 0], ends

@@ -29,7 +29,7 @@ from dft_lora.data.templates import Renderer
 from dft_lora.errors import ModelError, RecipeError, RequestError, RunError
 from dft_lora.export import to_llama_cpp
 from dft_lora.model import gguf, known
-from dft_lora.model.fingerprint import base_fingerprint
+from dft_lora.model.fingerprint import base_fingerprint, local_fingerprint
 from dft_lora.model.load import load_adapters, load_base, load_tokenizer, resolve, weights_of
 from dft_lora.model.tiny import TINY_DIR
 from dft_lora.runs.folder import RunFolder
@@ -424,6 +424,36 @@ def test_a_recipe_names_one_file():
         parse_recipe({"model": {"name": "a.gguf", "gguf": "b.gguf"}})
     with pytest.raises(ModelError, match=r"model.gguf: no 'b.gguf' in 'owner/name'"):
         resolve(ModelConfig(name="owner/name", gguf="b.gguf"))  # the Hub is out of reach in tests
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        *(("tiny", "gguf"), ("tiny", "revision"), ("gemma-3-270m", "gguf"), ("smollm2-135m", "revision")),
+        *(("a.gguf", "revision"), (".", "revision")),
+    ],
+)
+def test_a_field_that_would_change_nothing_is_refused(name, field):
+    with pytest.raises(ModelError, match=rf"model\.{field}: not with model\.name '{name}'"):
+        resolve(ModelConfig(name=name, **{field: "other.gguf"}))
+
+
+def test_a_fingerprint_of_recorded_results_fetches_nothing(monkeypatch, tiny_gguf):
+    """Neither a known base, whose sha256 is known too, nor a file of the Hub."""
+    import huggingface_hub
+
+    def local_copy(*_, local_files_only, **__):
+        assert local_files_only
+        return str(tiny_gguf)
+
+    monkeypatch.setattr(known, "_fetched", lambda base: pytest.fail("fetched"))
+    monkeypatch.setattr(known, "accept", lambda *_: pytest.fail("asked to accept the terms"))
+    for name, base in known.KNOWN.items():
+        assert local_fingerprint(ModelConfig(name=name)) == base.sha256
+    config = ModelConfig(name="owner/name", gguf="b.gguf")
+    assert local_fingerprint(config) is None
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", local_copy)
+    assert local_fingerprint(config) == gguf.sha256(tiny_gguf)
 
 
 # --- bases known by name ------------------------------------------------------------------------

@@ -79,6 +79,24 @@ def test_long_rows_take_less_memory_on_a_gpu(tmp_path):
     assert whole.saved - moved.saved >= 3 * layer_input
 
 
+def test_weights_stay_where_they_are(monkeypatch):
+    """The output head saves its own weight; what moves is as long as the row."""
+    moved = []
+    to_host = long_rows._to_host
+
+    def note(x):
+        saved = to_host(x)
+        if saved is not x:
+            moved.append(tuple(x.shape))
+        return saved
+
+    monkeypatch.setattr(long_rows, "_to_host", note)
+    with traced(recipe_of(offload_activations=True), DFT, 0) as learner:
+        batch = longest_batch(learner, [Example("0", tuple(range(1, 1001)), 64)], 1)
+        probe(learner, batch, gauged=False)
+    assert {shape[:2] for shape in moved} == {(1, 1000)}
+
+
 def test_mlps_that_cannot_be_tiled_are_refused():
     with pytest.raises(ModelError, match=r"train\.mlp_tile"):
         long_rows.tile_mlps(torch.nn.Sequential(torch.nn.Linear(2, 2)), 64)

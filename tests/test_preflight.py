@@ -81,6 +81,14 @@ def test_predicted_is_the_peak_of_a_real_step(recipe, trainer):
     assert not recipe.output_dir.exists(), "preflight writes nothing"
 
 
+def test_gradients_are_counted_once():
+    """For an adapter larger than its base: the peak of the pass does not hold those that are resident."""
+    small = ["data.sample=20", "train.batch_size=4", "train.micro_batch_size=1"]
+    found = preflight(load_recipe("tiny_sft", ["adapter.r=256", *small]))
+    assert found["bytes"]["gradients"] > found["bytes"]["weights"]
+    assert found["peak"] == pytest.approx(found["predicted_peak"], rel=0.01)
+
+
 def test_resident_bytes_are_those_of_the_tensors(trainer):
     found = resident_bytes(trainer.learner)
     assert found["adapter"] == sum(p.numel() * 4 for p in trainer.learner.trainable) == found["gradients"]

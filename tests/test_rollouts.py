@@ -14,14 +14,22 @@ from safetensors.torch import load_file
 
 from dft_lora.config import load_recipe
 from dft_lora.data.batches import examples_of
-from dft_lora.errors import DataError, RecipeError, RunError
+from dft_lora.errors import DataError, RecipeError, RequestError, RunError
 from dft_lora.model.generate import Completion
 from dft_lora.tasks import get_task
 from dft_lora.tasks.base import Judge
+from dft_lora.training import rollouts
 from dft_lora.training.loop import train
 from dft_lora.training.plan import make_plan
 from dft_lora.training.ranks import Ranks
-from dft_lora.training.rollouts import pack_groups, stream_seed, unpack_groups, up_to_the_stop
+from dft_lora.training.resume_guard import ROUND, guarded_fields, refuse_differences
+from dft_lora.training.rollouts import (
+    pack_groups,
+    sample_answers,
+    stream_seed,
+    unpack_groups,
+    up_to_the_stop,
+)
 from dft_lora.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("many_runs")
@@ -127,6 +135,17 @@ def test_the_reference_is_the_base_and_is_computed_once(grpo, monkeypatch):
     assert grpo.learner.with_reference(groups) == marked
 
 
+def test_ranks_that_share_a_base_pass_through_it_equally_often(grpo, monkeypatch):
+    """Whatever of a step each of them has seen before: a pass needs every rank's part of a layer."""
+    learner, passes = grpo.learner, []
+    recall = learner.recall
+    monkeypatch.setattr(learner, "recipe", learner.recipe.override(["train.shard=true"]))
+    monkeypatch.setattr(learner, "recall", lambda *a, **k: passes.append(1) or recall(*a, **k))
+    groups = grpo.source.groups(0)[:2]
+    assert learner.with_reference(groups) == learner.with_reference(groups)
+    assert len(passes) == 4
+
+
 def test_answers_survive_a_checkpoint(grpo):
     groups = grpo.source.groups(0)
     again = unpack_groups(pack_groups(groups))
@@ -141,6 +160,38 @@ def test_streams_differ_for_every_seed_rollout_and_sample():
     every = product((0, 1, 2**32 - 1), range(4), range(4))
     seeds = [stream_seed(seed, rollout, sample) for seed, rollout, sample in every]
     assert len(set(seeds)) == len(seeds)
+
+
+def test_no_two_requests_of_a_rollout_are_equal_however_many_ranks_ask_them(grpo, monkeypatch):
+    """A problem that is drawn twice; a rank may be left without one."""
+    requests = []
+
+    def note(model, asked, **_):
+        requests.extend(asked)
+        return [Completion([5], False)] * len(asked)
+
+    monkeypatch.setattr(rollouts, "generate", note)
+    first, second = grpo.plan.problems[:2]
+
+    def ask(problems, rank, world):
+        requests.clear()
+        config, mine = grpo.plan.rollouts, slice(rank, None, world)
+        answers = sample_answers(
+            None, grpo.plan.renderer, get_task("arithmetic"), problems, config, seed=7, rollout=1, mine=mine
+        )
+        names = [answer.example.id for some in answers for answer in some]
+        return list(zip(names, [(r.prompt_ids, r.seed) for r in requests], strict=True))
+
+    once = ask([first, second], 0, 1)
+    assert [seed for _, (_, seed) in once] == [stream_seed(7, 1, sample) for sample in range(4)] * 2
+    twice = ask([first, second, first], 0, 1)
+    assert twice[:8] == once and len(dict(twice)) == len(set(dict(twice).values())) == 12
+    assert ask([first, second, first], 0, 2) + ask([first, second, first], 1, 2) == [
+        *twice[:4],
+        *twice[8:],
+        *twice[4:8],
+    ]
+    assert ask([first, second, first], 3, 4) == []
 
 
 def test_one_step_for_a_rollout_needs_no_old_log_probabilities(grpo):
@@ -331,6 +382,22 @@ def test_the_value_head_learns_and_stays_out_of_the_adapter(whole_runs):
     assert head.shape[0] == 1 and head.dtype == torch.float32 and head.any()
     assert all("lora" in name for name in load_file(whole / "adapter" / "adapter_model.safetensors"))
     assert {"reward", "truncated", "answers_used", "generated_tokens"} <= lines(whole)[0].keys()
+
+
+def test_a_longer_run_whose_rounds_would_begin_elsewhere_is_refused():
+    """It would go back a round and sample it again. Online objectives sample as often as they need."""
+
+    def guarded(name, *changes):
+        return guarded_fields(
+            make_plan(load_recipe(f"tiny_{name}", (*SMALL, *changes))), torch.device("cpu"), 1
+        )
+
+    before = guarded("rft", "rollouts.rounds=2")
+    with pytest.raises(RequestError, match="steps per rollout was 2, is 4"):
+        refuse_differences(before, guarded("rft", "rollouts.rounds=2", "train.max_steps=8"), extend=True)
+    refuse_differences(guarded("grpo"), guarded("grpo", "train.max_steps=8"), extend=True)
+    of_an_earlier_version = {name: value for name, value in before.items() if name != ROUND}
+    refuse_differences(of_an_earlier_version, before, extend=False)
 
 
 # --- what is refused --------------------------------------------------------------------------------------

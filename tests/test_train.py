@@ -1,9 +1,11 @@
 """The loop on the embedded base and with the real Qwen2.5 tokenizer: laws of one step, and whole runs."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +19,10 @@ from dft_lora.errors import RecipeError
 from dft_lora.evaluation.tokens import score
 from dft_lora.experiments.shipped import shipped_runs
 from dft_lora.loss import objective, objective_names
+from dft_lora.loss.objectives import starves
 from dft_lora.model.load import load_adapters, load_base
 from dft_lora.model.teacher import as_teacher
-from dft_lora.training.loop import train
+from dft_lora.training.loop import train, warn_of_starved_ends
 from dft_lora.training.plan import make_plan
 from dft_lora.training.ranks import Ranks
 from dft_lora.training.steps import FixedGroups
@@ -231,6 +234,19 @@ def test_a_run_whose_answers_will_not_end_is_warned_of(tmp_path, caplog):
     assert not said("data.split=train")
     assert not said("data.split=train-boxed", "objective.floor=0.1")
     assert not said("data.split=train-boxed", "objective.name=sft")
+
+
+@pytest.mark.parametrize("name", [name for name in objective_names() if starves(objective(name), 1e-3)])
+def test_the_remedies_of_that_warning_are_accepted_and_work(name, caplog):
+    """Only dft has a floor and an end."""
+    wanted = objective(name)
+    trainer = SimpleNamespace(done=1, learner=SimpleNamespace(objective=wanted))
+    trainer.plan = trainer.learner
+    warn_of_starved_ends(trainer, {"p_end": 1e-3})
+    *before, floor, end = re.findall(r"objective\.\w+=[\w.]+", caplog.text)
+    for remedy in (floor, end):
+        mended = load_recipe("tiny_dft", (f"objective={{name: {name}}}", *before, remedy)).objective
+        assert not starves(objective(mended.name, **mended.numbers), 1e-3)
 
 
 def test_an_annealed_objective_starts_as_sft_and_ends_as_dft():

@@ -11,14 +11,17 @@ import subprocess
 import sys
 from importlib import metadata
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from dft_lora.cli import main
+from dft_lora.config import ModelConfig, parse_recipe
 from dft_lora.errors import MissingPart
 from dft_lora.model import unsloth
+from dft_lora.model.load import load_base
 
 here = pytest.mark.skipif(find_spec("unsloth") is None, reason="unsloth is not installed in this environment")
 
@@ -89,6 +92,26 @@ def test_a_missing_or_old_install_is_one_line_that_says_what_to_install(version,
     assert "constraints-unsloth.txt" in str(error.value) and "\n" not in str(error.value)
     done = CliRunner().invoke(main, ["train", "tiny_dft", "--set", "model.backend=unsloth"])
     assert done.exit_code == 2 and message in done.output
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        ("all-linear", list(unsloth.LINEAR)),
+        (".*layers.[02].*(q|v)_proj", ".*layers.[02].*(q|v)_proj"),  # an expression, to peft
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+    ],
+)
+def test_target_modules_reach_unsloth_as_they_are(given, passed, monkeypatch):
+    recipe = parse_recipe({"model": {"backend": "unsloth"}, "adapter": {"target_modules": given}})
+    base, asked = load_base(ModelConfig(), torch.device("cpu"))[0], {}
+    model = SimpleNamespace(
+        from_pretrained=lambda *_, **__: (base, None),
+        get_peft_model=lambda base, **options: asked.update(options) or base,
+    )
+    monkeypatch.setattr(unsloth, "import_unsloth", lambda: SimpleNamespace(FastLanguageModel=model))
+    unsloth.build_with_unsloth(recipe, torch.device("cpu"))
+    assert asked["target_modules"] == passed
 
 
 def test_the_switch_is_put_back_and_a_model_without_it_is_refused(monkeypatch):

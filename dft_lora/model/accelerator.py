@@ -46,6 +46,12 @@ class Accelerator:
         return self._torch.is_bf16_supported()
 
     @property
+    def widest_float(self) -> torch.dtype:
+        """float64 where such tensors can exist; else float32."""
+        has_it = getattr(self._torch.get_device_properties(self.device), "has_fp64", True)  # XPU says
+        return torch.float64 if has_it else torch.float32
+
+    @property
     def quantizes(self) -> bool:
         """Whether bitsandbytes computes here with a base of 4 or 8 bits."""
         from bitsandbytes import supported_torch_devices
@@ -96,6 +102,7 @@ class Cpu(Accelerator):
 
     counts_memory = False
     quantizes = True
+    widest_float = torch.float64
 
     @property
     def name(self) -> str:
@@ -159,6 +166,7 @@ class Mps(Cpu):
     """Apple's GPU. It shares the host's memory; torch counts the tensors there, but not their peak."""
 
     quantizes = Accelerator.quantizes
+    widest_float = torch.float32
 
     @property
     def name(self) -> str:

@@ -8,7 +8,8 @@ from ..config import ModelConfig
 from ..errors import ModelError
 from ..runs.files_hash import files_hash
 from . import gguf
-from .load import load_model_config, resolve
+from .known import KNOWN
+from .load import gguf_file, load_model_config, resolve
 
 
 def base_fingerprint(config: ModelConfig) -> str:
@@ -17,6 +18,7 @@ def base_fingerprint(config: ModelConfig) -> str:
     For each weight file, the hash covers its size and 64 evenly spread blocks of 64 KB (all of a small file).
     Further training changes every block, and a 16 GB base takes no longer than a small one.
     """
+    resolve(config)  # fetches a GGUF file that is not on this machine
     local = local_fingerprint(config)
     if local is not None:
         return local
@@ -24,8 +26,12 @@ def base_fingerprint(config: ModelConfig) -> str:
 
 
 def local_fingerprint(config: ModelConfig) -> str | None:
-    """The same without asking the Hub: None for a base that is not on this machine."""
+    """The same without asking the Hub: None for a base that is neither on this machine nor known by name."""
+    if config.name in KNOWN:
+        return KNOWN[config.name].sha256
     try:
+        if (file := gguf_file(config, fetch=False)) is not None:
+            return gguf.sha256(file)
         folder = Path(resolve(config))
     except ModelError:
         return None

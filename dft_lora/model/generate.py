@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..errors import RequestError, RunError
 from ..loss import Head
+from .accelerator import accelerator
 from .adapters import adapter_layers, mixed
 from .generation_memory import LOGITS_BYTES, PREFILL_TOKENS, Bound, rows_that_fit, sampler_rows
 from .head import bare, head_of
@@ -289,7 +290,12 @@ def random_stream(request: Request) -> np.random.Generator:
 
 
 def _choose(head: Head, h_RD: Tensor, rows: list[_Row]) -> list[int]:
-    """A token for each row; the logits of a block of rows exist at a time."""
+    """A token for each row; the logits of a block of rows exist at a time.
+
+    Tokens are drawn in float64: on the CPU, where the device has none.
+    """
+    exact = accelerator(h_RD.device).widest_float == torch.float64
+    where = h_RD.device if exact else torch.device("cpu")
     block = max(1, LOGITS_BYTES // head.row_bytes)
     ids: list[int] = []
     for start in range(0, len(rows), block):
@@ -297,9 +303,9 @@ def _choose(head: Head, h_RD: Tensor, rows: list[_Row]) -> list[int]:
         uniform_R, temperature_R, top_p_R = torch.tensor(
             [(row.uniform.random(), row.request.temperature, row.request.top_p) for row in some],
             dtype=torch.float64,
-            device=h_RD.device,
+            device=where,
         ).unbind(1)
-        logits_RV = head.raw_logits(h_RD[start : start + block])
+        logits_RV = head.raw_logits(h_RD[start : start + block]).to(where)
         ids += draw(logits_RV, uniform_R, temperature_R, top_p_R).tolist()
     return ids
 

@@ -43,8 +43,9 @@ CHECKPOINTING_FROM = 300_000_000
 def resolve(config: ModelConfig) -> str:
     """Path or Hub id of a model; `tiny` is the embedded base. The first call unpacks a GGUF file.
 
-    Raises ModelError for a path without a model.
+    Raises ModelError for a path without a model, or for a field that this base does not use.
     """
+    _refuse_ignored(config)
     if config.name == "tiny":
         return str(TINY_DIR)
     if config.name in KNOWN:
@@ -58,6 +59,18 @@ def resolve(config: ModelConfig) -> str:
     if not found and (config.name.startswith((".", "/", "~")) or config.name.count("/") != 1):
         raise ModelError(f"model.name: no folder {config.name!r}, and not a Hub id of the form owner/name")
     return config.name
+
+
+def _refuse_ignored(config: ModelConfig) -> None:
+    """Raises ModelError for `gguf` or `revision` where it would change nothing."""
+    embedded = config.name == "tiny" or config.name in KNOWN
+    local = config.name.endswith(".gguf") or os.path.exists(os.path.expanduser(config.name))
+    for field, value, ignored in (
+        ("gguf", config.gguf, embedded),
+        ("revision", config.revision, embedded or local),
+    ):
+        if value is not None and ignored:
+            raise ModelError(f"model.{field}: not with model.name {config.name!r}; leave it out")
 
 
 def _origin(config: ModelConfig) -> dict[str, Any]:
@@ -81,10 +94,10 @@ def _not_found(config: ModelConfig, what: str, error: Exception) -> ModelError:
     )
 
 
-def gguf_file(config: ModelConfig) -> Path | None:
+def gguf_file(config: ModelConfig, fetch: bool = True) -> Path | None:
     """The GGUF file that a recipe names: by path, by known name, or in a folder or Hub repository; else None.
 
-    Raises ModelError if it cannot be fetched from a Hub repository.
+    Raises ModelError if it cannot be fetched from a Hub repository; without `fetch`, if it was not before.
     """
     if config.name in KNOWN:
         return known_file(config.name)
@@ -98,7 +111,9 @@ def gguf_file(config: ModelConfig) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(hf_hub_download(config.name, config.gguf, revision=config.revision))
+        return Path(
+            hf_hub_download(config.name, config.gguf, revision=config.revision, local_files_only=not fetch)
+        )
     except (OSError, HFValidationError) as error:
         why = _first_line(error)
         raise ModelError(f"model.gguf: no {config.gguf!r} in {config.name!r} ({why})") from None

@@ -30,12 +30,19 @@ SMALL = 2**16
 Saved = torch.Tensor | tuple[torch.device, torch.Tensor]
 
 
-def offloaded() -> saved_tensors_hooks:
+def offloaded(model: Any) -> saved_tensors_hooks:
     """While open, what autograd saves is moved to the host's memory and comes back when it is needed.
 
-    Inside a checkpointed layer nothing is saved, so what moves is the layers' inputs. On a CPU nothing moves.
+    Inside a checkpointed layer nothing is saved, so what moves is the layers' inputs. The model's weights,
+    which a linear head saves, stay. On a CPU nothing moves.
     """
-    return saved_tensors_hooks(_to_host, _from_host)
+    weights = {_storage(parameter) for parameter in model.parameters()}
+    return saved_tensors_hooks(lambda x: x if _storage(x) in weights else _to_host(x), _from_host)
+
+
+def _storage(x: torch.Tensor) -> int:
+    """The same for a tensor and its views."""
+    return x.untyped_storage()._cdata
 
 
 def _to_host(x: torch.Tensor) -> Saved:

@@ -75,14 +75,14 @@ def build_with_unsloth(recipe: Recipe, device: torch.device) -> Built:
     keep_differentiable(base)
     on_gpu = device.type == "cuda"
     head = head_of(base) if on_gpu else check_head(base)
-    targets = adapter.target_modules
+    targets = LINEAR if adapter.target_modules == "all-linear" else adapter.target_modules
     model = language_model.get_peft_model(
         base,
         r=adapter.r,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         use_rslora=adapter.rslora,
-        target_modules=list(LINEAR if targets == "all-linear" else targets),
+        target_modules=targets if isinstance(targets, str) else list(targets),
         use_gradient_checkpointing="unsloth" if checkpointing and on_gpu else checkpointing,
         random_state=recipe.train.seed,
     )

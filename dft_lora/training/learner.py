@@ -99,9 +99,9 @@ class Learner:
 
     @property
     def keeps_reference(self) -> bool:
-        """Whether log p under the base is computed once per example, and no more of the base is needed.
+        """Whether `with_reference` supplies all that the objective needs of the base: log p, as a signal.
 
-        Over a sharded base every rank must take part in every pass, so there it is computed in each step.
+        Over a sharded base that saves no pass, so only an objective that reads it as a signal is served so.
         """
         objective = self.objective
         if "reference_logp" in objective.signals:
@@ -295,10 +295,11 @@ class Learner:
 
         It is computed once for each example and kept as long as the example is, in a pass over its group
         alone: so it does not depend on the step in which that happens, and a resumed run finds the same.
+        Over a sharded base it is computed in every step, since all ranks must take part in every pass.
         """
-        found = list(groups)
+        found, always = list(groups), self.recipe.train.shard
         for i in range(self.ranks.rank, len(groups), self.ranks.world):
-            if missing := [example for example in groups[i] if example not in self.references]:
+            if missing := [e for e in groups[i] if always or e not in self.references]:
                 for example, (logp_T, _) in zip(missing, self.recall(missing, base=True), strict=True):
                     self.references[example] = array("f", logp_T.tolist())  # 4 bytes per token
             found[i] = tuple(
@@ -334,7 +335,7 @@ class Learner:
 
     def hidden(self, model: Any, batch: Batch) -> torch.Tensor:
         """The last hidden states of a micro-batch, but for its last position, which predicts nothing."""
-        with offloaded() if self.recipe.train.offload_activations else nullcontext():
+        with offloaded(model) if self.recipe.train.offload_activations else nullcontext():
             return self.hidden_states(model, **batch.inputs(self.ranks.device))[:, :-1]
 
     def scores_at(self, h_BLD: torch.Tensor, batch: Batch, **more: Any) -> TokenScores:

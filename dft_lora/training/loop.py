@@ -14,7 +14,7 @@ from typing import Any
 from ..config import Recipe
 from ..data.doctor import findings_table
 from ..errors import Interrupted
-from ..loss.objectives import starves
+from ..loss.objectives import Dft, starves
 from ..model.accelerator import accelerator
 from ..model.backends import prepare
 from ..model.hardware import Hardware
@@ -175,13 +175,14 @@ def save_checkpoint(folder: RunFolder, checkpoints: Checkpoints, trainer: Traine
 
 def warn_of_starved_ends(trainer: Trainer, figures: dict[str, Any]) -> None:
     """Say after the first step, whose forward pass is the base's, that answers will not learn to end."""
-    p_end = figures["p_end"]
+    p_end, wanted = figures["p_end"], trainer.plan.objective
     if trainer.done == 1 and p_end is not None and starves(trainer.learner.objective, p_end):
         log.warning(
             "the base expects the end token with p = %.4f, so %s gives it almost no weight and its answers "
-            "may never end; remedies: objective.floor=0.1 or objective.end=1 (dft-lora diagnose says more)",
+            "may never end; remedies: %sobjective.floor=0.1 or objective.end=1 (dft-lora diagnose says more)",
             p_end,
-            trainer.plan.objective.name,
+            wanted.name,
+            "" if isinstance(wanted, Dft) else "objective.name=dft with ",
         )
 
 

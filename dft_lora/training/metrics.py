@@ -11,6 +11,7 @@ import torch
 
 from ..data.batches import Batch
 from ..loss import TokenScores
+from ..model.accelerator import accelerator
 
 
 class Totals(NamedTuple):
@@ -37,11 +38,11 @@ class Sums:
     """The running `Totals` of one rank, on its device, and each micro-batch's own loss."""
 
     def __init__(self, device: torch.device):
-        self.values = torch.zeros(len(Totals._fields), dtype=torch.float64, device=device)
+        self.values = _zeros(len(Totals._fields), device)
         self.parts: list[tuple[torch.Tensor, tuple[str, ...]]] = []
 
     def add(self, loss: torch.Tensor, scores: TokenScores, batch: Batch) -> None:
-        logp_M, is_end_M = scores.logp.detach().double(), scores.is_end
+        logp_M, is_end_M = scores.logp.detach().to(self.values), scores.is_end
         p_M = logp_M.exp()
         parts = (
             loss.detach(),
@@ -54,7 +55,7 @@ class Sums:
         )
         counts = [logp_M.numel(), batch.tokens, batch.positions, scores.skipped_rows, scores.skip_bound]
         self.values += torch.cat(
-            [torch.stack([part.double() for part in parts]), self.values.new_tensor(counts)]
+            [torch.stack([part.to(self.values) for part in parts]), self.values.new_tensor(counts)]
         )
         self.parts.append((loss.detach(), batch.ids))
 
@@ -69,7 +70,7 @@ class ExampleNll:
     """Mean NLL of each example of a step, `values` [E]; zero except at this rank's indices, `mine`."""
 
     def __init__(self, ids: Sequence[str], mine: Iterable[int], device: torch.device):
-        self.values = torch.zeros(len(ids), dtype=torch.float64, device=device)
+        self.values = _zeros(len(ids), device)
         self.places: dict[str, list[int]] = defaultdict(list)  # an example may occur twice in a step
         for place in mine:
             self.places[ids[place]].append(place)
@@ -77,9 +78,14 @@ class ExampleNll:
     def add(self, scores: TokenScores, batch: Batch) -> None:
         example_M = scores.need("sequence")
         count_E = torch.bincount(example_M, minlength=len(batch.ids))
-        sum_E = self.values.new_zeros(len(batch.ids)).index_add_(0, example_M, -scores.logp.double())
+        sum_E = self.values.new_zeros(len(batch.ids)).index_add_(0, example_M, -scores.logp.to(self.values))
         for name, nll in zip(batch.ids, sum_E / count_E.clamp_min(1), strict=True):
             self.values[self.places[name]] = nll
+
+
+def _zeros(count: int, device: torch.device) -> torch.Tensor:
+    """Zeros to sum into, in the device's widest floating-point numbers."""
+    return torch.zeros(count, dtype=accelerator(device).widest_float, device=device)
 
 
 def finite(value: float) -> float | None:

@@ -53,6 +53,13 @@ class Plan:
         return self.recipe.rollouts or RolloutConfig()
 
     @property
+    def steps_each(self) -> int:
+        """Optimizer steps that learn from the same rollout."""
+        if self.objective.learns_from == "rollouts":
+            return self.rollouts.updates
+        return math.ceil(self.steps / self.rollouts.rounds)
+
+    @property
     def sized(self) -> list[Example]:
         """Examples as long as those of the run can be, to measure memory by: the examples themselves, or the
         longest prompts with stand-ins for the longest answers."""
@@ -98,7 +105,7 @@ def make_plan(recipe: Recipe) -> Plan:
             f"train.skip_rows needs an objective whose weight depends only on the token's probability, "
             f"which {chosen.name!r} is not; set it to 0"
         )
-    if chosen.needs & REFERENCE_NEEDS and recipe.adapter.init in CHANGES_BASE:
+    if (chosen.needs | chosen.signals) & REFERENCE_NEEDS and recipe.adapter.init in CHANGES_BASE:
         raise RecipeError(
             f"adapter.init: {recipe.adapter.init} changes the base that {chosen.name!r} compares with; use "
             "default, or another objective"

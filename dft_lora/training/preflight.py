@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from ..config import Recipe
 from ..errors import RequestError, RunError
 from ..model.accelerator import accelerator, default_device
@@ -67,7 +69,13 @@ def measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any]
     set_checkpointing(learner, checkpointing)
     worst = longest_batch(learner, plan.sized, learner.layout.micro_batch_size)
     passes: list[ProbePass] = []
-    if fails := ran_out_of_memory(lambda: passes.append(probe(learner, worst))):
+
+    def measure_worst() -> None:
+        for parameter in learner.trainable:  # counted as resident, not in the peak of the pass
+            parameter.grad = torch.zeros_like(parameter)
+        passes.append(probe(learner, worst))
+
+    if fails := ran_out_of_memory(measure_worst):
         passes.append(fit.predicted(worst.positions, worst.supervised))
     real = passes[0]
     seconds = None

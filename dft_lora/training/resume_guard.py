@@ -28,6 +28,8 @@ FREE = (
 """Recipe fields that do not affect the training steps."""
 LENGTH = ("train.max_steps", "train.epochs")
 """Fields that determine the number of steps, which is compared instead of them."""
+ROUND = "steps per rollout"
+"""Compared too: with other steps, a run with `rollouts.rounds` would begin its rounds elsewhere."""
 
 
 def guarded_fields(plan: Plan, device: torch.device, processes: int) -> dict[str, Any]:
@@ -42,6 +44,8 @@ def guarded_fields(plan: Plan, device: torch.device, processes: int) -> dict[str
         for name, value in _flat(plan.recipe.as_dict()).items()
         if not name.startswith(FREE) and name not in LENGTH and name != "model.dtype"
     }
+    if plan.problems:
+        fields[ROUND] = plan.steps_each
     if teacher := plan.recipe.objective.teacher:
         fields["objective.teacher"] = RunFolder(teacher).adapter_digest
     return fields | {
@@ -60,6 +64,7 @@ def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], extend
     A recipe field that an earlier version did not have counts as its default: so the run was made.
     """
     defaults = {name: value for name, value in _flat(Recipe().as_dict()).items() if name in now}
+    defaults[ROUND] = now.get(ROUND)  # nor did it record this
     before = defaults | dict(before)
     changed = {name for name in {*before, *now} if before.get(name) != now.get(name)}
     if extend and now["steps"] > before.get("steps", 0):

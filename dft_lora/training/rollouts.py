@@ -11,10 +11,11 @@ Shapes: E answers of a rollout, T tokens of one answer.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 """peft's name of the adapter in training."""
 SAMPLES = 1_000_003
-"""More than the samples of a problem: seeds of different rollouts never coincide."""
+"""More than the samples of a prompt in a rollout: seeds of different rollouts never coincide."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,21 @@ def sample_answers(
     rollout: int = 0,
     adapter: str | None = None,
     title: str | None = None,
+    mine: slice = slice(None),
 ) -> list[list[Answer]]:
-    """`config.samples` judged answers to each problem, in order. `adapter` None asks the bare base.
+    """`config.samples` judged answers to each of the problems `mine`, in order.
 
-    `title`: that of the progress bar; None shows none.
+    A prompt that is asked again among all `problems` goes on with its next samples. `adapter` None asks the
+    bare base. `title`: that of the progress bar; None shows none.
     """
     from tqdm import tqdm
 
-    asked = [
-        (problem, tuple(renderer.prompt_ids(problem.messages)), sample)
-        for problem in problems
-        for sample in range(config.samples)
-    ]
+    prompts = ((problem, tuple(renderer.prompt_ids(problem.messages))) for problem in problems)
+    numbers: defaultdict[tuple[int, ...], Iterator[int]] = defaultdict(count)
+    each = [[(problem, ids, next(numbers[ids])) for _ in range(config.samples)] for problem, ids in prompts]
+    asked = [request for some in each[mine] for request in some]
+    if not asked:
+        return []
     requests = [
         Request(
             prompt_ids=prompt,
@@ -176,14 +180,13 @@ class Rollouts:
         self.plan, self.learner, self.config = plan, learner, plan.rollouts
         self.judge = judge_of(plan.recipe.data.source).allowed(plan.recipe.evaluate.allow_code)
         self.online = plan.objective.learns_from == "rollouts"
-        self.steps_each = self.config.updates if self.online else math.ceil(plan.steps / self.config.rounds)
         self.rollout = -1
         self.known: list[Group] = []
         self.figures: Mapping[str, float] = {}
 
     def groups(self, step: int) -> list[Group]:
         """See StepSource. Samples where a new rollout begins."""
-        rollout, within = divmod(step, self.steps_each)
+        rollout, within = divmod(step, self.plan.steps_each)
         if rollout != self.rollout:
             self._sample(rollout, f"step {step + 1}")
         settings = self.plan.recipe.train
@@ -193,7 +196,7 @@ class Rollouts:
 
     def kept(self, step: int) -> dict[str, Any]:
         """See StepSource. Nothing, where the next step begins a rollout."""
-        rollout, within = divmod(step, self.steps_each)
+        rollout, within = divmod(step, self.plan.steps_each)
         if not within or rollout != self.rollout:
             return {}
         return {"rollout": rollout, "figures": dict(self.figures), "groups": pack_groups(self.known)}
@@ -208,9 +211,7 @@ class Rollouts:
         """Sample, judge, make groups. Raises RunError if there is nothing to learn from."""
         plan, learner = self.plan, self.learner
         problems = self._asked(rollout)
-        answers = learner.ranks.everyone(
-            self._marked(self._answers(problems[learner.ranks.rank :: learner.ranks.world], rollout))
-        )
+        answers = learner.ranks.everyone(self._marked(self._answers(problems, rollout)))
         refuse_all_truncated(answers, self.config, what)
         every = [answer for some in answers for answer in some]
         if self.online:
@@ -246,7 +247,8 @@ class Rollouts:
         return [self.plan.problems[i] for i in chosen]
 
     def _answers(self, problems: Sequence[Problem], rollout: int) -> list[list[Answer]]:
-        model = self.learner.adapter_model.eval()
+        """The answers to this rank's share of the problems."""
+        model, ranks = self.learner.adapter_model.eval(), self.learner.ranks
         seed = self.plan.recipe.train.seed
         try:
             return sample_answers(
@@ -258,7 +260,8 @@ class Rollouts:
                 seed=seed,
                 rollout=rollout,
                 adapter=ADAPTER,
-                title=f"answers, rollout {rollout + 1}" if self.learner.ranks.is_main else None,
+                title=f"answers, rollout {rollout + 1}" if ranks.is_main else None,
+                mine=slice(ranks.rank, None, ranks.world),
             )
         finally:
             model.train()
