@@ -338,6 +338,9 @@ def compare(run_dirs, out, llm_comparator, as_json) -> None:
 def experiment(name: str, out: Path | None, seeds: str, only: tuple[str, ...]) -> None:
     """Run a whole experiment, from training to verdicts; run it again to continue.
 
+    findings: the paper's claims on the embedded base; real: claims and remedies on real bases; rl: DFT beside
+    RL; tasks: multiple choice; lab: every objective.
+
     Example: dft-lora experiment findings
     """
     numbers = [number.strip() for number in seeds.split(",")]
@@ -401,7 +404,7 @@ def diagnose(recipe: str, changes: tuple[str, ...], examples: int, as_json: bool
     "--public",
     is_flag=True,
     envvar="DFT_LORA_PUBLIC",
-    help="Let visitors neither train nor upload. Implied on a Space, and by --share without --auth.",
+    help="Visitors can neither train nor upload. Implied on a Space, and by --share without --auth.",
 )
 @click.option(
     "--votes",
@@ -434,7 +437,9 @@ def app(run_dirs, **options) -> None:
     type=click.IntRange(1),
     help="The longest answer.",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, SEEDS - 1), help="Of sampling.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, SEEDS - 1), help="Seed for sampling."
+)
 def chat(run_dir: str, temperature: float, **options) -> None:
     """Talk to a run in the terminal.
 
@@ -522,7 +527,13 @@ run_argument = click.argument("run_dir", type=UserPath())
 @main.command()
 @run_argument
 @click.argument("out", type=UserPath())
-@click.option("--dtype", default="bfloat16", type=click.Choice(["bfloat16", "float16"]), show_default=True)
+@click.option(
+    "--dtype",
+    default="bfloat16",
+    type=click.Choice(["bfloat16", "float16"]),
+    show_default=True,
+    help="Of the merged weights.",
+)
 @json_option
 def merge(run_dir: str, out: str, dtype: str, as_json: bool) -> None:
     """Merge a run's adapter into the 16-bit base, and print how much the logits change.
@@ -562,7 +573,13 @@ def push(run_dir: str, repository: str, merged: str | None, public: bool) -> Non
 
 @main.command()
 @run_argument
-@click.option("--to", "target", required=True, type=click.Choice(["vllm", "llama.cpp", "gguf", "ollama"]))
+@click.option(
+    "--to",
+    "target",
+    required=True,
+    type=click.Choice(["vllm", "llama.cpp", "gguf", "ollama"]),
+    help="What to export for.",
+)
 @click.option("--merged", type=UserPath(), help="The merged model, for gguf and ollama.")
 @click.option(
     "--out", type=UserPath(), help="The GGUF file.  [default: in RUN_DIR or beside the merged model]"

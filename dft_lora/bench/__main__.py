@@ -194,7 +194,7 @@ def packing(capacity, batch, rows, examples, threads, out) -> None:
 
 
 @main.command()
-@click.option("--model", default="tiny", help="a folder, `tiny`, or `random-qwen2` (D = 896, 24 layers)")
+@click.option("--model", default="tiny", help="a folder, a known name or `random-qwen2` (D = 896, 24 layers)")
 @click.option("--rows", multiple=True, type=POSITIVE, default=(1, 8, 64, 256), help="may be repeated")
 @click.option("--prompt", "prompts", multiple=True, type=POSITIVE, default=(32, 1000), help="may be repeated")
 @click.option("--tokens", default=16, type=click.IntRange(2), help="decoded per row")
