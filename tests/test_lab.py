@@ -120,7 +120,7 @@ def recorded(shares: dict[str, dict[str, float]]) -> dict:
     bases: dict = {}
     for regime, some in shares.items():
         said = dict.fromkeys(lab_report.MEASURED, some["dft"])
-        bases[regime] = {"diagnosis": {"found": said | {"favours": "dft", "learns_to_end": True}}}
+        bases[regime] = {"diagnosis": {"found": said | {"favours": "dft", "dft_learns_to_end": True}}}
         for label, share in some.items():
             bases[regime][f"test/{label}"] = {
                 "found": {

@@ -22,6 +22,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from ..config import Recipe
 from ..data.doctor import check_examples, check_rows, usable
@@ -47,7 +48,6 @@ REMEDIES = (
     "objective {name: power, anneal: 0.3} (from SFT to DFT during the run), or train on the base's own "
     "answers (dft-lora sample)"
 )
-STARVED_SHARE = 0.25  # of the solutions: with more starved end tokens, the run is warned of
 SHOWN = 8
 BINS = 10
 FEW = 32  # examples that the data doctor scores
@@ -114,13 +114,14 @@ def metrics(table: TokenTable) -> dict[str, Any]:
 
 def ends(table: TokenTable, wanted: Objective) -> dict[str, Any]:
     """How probable ends and beginnings are, and whether plain DFT and the recipe's objective learn to end."""
-    starved = {"dft": starved_share(objective("dft"), table), "recipe": starved_share(wanted, table)}
-    found = {"p_end": float(table.end_E.mean()), "p_first": float(table.first_E.mean())}
+    p_E = torch.from_numpy(table.end_E)
+    found: dict[str, Any] = {"p_end": float(table.end_E.mean()), "p_first": float(table.first_E.mean())}
     lead = f"The base expects the end token with a probability of {found['p_end']:.3f} on average"
-    if starved["dft"] < STARVED_SHARE:
+    found["dft_learns_to_end"] = not starves(objective("dft"), p_E)
+    if found["dft_learns_to_end"]:
         return found | {"learns_to_end": True, "end_verdict": f"{lead}: DFT will learn to end its answers."}
-    said = f"{lead}; in {starved['dft']:.0%} of the solutions it is too improbable for plain DFT to learn it."
-    if starved["recipe"] < STARVED_SHARE:
+    said = f"{lead}, too improbable for plain DFT to learn it."
+    if not starves(wanted, p_E):
         return found | {
             "learns_to_end": True,
             "end_verdict": f"{said} This recipe's objective does learn it.",
@@ -143,11 +144,6 @@ def base_expectations(plan: Plan) -> dict[str, str]:
         "end of answers": found["end_verdict"],
         "unexpected tokens": lines[0] if lines else "none",
     }
-
-
-def starved_share(wanted: Objective, table: TokenTable) -> float:
-    """The share of solutions whose end token the objective hardly learns."""
-    return float(np.mean([starves(wanted, float(p)) for p in table.end_E]))
 
 
 def unexpected_tokens(table: TokenTable, renderer: Renderer) -> list[dict[str, Any]]:

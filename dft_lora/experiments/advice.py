@@ -65,7 +65,7 @@ class Case:
 def before_training(recipe: Recipe, examples: int = 128) -> dict[str, Any]:
     """What `diagnose` measures and says about the recipe: the quantities of MEASURED and both verdicts."""
     found = diagnose(recipe, examples)
-    said = ("favours", "verdict", "learns_to_end", "end_verdict", "examples")
+    said = ("favours", "verdict", "learns_to_end", "dft_learns_to_end", "end_verdict", "examples")
     return {key: found[key] for key in (*MEASURED, *said)}
 
 
@@ -153,7 +153,7 @@ def _lab(result: Mapping[str, Any]) -> Iterator[Case]:
 def _ends(said: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[bool, float]:
     """Whether plain DFT was said to end its answers, and the share that it ended."""
     ended = list(found["ended"].values())
-    return said["learns_to_end"], sum(ended) / len(ended)
+    return said["dft_learns_to_end"], sum(ended) / len(ended)
 
 
 def _case(

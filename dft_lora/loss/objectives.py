@@ -33,7 +33,8 @@ from torch import Tensor
 
 from .token_logps import TokenScores
 
-STARVED = 0.05  # a token of less weight than this is learned at less than a twentieth of SFT's rate
+STARVED = 0.005
+"""An end token of less weight than this on average is not learned (docs/tasks.md, "Was the advice right?")."""
 NEARLY_SFT = 1e-6  # the smallest exponent: p^a is 1 to float32's precision
 SAME_NLL = 1e-4  # nats per token: far below the differences between examples, far above float32's rounding
 
@@ -610,14 +611,14 @@ def gradient_weights(wanted: Objective, scores: TokenScores) -> Tensor:
     return -torch.autograd.grad(loss, logp_M)[0]
 
 
-def starves(wanted: Objective, probability: float) -> bool:
-    """Whether a token of this probability has almost no weight, so that it is hardly learned.
+def starves(wanted: Objective, probability: float | Tensor) -> bool:
+    """Whether tokens of these probabilities have almost no weight on average, so that they are not learned.
 
     False where the weight does not depend on the token's own probability alone.
     """
     if wanted.token_weight is None:
         return False
-    return float(wanted.token_weight(torch.tensor(probability).clamp_min(1e-30).log())) < STARVED
+    return float(wanted.token_weight(torch.as_tensor(probability).clamp_min(1e-30).log()).mean()) < STARVED
 
 
 class Sequences:
