@@ -34,7 +34,7 @@ from torch import Tensor
 from .token_logps import TokenScores
 
 STARVED = 0.005
-"""An end token of less weight than this on average is not learned (docs/tasks.md, "Was the advice right?")."""
+"""A mean weight of end tokens below this is not learned from (docs/tasks.md, "Was the advice right?")."""
 NEARLY_SFT = 1e-6  # the smallest exponent: p^a is 1 to float32's precision
 SAME_NLL = 1e-4  # nats per token: far below the differences between examples, far above float32's rounding
 
