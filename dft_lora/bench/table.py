@@ -95,9 +95,10 @@ def generation_table(result: dict[str, Any]) -> str:
     """One result of `bench generation` as Markdown: one line per case, two columns per side."""
     made = result["provenance"]
     sides = list(result["cases"][0]["sides"])
+    rounds = "one round" if result["rounds"] == 1 else f"medians of {result['rounds']} rounds"
     lines = [
-        f"{result['model']}, {result['dtype']}, {result['tokens']} tokens decoded per row, medians of "
-        f"{result['rounds']} rounds; {result['device']}, {result['threads']} thread(s); torch "
+        f"{result['model']}, {result['dtype']}, {result['tokens']} tokens decoded per row, "
+        f"{rounds}; {result['device']}, {result['threads']} thread(s); torch "
         f"{made['versions']['torch']}, {made['date'][:10]}, commit {made['commit']}. Decoded tokens per "
         "second, in brackets prompt tokens per second of the prefill. The floor is the step's bare matrix "
         "products; memory is what our unpacked side takes beside the weights, and the bound stated before.",
