@@ -285,7 +285,8 @@ def evaluate(
         if checkpoints:
             shard = Shard.of_this_process()
             if shard.is_main:  # which alone writes their run folders
-                _ = [folder.checkpoint_runs() for folder in folders]
+                for folder in folders:
+                    folder.checkpoint_runs()
             shard.wait()
             if steps := [step.path for folder in folders for step in folder.checkpoint_runs()]:
                 run(steps, tasks, limit=limit, changes=changes, overwrite=overwrite)

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from evidence_runs import answered
 
+from dft_lora.errors import RequestError
 from dft_lora.experiments.claims import _all, sampled
 from dft_lora.experiments.claims import contrast as judge_contrast
+from dft_lora.experiments.findings import run
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "findings.json"
 
@@ -79,3 +81,10 @@ def test_the_recorded_base_is_the_one_that_is_shipped(recorded):
     from dft_lora.model.fingerprint import base_fingerprint
 
     assert recorded["provenance"]["base"] == base_fingerprint(ModelConfig())
+
+
+def test_a_finding_is_renewed_with_the_seeds_of_the_others(tmp_path):
+    recorded = {"settings": {"seed_list": [0, 1]}, "lines": []}
+    (tmp_path / "findings.json").write_text(json.dumps(recorded))
+    with pytest.raises(RequestError, match=r"--seeds: .*findings.json was made with seeds 0, 1"):
+        list(run(tmp_path, [7], ["peak"]))

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,6 +145,19 @@ def trained(tmp_path_factory):
     for _ in shop.watch(training, ""):
         pass
     return training, [session().add(folder) for folder in training.shown(stopped=False)]
+
+
+def test_a_training_of_another_server_with_the_same_home_stays(tmp_path):
+    """It takes the number between our look and our folder; ours takes the next one."""
+
+    def recipes(path, changes):
+        if path.name == "1":
+            path.mkdir()
+            (path / "theirs").touch()
+        return []
+
+    training = Workshop(tmp_path).begin(SimpleNamespace(recipes=recipes, upload=None))
+    assert training.path == tmp_path / "2" and (tmp_path / "1" / "theirs").is_file()
 
 
 def test_a_stopped_training_is_shown_as_it_was_stopped(tmp_path):
