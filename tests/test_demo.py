@@ -132,6 +132,8 @@ def test_what_was_added_to_a_finished_demo_is_not_removed(tmp_path):
     (tmp_path / "sft" / "steps" / "step-000003").mkdir(parents=True)
     keep_mark(tmp_path, finished=True)
     (tmp_path / "sft" / "steps" / "step-000003" / "run.json").touch()  # as the page's Steps tab does
+    (tmp_path / "sft" / "plots").mkdir()
+    (tmp_path / "sft" / "plots" / "gsm8k.png").touch()  # as evaluate does, from the answers
     (tmp_path / "sft" / "gsm8k.jsonl").touch()
     with pytest.raises(RequestError, match=r"did not write \(sft/gsm8k\.jsonl\); move them"):
         clear(tmp_path)

@@ -123,9 +123,10 @@ def keep_mark(out: Path, finished: bool = False) -> None:
 
 
 def _files(out: Path) -> list[str]:
-    """The files below `out`, without the copies of checkpoints that the page makes."""
+    """The files below `out`, without plots, and without the copies of checkpoints that the page makes."""
     files = (path.relative_to(out) for path in out.rglob("*") if path.is_file())
-    return sorted(str(file) for file in files if "steps" not in file.parts or "evaluation" in file.parts)
+    kept = (file for file in files if "plots" not in file.parts)
+    return sorted(str(file) for file in kept if "steps" not in file.parts or "evaluation" in file.parts)
 
 
 def runs(out: Path) -> list[RunFolder]:
