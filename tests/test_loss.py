@@ -1,8 +1,6 @@
 """Laws of `token_logps`: it equals plain autograd for any head and chunk size, and saves almost nothing."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -404,47 +402,3 @@ def test_a_missing_field_is_named():
     scores = token_logps(torch.zeros(2, 4), torch.zeros(9, 4), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"top_k_entropy: .*needs=objective\.needs"):
         objective("eaft")(scores)
-
-
-ALONE = """
-import sys, torch
-from importlib.abc import MetaPathFinder
-
-OF_TORCH = {"torch", "numpy", "sympy", "mpmath", "typing_extensions", "networkx", "jinja2", "markupsafe",
-            "filelock", "fsspec", "triton"}
-
-class Blocked(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        top = name.partition(".")[0]
-        ours = name == "dft_lora" or name.startswith("dft_lora.loss")
-        if not ours and top not in sys.stdlib_module_names | OF_TORCH:
-            raise ImportError(f"{name} is not torch")
-
-sys.meta_path.insert(0, Blocked())
-from dft_lora.loss import ObjectiveError, gradient_weights, objective, objective_names, token_logps
-
-hidden = torch.randn(6, 4, requires_grad=True)
-targets = torch.tensor([1, -100, 3, 8, 0, -100])
-sequence = torch.arange(6) // 2
-names = [name for name in objective_names() if objective(name).learns_from == "solutions"]
-for name in names:
-    wanted, weight = objective(name), torch.randn(9, 4)
-    with torch.no_grad():
-        reference = token_logps(hidden, weight, targets, keep_jacobian=True)
-    scores = token_logps(
-        hidden, weight, targets, needs=wanted.needs, sequence=sequence, reference=reference
-    )
-    wanted(scores).backward()
-try:
-    objective("dtf")
-except ObjectiveError as error:
-    assert "did you mean 'dft'" in str(error)
-print(sorted(m for m in sys.modules if m.startswith("dft_lora") and not m.startswith("dft_lora.loss")))
-"""
-
-
-def test_the_loss_needs_torch_alone():
-    """Every other import is blocked, the rest of this package included."""
-    run = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "['dft_lora']"

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,10 +11,7 @@ from loss_cases import HEADS, Case, distance
 
 from dft_lora.loss import kernel_missing, naive_token_logps, objective, token_logps
 
-needs_triton = pytest.mark.skipif(
-    subprocess.run([sys.executable, "-c", "import triton"], capture_output=True).returncode != 0,
-    reason="triton is not installed",
-)
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 needs_gpu = pytest.mark.skipif(bool(kernel_missing()), reason=kernel_missing() or "runs")
 
 
@@ -33,7 +31,7 @@ from dft_lora.loss.head import Head
 g = torch.Generator().manual_seed(0)
 row_kernel.BLOCK = 32
 OPTIONS = (False, None, True), (True, 5, True), (True, None, False), (False, 5, False)
-for V in (2, 32, 33, 90):
+for V in (2, 33, 90):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for bias, softcap, write in OPTIONS:
             bias_V = torch.randn(V, generator=g).to(dtype) if bias else None
@@ -57,8 +55,8 @@ for V in (2, 32, 33, 90):
 
 @needs_triton
 def test_the_kernel_equals_the_torch_pass():
-    """Vocabularies of one and several blocks, with a last partial one; targets at both ends."""
-    assert len(run(INTERPRETED, TRITON_INTERPRET="1").splitlines()) == 4 * 3 * 4
+    """Vocabularies of one block and several, the last one partial; targets at both ends."""
+    assert len(run(INTERPRETED, TRITON_INTERPRET="1").splitlines()) == 3 * 3 * 4
 
 
 COMPILED = """

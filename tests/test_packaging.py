@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
-from test_loss import ALONE
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,11 +92,49 @@ def run(installed, *arguments, cwd):
     )
 
 
+ALONE = """
+import sys, torch
+from importlib.abc import MetaPathFinder
+
+OF_TORCH = {"torch", "numpy", "sympy", "mpmath", "typing_extensions", "networkx", "jinja2", "markupsafe",
+            "filelock", "fsspec", "triton"}
+
+class Blocked(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        ours = name == "dft_lora" or name.startswith("dft_lora.loss")
+        if not ours and top not in sys.stdlib_module_names | OF_TORCH:
+            raise ImportError(f"{name} is not torch")
+
+sys.meta_path.insert(0, Blocked())
+from dft_lora.loss import ObjectiveError, gradient_weights, objective, objective_names, token_logps
+
+hidden = torch.randn(6, 4, requires_grad=True)
+targets = torch.tensor([1, -100, 3, 8, 0, -100])
+sequence = torch.arange(6) // 2
+names = [name for name in objective_names() if objective(name).learns_from == "solutions"]
+for name in names:
+    wanted, weight = objective(name), torch.randn(9, 4)
+    with torch.no_grad():
+        reference = token_logps(hidden, weight, targets, keep_jacobian=True)
+    scores = token_logps(
+        hidden, weight, targets, needs=wanted.needs, sequence=sequence, reference=reference
+    )
+    wanted(scores).backward()
+try:
+    objective("dtf")
+except ObjectiveError as error:
+    assert "did you mean 'dft'" in str(error)
+print(sorted(m for m in sys.modules if m.startswith("dft_lora") and not m.startswith("dft_lora.loss")))
+"""
+
+
 def test_the_loss_of_the_wheel_needs_torch_alone(installed, tmp_path):
-    code = ALONE + "\nimport dft_lora; print(dft_lora.__file__)"
-    done = run(installed, "-c", code, cwd=tmp_path)
+    """Every other import is blocked, the rest of this package included."""
+    done = run(installed, "-c", ALONE + "\nimport dft_lora; print(dft_lora.__file__)", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith(str(installed))
+    modules, where = done.stdout.splitlines()
+    assert modules == "['dft_lora']" and where.startswith(str(installed))
 
 
 def test_the_wheel_runs_without_the_repository(installed, tmp_path):

@@ -400,6 +400,7 @@ def test_with_spaces_a_function_gets_a_gpu(monkeypatch):
     assert on_gpu(front_matter) == ("lent", front_matter)
 
 
+@pytest.mark.slow
 def test_the_space_starts_with_the_files_it_is_made_of(tmp_path):
     """Only the files that docs/page.md copies, started as `python app.py`: the shipped runs answer."""
     shutil.copytree(ROOT / "dft_lora", tmp_path / "dft_lora", ignore=shutil.ignore_patterns("__pycache__"))
