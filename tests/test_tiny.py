@@ -148,10 +148,10 @@ def test_the_script_makes_the_shipped_tokenizer(tmp_path):
 
 
 def test_training_is_repeatable_and_learns(tokenizer):
-    one, losses = build.train(tokenizer, examples=192, seed=0)
-    two, _ = build.train(tokenizer, examples=192, seed=0)
+    one, losses = build.train(tokenizer, examples=128, seed=0)
+    two, _ = build.train(tokenizer, examples=128, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert len(losses) == 6 and losses[-1] < 0.9 * losses[0]
+    assert len(losses) == 4 and losses[-1] < 0.95 * losses[0]
 
 
 def test_every_row_is_in_one_batch_and_padding_carries_no_label(tokenizer):
