@@ -11,6 +11,8 @@ steadier clock.
     loss         forward and backward passes of the policy
     update       clipping, AdamW, and whatever is left of the step
 
+On a CPU one more step of ours, which is not timed, tells the floor: its matrix products alone.
+
 transformers hands its head a strided slice while it decodes, which a CPU copies once per row: 10 GB for 64
 rows here. TRL's head gets a dense copy instead (`decode.py`), which flatters it.
 """
@@ -49,6 +51,7 @@ from ..training.ranks import Ranks
 from ..training.rollouts import Answer, Rollouts
 from ..training.trainer import Trainer
 from .decode import dense_head
+from .products import products_of
 from .train import PEERS, Shape, gsm8k, lora_config, write_random_base
 
 STAGES = ("rollout", "reward", "reference", "loss", "update")
@@ -81,6 +84,7 @@ class Stopwatch:
         self.memory = memory_of(choose().device)
         self.empty = self.memory.now()
         self.steps: list[dict[str, tuple[float, float]]] = []
+        self.products: float | None = None
 
     def ready(self) -> None:
         """The model is loaded; the first step begins."""
@@ -137,6 +141,7 @@ class Stopwatch:
             "steps": self.steps[1:],
             "loaded_mb": (self.loaded - self.empty) / MIB,
             "above_loaded_mb": (self.peak - self.loaded) / MIB,
+            "products_cpu_seconds": self.products,
         }
 
 
@@ -177,6 +182,8 @@ def run_ours(plan: Plan, watch: Stopwatch) -> None:
     for step in range(plan.steps):
         trainer.step(step)
         watch.step_done()
+    if default_device().type == "cpu":
+        watch.products = products_of(lambda: trainer.step(plan.steps)).cpu_seconds(repeats=1)
 
 
 def run_trl_grpo(plan: Plan, watch: Stopwatch) -> None:
@@ -392,7 +399,7 @@ def medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for stage in (*STAGES, "whole")
     }
     memory = {key: statistics.median(run[key] for run in runs) for key in ("loaded_mb", "above_loaded_mb")}
-    return {"stages": stages, **memory}
+    return {"stages": stages, **memory, "products_cpu_seconds": runs[0]["products_cpu_seconds"]}
 
 
 def _child(name: str, folder: str, threads: str) -> dict[str, Any]:

@@ -222,6 +222,13 @@ def rl_table(result: dict[str, Any]) -> str:
         more = side["above_loaded_mb"]
         cells += [f"{more:.0f}", f"{more / first['above_loaded_mb']:.2f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name, side in result["sides"].items():
+        if floor := side.get("products_cpu_seconds"):
+            ratio = side["stages"]["whole"][1] / floor
+            lines += [
+                "",
+                f"{name}: {ratio:.2f} times the processor seconds of its matrix products ({floor:.2f}).",
+            ]
     return "\n".join(lines)
 
 
