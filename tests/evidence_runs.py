@@ -9,7 +9,13 @@ from dft_lora.model.fingerprint import base_fingerprint
 from dft_lora.runs.folder import RunFolder, write_json
 from dft_lora.training.loop import train
 
-QUICK = ("train.max_steps=2", "train.batch_size=8", "train.micro_batch_size=8", "train.learning_rate=3e-3")
+QUICK = (
+    "train.max_steps=2",
+    "train.batch_size=8",
+    "train.micro_batch_size=8",
+    "train.learning_rate=3e-3",
+    "data.sample=40",
+)
 
 
 def trained(out: Path, *changes: str) -> list[Path]:

@@ -116,7 +116,7 @@ def test_dora_trains_the_length_of_rows_over_a_16_bit_base(tmp_path):
     assert len(before) and (lengths() != before).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", [name for name in OPTIONS if "rslora" not in name and name != "fp4"])
 def test_resumes_bit_exactly(trained, option, monkeypatch):
     whole = trained(option)
     monkeypatch.setattr(backends, "follow_inputs", None)  # a checkpoint's weights need no start

@@ -176,7 +176,7 @@ def test_the_gauge_of_a_gpu_is_pytorchs_allocator(monkeypatch):
 def test_auto_takes_the_rows_that_fit_before_the_first_step(tmp_path, monkeypatch, megabytes, rows):
     monkeypatch.setattr(Learner, "finds_micro_batch", True)
     monkeypatch.setattr(Cpu, "total_memory", megabytes * 2**20)
-    changes = ["train.batch_size=8", "train.micro_batch_size=auto", "train.max_steps=1"]
+    changes = ["data.sample=8", "train.batch_size=8", "train.micro_batch_size=auto", "train.max_steps=1"]
     run = loop.train(load_recipe("tiny_dft", [*changes, f"output={tmp_path / 'run'}"]))
     assert run.run()["micro_batch_size"] == rows
 
@@ -185,7 +185,12 @@ def test_the_paged_optimizer_takes_the_steps_of_the_8_bit_one(tmp_path):
     """States of small tensors are not paged, so both run without CUDA."""
     found = []
     for name in ("adamw8bit", "paged_adamw8bit"):
-        changes = [f"train.optimizer={name}", "train.batch_size=2", "train.micro_batch_size=2"]
+        changes = [
+            f"train.optimizer={name}",
+            "data.sample=8",
+            "train.batch_size=2",
+            "train.micro_batch_size=2",
+        ]
         run = train(load_recipe("tiny_dft", [*changes, "train.max_steps=2", f"output={tmp_path / name}"]))
         found.append((run.adapter / "adapter_model.safetensors").read_bytes())
     assert found[0] == found[1]

@@ -76,7 +76,7 @@ def record(out, kinds, seeds):
     """The experiment at minimal size on these methods; the lines that it prints."""
     study = replace(
         rl.embedded_study(),
-        settings=SMALL | {"evaluate.max_new_tokens": 24},
+        settings=SMALL | {"data.sample": 40, "evaluate.max_new_tokens": 24},
         rates=(1e-3,),
         tasks=("arithmetic",),
         problems=3,

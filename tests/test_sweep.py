@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("many_runs")
 
 FILE = """
 recipe: tiny_dft
-set: {{train.max_steps: 1, train.batch_size: 4, train.micro_batch_size: 4, evaluate.samples: 2}}
+set:
+  {{data.sample: 8, train.max_steps: 1, train.batch_size: 4, train.micro_batch_size: 4, evaluate.samples: 2}}
 grid:
   objective.name: [sft, dft]
   train.learning_rate: [1.0e-3, 3.0e-3]
