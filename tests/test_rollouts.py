@@ -227,7 +227,7 @@ def test_supervised_objectives_learn_from_correct_answers_and_dpo_from_pairs():
         for step in range(3):  # the second round begins with step 3 of four, from another policy
             trainer.step(step)
             assert trainer.source.rollout == step // 2
-        assert {e.ids for e in examples_of(trainer.source.known)} - {e.ids for e in examples_of(groups)}
+        assert {e.ids for e in examples_of(trainer.source.fixed.known)} - {e.ids for e in examples_of(groups)}
 
 
 def test_a_truncated_answer_counts_as_wrong_or_as_it_is_judged():

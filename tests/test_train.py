@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from dft_lora.cli import main
 from dft_lora.config import load_recipe
 from dft_lora.data.batches import examples_of, ungrouped
+from dft_lora.data.templates import Example
 from dft_lora.errors import RecipeError
 from dft_lora.evaluation.tokens import score
 from dft_lora.experiments.shipped import shipped_runs
@@ -22,6 +24,8 @@ from dft_lora.loss import objective, objective_names
 from dft_lora.loss.objectives import starves
 from dft_lora.model.load import load_adapters, load_base
 from dft_lora.model.teacher import as_teacher
+from dft_lora.training.checkpoints import Checkpoints
+from dft_lora.training.learner import Learner
 from dft_lora.training.loop import train, warn_of_starved_ends
 from dft_lora.training.plan import make_plan
 from dft_lora.training.ranks import Ranks
@@ -191,6 +195,41 @@ def test_objectives_take_a_step(name):
     gradients, figures = one_step(f"objective.name={name}", "train.micro_batch_size=4", *own)
     assert figures["loss"] is not None and figures["nll"] > 0
     assert any(gradient.abs().sum() > 0 for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("seed", [0, None])
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_group_is_scored_beside_those_of_its_first_step_and_rank(seed, world):
+    known = ungrouped(Example(str(i), (1, 2, i), 1) for i in range(10))
+    source = FixedGroups(known, per_step=4, seed=seed)
+    for groups in (source.groups(0), source.groups(1)):
+        for place, group in enumerate(groups):
+            assert source.beside(group, world) == groups[place % world :: world]
+    passes = {tuple(source.beside(group, world)) for group in known}
+    assert Counter(group for some in passes for group in some) == Counter(known)
+
+
+def test_log_probabilities_under_the_base_are_the_same_after_a_resume(tmp_path, monkeypatch):
+    """A step's rows are scored in one pass; those missing in a later epoch, in their first pass again."""
+    changes = (*SMALL, "objective.name=iw-sft", "data.sample=12", "train.batch_size=4", "train.max_steps=5")
+    recipe = load_recipe("tiny_dft", changes)
+    plan, rows, recall = make_plan(recipe), [], Learner.recall
+    monkeypatch.setattr(
+        Learner,
+        "recall",
+        lambda self, examples, **more: rows.append(len(examples)) or recall(self, examples, **more),
+    )
+    whole, checkpoints = Trainer(plan, Ranks(recipe)), Checkpoints(tmp_path, 1)
+    for step in range(4):
+        whole.step(step)
+    assert rows == [4, 4, 4]
+    whole.save(checkpoints)
+    resumed = Trainer(plan, Ranks(recipe), state=checkpoints.newest()[0])
+    rows.clear()
+    found = [trainer.step(4)["loss"] for trainer in (whole, resumed)]
+    assert set(rows) == {4} and found[0] == found[1]
+    weights = [trainer.learner.adapter_weights() for trainer in (whole, resumed)]
+    assert all(torch.equal(weights[0][name], weight) for name, weight in weights[1].items())
 
 
 def test_a_teacher_is_used_and_stays_as_it_is(tmp_path):

@@ -43,6 +43,14 @@ AUTO_MICRO_BATCH = 4
 
 log = logging.getLogger(__name__)
 
+Beside = Callable[[Group, int], Sequence[Group]]
+"""See `StepSource.beside`."""
+
+
+def alone(group: Group, world: int) -> Sequence[Group]:
+    """Beside no other."""
+    return (group,)
+
 
 class Learner:
     """A base with its adapter, the objective and the optimizer: `accumulate` gradients, then `update`.
@@ -118,15 +126,18 @@ class Learner:
         }
         return max(1, counts[self.objective.divided_by])
 
-    def accumulate(self, groups: Sequence[Group], divisor: float, step: int) -> tuple[Totals, list[str]]:
+    def accumulate(
+        self, groups: Sequence[Group], divisor: float, step: int, beside: Beside = alone
+    ) -> tuple[Totals, list[str]]:
         """Accumulates the gradients of the whole step over micro-batches and ranks.
 
-        Returns the totals, and the examples of micro-batches whose loss is not finite.
+        Returns the totals, and the examples of micro-batches whose loss is not finite. `beside`: see
+        `with_reference`.
         """
+        if self.keeps_reference:
+            groups = self.with_reference(groups, beside)
         if self.objective.step_signals is not None:
             groups = self.with_signals(groups, self.objective.step_signals, step)
-        if self.keeps_reference:
-            groups = self.with_reference(groups)
         if "group" in self.objective.signals:
             groups = numbered(groups)
 
@@ -290,17 +301,19 @@ class Learner:
         finally:
             self.adapter_model.train()
 
-    def with_reference(self, groups: Sequence[Group]) -> list[Group]:
+    def with_reference(self, groups: Sequence[Group], beside: Beside = alone) -> list[Group]:
         """The groups, where this rank's examples have the signal `reference_logp`: log p under the base.
 
-        It is computed once for each example and kept as long as the example is, in a pass over its group
-        alone: so it does not depend on the step in which that happens, and a resumed run finds the same.
-        Over a sharded base it is computed in every step, since all ranks must take part in every pass.
+        It is computed once for each example, together with the groups that its source says stand `beside`
+        its own, and kept as long as the example is: so it does not depend on the step in which that happens,
+        and a resumed run finds the same. Over a sharded base it is computed in every step, each group alone,
+        since all ranks must take part in every pass.
         """
         found, always = list(groups), self.recipe.train.shard
         for i in range(self.ranks.rank, len(groups), self.ranks.world):
-            if missing := [e for e in groups[i] if always or e not in self.references]:
-                for example, (logp_T, _) in zip(missing, self.recall(missing, base=True), strict=True):
+            if always or any(example not in self.references for example in groups[i]):
+                together = examples_of(groups[i : i + 1] if always else beside(groups[i], self.ranks.world))
+                for example, (logp_T, _) in zip(together, self.recall(together, base=True), strict=True):
                     self.references[example] = array("f", logp_T.tolist())  # 4 bytes per token
             found[i] = tuple(
                 replace(example, signals={**example.signals, "reference_logp": self.references[example]})
@@ -316,10 +329,11 @@ class Learner:
         By the policy in training, or by the base; without gradients and without dropout.
         """
         found: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        by_place = ungrouped(replace(example, id=str(i)) for i, example in enumerate(examples))
         self.adapter_model.eval()
         try:
             with torch.no_grad(), self.adapter_model.disable_adapter() if base else nullcontext():
-                for batch in self.arrange(ungrouped(examples), self.layout.micro_batch_size, self.pad_id):
+                for batch in self.arrange(by_place, self.layout.micro_batch_size, self.pad_id):
                     scores = self.token_scores(self.adapter_model, batch)
                     of_M, value_M = scores.need("sequence"), scores.signals.get("value")
                     for e, name in enumerate(batch.ids):
@@ -327,7 +341,7 @@ class Learner:
                         found[name] = scores.logp[of_M == e].cpu(), value_T
         finally:
             self.adapter_model.train()
-        return [found[example.id] for example in examples]
+        return [found[str(i)] for i in range(len(examples))]
 
     def token_scores(self, model: Any, batch: Batch, **more: Any) -> TokenScores:
         """Forward pass of a micro-batch, scored by the chunked loss engine."""

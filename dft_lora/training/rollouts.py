@@ -181,7 +181,7 @@ class Rollouts:
         self.judge = judge_of(plan.recipe.data.source).allowed(plan.recipe.evaluate.allow_code)
         self.online = plan.objective.learns_from == "rollouts"
         self.rollout = -1
-        self.known: list[Group] = []
+        self.fixed = self._fixed([])
         self.figures: Mapping[str, float] = {}
 
     def groups(self, step: int) -> list[Group]:
@@ -189,23 +189,29 @@ class Rollouts:
         rollout, within = divmod(step, self.plan.steps_each)
         if rollout != self.rollout:
             self._sample(rollout, f"step {step + 1}")
+        return self.fixed.groups(within)
+
+    def _fixed(self, known: list[Group]) -> FixedGroups:
+        """The steps of a rollout: each learns from its own part of it, or from all of it in epochs."""
         settings = self.plan.recipe.train
-        if self.online:
-            return self.known[within * settings.batch_size : (within + 1) * settings.batch_size]
-        return FixedGroups(self.known, settings.batch_size, settings.seed).groups(within)
+        return FixedGroups(known, settings.batch_size, None if self.online else settings.seed)
+
+    def beside(self, group: Group, world: int) -> Sequence[Group]:
+        """See StepSource."""
+        return self.fixed.beside(group, world)
 
     def kept(self, step: int) -> dict[str, Any]:
         """See StepSource. Nothing, where the next step begins a rollout."""
         rollout, within = divmod(step, self.plan.steps_each)
         if not within or rollout != self.rollout:
             return {}
-        return {"rollout": rollout, "figures": dict(self.figures), "groups": pack_groups(self.known)}
+        return {"rollout": rollout, "figures": dict(self.figures), "groups": pack_groups(self.fixed.known)}
 
     def restore(self, kept: dict[str, Any]) -> None:
         """See StepSource."""
         if kept:
             self.rollout, self.figures = kept["rollout"], kept["figures"]
-            self.known = unpack_groups(kept["groups"])
+            self.fixed = self._fixed(unpack_groups(kept["groups"]))
 
     def _sample(self, rollout: int, what: str) -> None:
         """Sample, judge, make groups. Raises RunError if there is nothing to learn from."""
@@ -215,25 +221,25 @@ class Rollouts:
         refuse_all_truncated(answers, self.config, what)
         every = [answer for some in answers for answer in some]
         if self.online:
-            self.known = ungrouped(self._with_signals(answers))
+            known = ungrouped(self._with_signals(answers))
         elif plan.objective.learns_from == "pairs":
-            self.known = [mark_pair((a.example, b.example)) for some in answers for a, b in pairs_of(some)]
+            known = [mark_pair((a.example, b.example)) for some in answers for a, b in pairs_of(some)]
         else:
-            self.known = ungrouped(answer.example for some in answers for answer in correct_ones(some))
-        if not self.known:
+            known = ungrouped(answer.example for some in answers for answer in correct_ones(some))
+        if not known:
             wanted = (
                 "pair of a correct and a wrong one"
                 if plan.objective.learns_from == "pairs"
                 else "correct one"
             )
             raise RunError(f"{what}: there is no {wanted} among {len(every)} answers; nothing to learn from")
-        self.rollout = rollout
+        self.rollout, self.fixed = rollout, self._fixed(known)
         self.figures = {
             "rollout": rollout,
             "reward": sum(answer.reward for answer in every) / len(every),
             "truncated": sum(answer.truncated for answer in every) / len(every),
             "answers": len(every),
-            "answers_used": len(examples_of(self.known)),
+            "answers_used": len(examples_of(known)),
             "generated_tokens": sum(answer.example.supervised for answer in every),
         }
 

@@ -69,7 +69,7 @@ class Trainer:
         for group in self.learner.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("rate", 1.0)
 
-        sums, suspects = self.learner.accumulate(groups, divisor, step + 1)
+        sums, suspects = self.learner.accumulate(groups, divisor, step + 1, self.source.beside)
         grad_norm, changed, sound = self.learner.update(sums.loss)
         self.done, seconds = step + 1, time.perf_counter() - started
         self.seconds += seconds
