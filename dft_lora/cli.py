@@ -464,11 +464,11 @@ def recipes() -> None:
 
 @recipes.command("list")
 def list_recipes() -> None:
-    """List the recipes, each with its first line.
+    """List the recipes, each with its first line; those to start from first.
 
     Example: dft-lora recipes list
     """
-    for name, path in shipped_recipes().items():
+    for name, path in sorted(shipped_recipes().items(), key=lambda item: not item[0].startswith("lora_")):
         click.echo(f"{name:28} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
 
 

@@ -184,7 +184,8 @@ def test_a_run_named_twice_is_refused(tmp_path):
 
 
 def test_recipes_list_show_copy(tmp_path):
-    assert "tiny_dft" in invoke("recipes", "list").output
+    listed = invoke("recipes", "list").output
+    assert listed.startswith("lora_dft ") and "tiny_dft" in listed
     shown = invoke("recipes", "show", "tiny_dft").output
     target = tmp_path / "mine.yaml"
     assert invoke("recipes", "copy", "tiny_dft", target).exit_code == 0
