@@ -413,19 +413,21 @@ def test_the_base_is_asked_once_per_token(packing):
     )
     trainer = Trainer(make_plan(recipe), Ranks(recipe))
     learner = trainer.learner
-    asked, of_batch, scores_at = [], [], learner.scores_at
+    asked, of_batch, scores_at, recall = [], [], learner.scores_at, learner.recall
 
-    def counted(h_BLD, batch, **more):
+    def counted(examples, base):
+        asked.extend(example.id for example in examples)
+        return recall(examples, base)
+
+    def compared(h_BLD, batch, **more):
         scores = scores_at(h_BLD, batch, **more)
         if torch.is_grad_enabled():
             with torch.no_grad(), learner.adapter_model.disable_adapter():
                 direct = scores_at(learner.hidden(learner.model, batch), batch)
                 of_batch.append((scores.reference_logp, direct.logp))
-        else:
-            asked.extend(batch.ids)
         return scores
 
-    learner.scores_at = counted
+    learner.scores_at, learner.recall = compared, counted
     for step in range(4):
         trainer.step(step)
     assert sorted(asked) == sorted(example.id for example in trainer.plan.examples)
