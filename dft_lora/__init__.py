@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .training.loop import train
     from .training.patch import patch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOMES = {
     "DftLoraError": ".errors",

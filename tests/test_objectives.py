@@ -365,7 +365,7 @@ def test_every_other_pair_differs():
     case = Case.make(30, 8, 40, "bias", "some")
     needs = frozenset().union(*(wanted.needs for wanted in OBJECTIVES.values()))
     slopes = {name: gradient(*case.score(token_logps, needs=needs), o) for name, o in OBJECTIVES.items()}
-    twins = {("dft", "power"), ("sft", "gift")}  # at beta 20, but for tokens absurd to the base
+    twins = {("dft", "power"), ("sft", "gift")}  # at beta 20, but for tokens improbable under the base
     for i, a in enumerate(slopes):
         for b in list(slopes)[i + 1 :]:
             assert (distance(slopes[a], slopes[b]) > 1e-3) != ((a, b) in twins), (a, b)

@@ -6,9 +6,9 @@ Likelihood (arXiv 2510.00526, table 5) measured the turning point: DFT wins at a
 about 0.8, neither wins at 0.5, and plain NLL wins near 0.1. The thresholds below lie halfway between these
 points.
 
-A mean hides single tokens. DFT hardly learns one that the base finds absurd, and the end token of an unknown
-format is one: DFT's answers then never end. So the first token, the end token and the tokens that most
-solutions share are reported on their own.
+A mean hides single tokens. DFT hardly learns one that the base finds improbable, and the end token of an
+unknown format is one: DFT's answers then never end. So the first token, the end token and the tokens that
+most solutions share are reported on their own.
 
 Legend: M supervised tokens.
 """
@@ -133,7 +133,7 @@ def ends(table: TokenTable, wanted: Objective) -> dict[str, Any]:
 
 
 def base_expectations(plan: Plan) -> dict[str, str]:
-    """How the recipe's base sees FEW of its examples: its end, its first token, tokens it finds absurd."""
+    """How the recipe's base sees FEW of its examples: its end, its first token, improbable tokens."""
     examples = random.Random(plan.recipe.train.seed).sample(plan.examples, min(FEW, len(plan.examples)))
     table = score(load_base(plan.recipe.model)[0], examples, pad_id=plan.renderer.pad_id)
     found = ends(table, plan.objective)
@@ -147,7 +147,7 @@ def base_expectations(plan: Plan) -> dict[str, str]:
 
 
 def unexpected_tokens(table: TokenTable, renderer: Renderer) -> list[dict[str, Any]]:
-    """Tokens of most solutions that the base finds absurd, the least probable first."""
+    """Tokens of most solutions that the base finds improbable, the least probable first."""
     ids, of_M, count = np.unique(table.ids_M, return_inverse=True, return_counts=True)
     pairs = np.unique(np.stack([of_M, table.example_M]), axis=1)
     share = np.bincount(pairs[0], minlength=len(ids)) / len(table.nll_E)
@@ -209,7 +209,7 @@ def diagnosis_text(diagnosis: Mapping[str, Any]) -> str:
 
 
 def _unexpected_text(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line on the tokens that most solutions share and the base finds absurd, if there are any."""
+    """One line on the tokens that most solutions share and the base finds improbable, if there are any."""
     if not found:
         return []
     shown = [f"{json.dumps(f['token'], ensure_ascii=False)} {f['probability']:.3f}" for f in found[:SHOWN]]

@@ -139,7 +139,8 @@ REGIMES: dict[str, Regime] = {
     ),
     "8 % wrong steps": tiny("the same with some wrong labels", settings={"data.split": "train"}),
     "foreign format": tiny(
-        "the same in words and with an end that the base finds absurd", settings={"data.split": "train-boxed"}
+        "the same in words and with an end that the base gives almost no probability",
+        settings={"data.split": "train-boxed"},
     ),
     "no prior": tiny(
         "made-up codes; settings are chosen on other codes",

@@ -1,8 +1,8 @@
 """The claims on real bases, and which remedy makes DFT end its answers: `dft-lora experiment real`.
 
-Plain DFT weights a token by its probability, so it does not learn a token that the base finds absurd: the end
-token of a base model, or the words of a foreign format. Each remedy of REMEDIES is compared with SFT and with
-plain DFT on both real bases, and on the embedded base with a foreign and with a known format.
+Plain DFT weights a token by its probability, so it does not learn a token that the base finds improbable: the
+end token of a base model, or the words of a foreign format. Each remedy of REMEDIES is compared with SFT and
+with plain DFT on both real bases, and on the embedded base with a foreign and with a known format.
 
 A part (`--only NAME`) is one base. OUT/real.json is written after each claim, so a stopped experiment shows
 what it has; run it again to continue, or with more seeds: the runs that are there are used again. Two parts

@@ -27,7 +27,7 @@ KINDS: dict[str, Fields] = {
     "dft": {"objective.name": "dft", "objective.floor": 0.1},
     "eaft": {"objective.name": "eaft"},
 }
-"""Kind of run, beside `sft` -> its objective. `dft` has the floor that the real bases need."""
+"""Kind of run, beside `sft` -> its objective. `dft` has the floor of the real bases' recipes."""
 
 WRITTEN = ("openbookqa-generative", "arc-challenge-generative")
 SCORED = ("openbookqa", "arc-challenge")

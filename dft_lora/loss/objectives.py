@@ -112,7 +112,7 @@ class Dft(Weighted):
     sequence's last token; 1 is plain NLL on it.
 
     Weakness: where the prior is weak it does not teach new facts (Natural Questions 30.1; SFT 36.6). Without
-    a floor it does not learn tokens that the base finds absurd, such as the end token of an unknown format.
+    a floor it does not learn tokens that the base finds improbable, such as an unknown format's end token.
     """
 
     name = "dft"
@@ -276,8 +276,8 @@ class Asft(Weighted):
 class Prift(Weighted):
     """- sg(p_base) log p, p_base under the frozen base. PriFT-prob, arXiv 2606.09396.
 
-    A training run computes p_base once per token and keeps it. Weakness: a token that the base finds absurd
-    never gains weight, however well the model has learned it.
+    A training run computes p_base once per token and keeps it. Weakness: a token that the base finds
+    improbable never gains weight, however well the model has learned it.
     """
 
     name = "prift"
@@ -318,7 +318,7 @@ class Psft(Objective):
 
     clip 0.28 and batches of eight steps, with p_old from the start of each, are the official script's. Here
     p_old is the base for the whole run. Weakness: a token stops learning once it is (1 + clip) times as
-    probable as under the base, so what the base finds absurd stays absurd.
+    probable as under the base, so what the base finds improbable stays so.
     """
 
     name = "psft"
@@ -342,7 +342,7 @@ class TargetSft(Objective):
     (1 - eta) h + eta h_teacher, so the reference is scored there and no [M, V] tensor exists.
 
     Costs one more pass of the backbone, with the teacher's adapter, and of the loss. Weakness: on a token
-    that the model finds absurd it follows the teacher alone, right or wrong.
+    that the model finds improbable it follows the teacher alone, right or wrong.
     """
 
     name = "target-sft"
@@ -482,7 +482,7 @@ class Knee(TokenWeighted):
     than SFT. Only the first protects against wrong labels. This keeps SFT's full weight above tau, and unlike
     `threshold` a token below tau still learns, the more the closer it is. tau -> 0 is SFT.
 
-    Weakness: a token that the base finds absurd starves as in DFT; its weight is only 1 / tau times as large.
+    Weakness: a token that the base finds improbable starves as in DFT; its weight is 1 / tau times as large.
     """
 
     name = "knee"
