@@ -105,6 +105,7 @@ def test_a_grpo_and_a_dpo_step_stage_by_stage():
     ours = result["sides"]["grpo, ours"]["stages"]
     assert all(ours[stage][1] > 0 for stage in STAGES)
     assert result["sides"]["dpo, ours"]["stages"]["rollout"] == [0, 0]
+    assert rl_table(result).count("of its matrix products") == 2
 
 
 def test_stages_add_up_to_the_whole_step():

@@ -288,7 +288,7 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("objective", ["dft", "cadft"])
+@pytest.mark.parametrize("objective", ["dft", "cadft", "iw-sft"])
 @pytest.mark.parametrize(
     ("where", "error"),
     zip(["forward", "loss", "backward"], ERRORS, strict=True),
@@ -297,9 +297,11 @@ ERRORS = [
 def test_a_step_that_runs_out_of_memory_is_done_in_smaller_pieces(
     make_trainer, monkeypatch, where, error, objective
 ):
-    """cadft looks at its step first: it may run out of memory there, or later."""
+    """cadft looks at its step first, iw-sft at the base: they may run out of memory there, or later."""
     four_rows = ("train.micro_batch_size=4", "data.packing=false", f"objective.name={objective}")
-    rounding = {"dft": 1e-6, "cadft": 1e-5}[objective]  # a standard score multiplies that of the NLLs
+    rounding = {"dft": 1e-6, "cadft": 1e-5, "iw-sft": 1e-5}[
+        objective
+    ]  # a standard score multiplies that of the NLLs
     calm, trainer = make_trainer(*four_rows), make_trainer(*four_rows)
     expected = [calm.step(step) for step in range(2)]
     starve(trainer, monkeypatch, where, error)

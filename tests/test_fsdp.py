@@ -89,7 +89,14 @@ def watch(rank: int, port: int, log) -> None:
 @pytest.mark.slow
 def test_dpo_over_a_shared_base_is_dpo_over_whole_ones(tmp_path):
     """Three epochs, in which a pair is not always the same rank's."""
-    rows = [{"problem": f"{i} + 1?", "chosen": f"so {i + 1}", "rejected": f"no {i}"} for i in range(8)]
+    rows = [
+        {
+            "problem": f"{i} + 1?",
+            "chosen": "so " * (1 + 3 * i % 13) + str(i + 1),
+            "rejected": "no " * (1 + 7 * i % 11) + str(i),
+        }
+        for i in range(8)
+    ]
     for name, shard in (("whole", False), ("shared", True)):
         train = {"batch_size": 4, "max_steps": 6, "shard": shard}
         path = recipe(tmp_path, name, "dpo", **train)

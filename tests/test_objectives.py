@@ -241,6 +241,12 @@ def test_an_improbable_token_is_starved_without_a_floor(request_, starved):
     assert not starves(objective(name, **numbers), 0.9)
 
 
+@pytest.mark.parametrize("name", objective_names())
+def test_a_token_that_the_base_knows_is_not_starved(name):
+    """Some objectives leave certain tokens alone: there is nothing to learn."""
+    assert not starves(objective(name), 0.9997)
+
+
 def test_cadft_takes_the_difficulty_of_an_example_from_its_signal():
     difficulty = torch.linspace(-1, 2, len(UNEVEN.targets), dtype=torch.float64)
     loss, slope = by_formula("cadft", {}, difficulty=difficulty[UNEVEN.targets != -100])

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections import Counter
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
@@ -16,7 +15,6 @@ from safetensors.torch import load_file
 from dft_lora.cli import main
 from dft_lora.config import load_recipe
 from dft_lora.data.batches import examples_of, ungrouped
-from dft_lora.data.templates import Example
 from dft_lora.errors import RecipeError
 from dft_lora.evaluation.tokens import score
 from dft_lora.experiments.shipped import shipped_runs
@@ -184,7 +182,8 @@ def unlike_one_another():
     for name in objective_names():
         wanted = objective(name)
         source = "solutions" if wanted.learns_from == "solutions" else name
-        kinds.setdefault((source, wanted.needs, wanted.toward is None), name)
+        looks_first = wanted.step_signals is not None
+        kinds.setdefault((source, wanted.needs, wanted.toward is None, looks_first), name)
     return list(kinds.values())
 
 
@@ -197,37 +196,24 @@ def test_objectives_take_a_step(name):
     assert any(gradient.abs().sum() > 0 for gradient in gradients.values())
 
 
-@pytest.mark.parametrize("seed", [0, None])
-@pytest.mark.parametrize("world", [1, 3])
-def test_a_group_is_scored_beside_those_of_its_first_step_and_rank(seed, world):
-    known = ungrouped(Example(str(i), (1, 2, i), 1) for i in range(10))
-    source = FixedGroups(known, per_step=4, seed=seed)
-    for groups in (source.groups(0), source.groups(1)):
-        for place, group in enumerate(groups):
-            assert source.beside(group, world) == groups[place % world :: world]
-    passes = {tuple(source.beside(group, world)) for group in known}
-    assert Counter(group for some in passes for group in some) == Counter(known)
-
-
 def test_log_probabilities_under_the_base_are_the_same_after_a_resume(tmp_path, monkeypatch):
-    """A step's rows are scored in one pass; those missing in a later epoch, in their first pass again."""
+    """A step's rows are scored when it first needs them; a checkpoint has those that were."""
     changes = (*SMALL, "objective.name=iw-sft", "data.sample=12", "train.batch_size=4", "train.max_steps=5")
     recipe = load_recipe("tiny_dft", changes)
     plan, rows, recall = make_plan(recipe), [], Learner.recall
     monkeypatch.setattr(
         Learner,
         "recall",
-        lambda self, examples, **more: rows.append(len(examples)) or recall(self, examples, **more),
+        lambda self, examples, *more, **named: (
+            rows.append(len(examples)) or recall(self, examples, *more, **named)
+        ),
     )
     whole, checkpoints = Trainer(plan, Ranks(recipe)), Checkpoints(tmp_path, 1)
-    for step in range(4):
-        whole.step(step)
-    assert rows == [4, 4, 4]
+    whole.step(0)
     whole.save(checkpoints)
     resumed = Trainer(plan, Ranks(recipe), state=checkpoints.newest()[0])
-    rows.clear()
-    found = [trainer.step(4)["loss"] for trainer in (whole, resumed)]
-    assert set(rows) == {4} and found[0] == found[1]
+    found = [[trainer.step(step)["loss"] for step in range(1, 5)] for trainer in (whole, resumed)]
+    assert rows == [4, *[4, 4] * 2] and found[0] == found[1]
     weights = [trainer.learner.adapter_weights() for trainer in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weight) for name, weight in weights[1].items())
 
@@ -415,9 +401,9 @@ def test_the_base_is_asked_once_per_token(packing):
     learner = trainer.learner
     asked, of_batch, scores_at, recall = [], [], learner.scores_at, learner.recall
 
-    def counted(examples, base):
+    def counted(examples, step, base):
         asked.extend(example.id for example in examples)
-        return recall(examples, base)
+        return recall(examples, step, base)
 
     def compared(h_BLD, batch, **more):
         scores = scores_at(h_BLD, batch, **more)

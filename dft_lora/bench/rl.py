@@ -182,7 +182,7 @@ def run_ours(plan: Plan, watch: Stopwatch) -> None:
     for step in range(plan.steps):
         trainer.step(step)
         watch.step_done()
-    if default_device().type == "cpu":
+    if default_device().type == "cpu":  # of a step with new rows: a row is scored under the base once
         watch.products = products_of(lambda: trainer.step(plan.steps)).cpu_seconds(repeats=1)
 
 
@@ -337,7 +337,7 @@ def recipe_of(method: str, folder: Path, work: Work) -> Recipe:
 
 
 def write_inputs(folder: Path, work: Work) -> None:
-    """The base, pairs for two DPO steps with answers of `tokens` tokens, and both recipes."""
+    """The base, pairs for three DPO steps with answers of `tokens` tokens, and both recipes."""
     if work.base is None:
         write_random_base(folder / "base", work.shape, gsm8k()[1])
     tokenizer = load_tokenizer(recipe_of("grpo", folder, work).model)
@@ -352,7 +352,7 @@ def write_inputs(folder: Path, work: Work) -> None:
 
     rows = [
         {"prompt": problem.question, "chosen": text(2 * i), "rejected": text(2 * i + 1)}
-        for i, problem in enumerate(problems[: 2 * work.prompts])
+        for i, problem in enumerate(problems[: 3 * work.prompts])
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for method in ("grpo", "dpo"):
@@ -390,7 +390,7 @@ def measure(work: Work, only: str = "") -> dict[str, Any]:
 
 
 def medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of all steps of all rounds: each stage's [seconds, processor seconds]; of all rounds: memory."""
+    """Medians: over all steps, each stage's [seconds, processor seconds]; over all rounds, memory, floor."""
     if not runs:
         return {}
     steps = [step for run in runs for step in run["steps"]]
@@ -398,8 +398,10 @@ def medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         stage: [statistics.median(step[stage][clock] for step in steps) for clock in (0, 1)]
         for stage in (*STAGES, "whole")
     }
-    memory = {key: statistics.median(run[key] for run in runs) for key in ("loaded_mb", "above_loaded_mb")}
-    return {"stages": stages, **memory, "products_cpu_seconds": runs[0]["products_cpu_seconds"]}
+    once = ("loaded_mb", "above_loaded_mb", "products_cpu_seconds")
+    found = {key: [run[key] for run in runs] for key in once}
+    medians_of = {key: None if None in some else statistics.median(some) for key, some in found.items()}
+    return {"stages": stages, **medians_of}
 
 
 def _child(name: str, folder: str, threads: str) -> dict[str, Any]:

@@ -117,18 +117,18 @@ def ends(table: TokenTable, wanted: Objective) -> dict[str, Any]:
     p_E = torch.from_numpy(table.end_E)
     found: dict[str, Any] = {"p_end": float(table.end_E.mean()), "p_first": float(table.first_E.mean())}
     lead = f"The base expects the end token with a probability of {found['p_end']:.3f} on average"
-    found["dft_learns_to_end"] = not starves(objective("dft"), p_E)
-    if found["dft_learns_to_end"]:
-        return found | {"learns_to_end": True, "end_verdict": f"{lead}: DFT will learn to end its answers."}
-    said = f"{lead}, too improbable for plain DFT to learn it."
-    if not starves(wanted, p_E):
-        return found | {
-            "learns_to_end": True,
-            "end_verdict": f"{said} This recipe's objective does learn it.",
-        }
+    plain, ours = not starves(objective("dft"), p_E), not starves(wanted, p_E)
+    stop = f"will not learn to stop here. Remedies: {REMEDIES}."
+    said = {
+        (True, True): ": DFT will learn to end its answers.",
+        (True, False): f": plain DFT will learn to end its answers, but {wanted.name} {stop}",
+        (False, True): ", too improbable for plain DFT to learn it. This recipe's objective does learn it.",
+        (False, False): f", too improbable for plain DFT to learn it. DFT {stop}",
+    }
     return found | {
-        "learns_to_end": False,
-        "end_verdict": f"{said} DFT will not learn to stop here. Remedies: {REMEDIES}.",
+        "dft_learns_to_end": plain,
+        "learns_to_end": ours,
+        "end_verdict": lead + said[plain, ours],
     }
 
 

@@ -614,11 +614,13 @@ def gradient_weights(wanted: Objective, scores: TokenScores) -> Tensor:
 def starves(wanted: Objective, probability: float | Tensor) -> bool:
     """Whether tokens of these probabilities have almost no weight on average, so that they are not learned.
 
-    False where the weight does not depend on the token's own probability alone.
+    False where the weight does not depend on the token's own probability alone. A token above 0.5 is known
+    already, so an objective that leaves it alone does not starve it.
     """
     if wanted.token_weight is None:
         return False
-    return float(wanted.token_weight(torch.as_tensor(probability).clamp_min(1e-30).log()).mean()) < STARVED
+    logp = torch.as_tensor(probability).clamp(1e-30, 0.5).log()
+    return float(wanted.token_weight(logp).mean()) < STARVED
 
 
 class Sequences:

@@ -52,7 +52,8 @@ class State:
     progress: dict[str, Any]
     """Plain values: how a step is split, skipped steps, loss scale, seconds."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """What only some runs have: answers that the next steps learn from, a value head."""
+    """What only some runs have: answers that the next steps learn from, log p under the base, a value
+    head."""
 
 
 class Checkpoints:

@@ -35,21 +35,13 @@ from ..model.starts import config_over_base, from_base, over_base
 from ..model.teacher import as_teacher
 from .checkpoints import random_state, set_random_state
 from .faults import RETREATS, Layout, out_of_memory_text, ran_out_of_memory
-from .metrics import ExampleNll, Sums, Totals
+from .metrics import ExampleLogps, ExampleNll, Sums, Totals
 from .optimizer import make_optimizer
 from .ranks import Ranks
 
 AUTO_MICRO_BATCH = 4
 
 log = logging.getLogger(__name__)
-
-Beside = Callable[[Group, int], Sequence[Group]]
-"""See `StepSource.beside`."""
-
-
-def alone(group: Group, world: int) -> Sequence[Group]:
-    """Beside no other."""
-    return (group,)
 
 
 class Learner:
@@ -107,14 +99,9 @@ class Learner:
 
     @property
     def keeps_reference(self) -> bool:
-        """Whether `with_reference` supplies all that the objective needs of the base: log p, as a signal.
-
-        Over a sharded base that saves no pass, so only an objective that reads it as a signal is served so.
-        """
-        objective = self.objective
-        if "reference_logp" in objective.signals:
-            return True
-        return objective.needs & REFERENCE_NEEDS == {"reference_logp"} and not self.recipe.train.shard
+        """Whether `with_reference` supplies all that the objective needs of the base: log p, as a signal."""
+        wanted = self.objective
+        return "reference_logp" in wanted.signals or wanted.needs & REFERENCE_NEEDS == {"reference_logp"}
 
     def divisor(self, groups: Sequence[Group]) -> int:
         """What the objective's sum over the whole step is divided by, at least 1."""
@@ -126,16 +113,13 @@ class Learner:
         }
         return max(1, counts[self.objective.divided_by])
 
-    def accumulate(
-        self, groups: Sequence[Group], divisor: float, step: int, beside: Beside = alone
-    ) -> tuple[Totals, list[str]]:
+    def accumulate(self, groups: Sequence[Group], divisor: float, step: int) -> tuple[Totals, list[str]]:
         """Accumulates the gradients of the whole step over micro-batches and ranks.
 
-        Returns the totals, and the examples of micro-batches whose loss is not finite. `beside`: see
-        `with_reference`.
+        Returns the totals, and the examples of micro-batches whose loss is not finite.
         """
         if self.keeps_reference:
-            groups = self.with_reference(groups, beside)
+            groups = self.with_reference(groups, step)
         if self.objective.step_signals is not None:
             groups = self.with_signals(groups, self.objective.step_signals, step)
         if "group" in self.objective.signals:
@@ -212,7 +196,7 @@ class Learner:
         Raises RunError after RETREATS retreats, or if no smaller layout exists.
         """
         weight_VD = self.head.weight_VD
-        widest = max(batch.supervised for batch in batches)
+        widest = max((batch.supervised for batch in batches), default=1)
         rows = chunk_rows(weight_VD, len(weight_VD), widest, self.layout.chunk_bytes)
         row_bytes = len(weight_VD) * weight_VD.element_size()
         smaller = self.layout.smaller(
@@ -301,47 +285,65 @@ class Learner:
         finally:
             self.adapter_model.train()
 
-    def with_reference(self, groups: Sequence[Group], beside: Beside = alone) -> list[Group]:
-        """The groups, where this rank's examples have the signal `reference_logp`: log p under the base.
+    def with_reference(self, groups: Sequence[Group], step: int) -> list[Group]:
+        """The groups, with the signal `reference_logp` of every example: log p under the base.
 
-        It is computed once for each example, together with the groups that its source says stand `beside`
-        its own, and kept as long as the example is: so it does not depend on the step in which that happens,
-        and a resumed run finds the same. Over a sharded base it is computed in every step, each group alone,
-        since all ranks must take part in every pass.
+        It is computed when a step first needs it, by all ranks together, and kept as long as the example is.
+        Checkpoints contain it (4 bytes per supervised token), since in another micro-batch it would differ in
+        the last bits.
         """
-        found, always = list(groups), self.recipe.train.shard
-        for i in range(self.ranks.rank, len(groups), self.ranks.world):
-            if always or any(example not in self.references for example in groups[i]):
-                together = examples_of(groups[i : i + 1] if always else beside(groups[i], self.ranks.world))
-                for example, (logp_T, _) in zip(together, self.recall(together, base=True), strict=True):
-                    self.references[example] = array("f", logp_T.tolist())  # 4 bytes per token
-            found[i] = tuple(
+        missing = [example for example in examples_of(groups) if example not in self.references]
+        if missing and self.recipe.train.shard:  # equally many for each rank
+            missing = examples_of(groups)
+        if missing:
+            for example, (logp_T, _) in zip(missing, self.recall(missing, step, base=True), strict=True):
+                self.references.setdefault(example, array("f", logp_T.tolist()))
+        return [
+            tuple(
                 replace(example, signals={**example.signals, "reference_logp": self.references[example]})
-                for example in groups[i]
+                for example in group
             )
-        return found
+            for group in groups
+        ]
+
+    def reference_state(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """What a checkpoint keeps of the groups' log-probabilities under the base; {} for nothing."""
+        kept = [self.references.get(example, ()) for example in examples_of(groups)]
+        if not any(kept):
+            return {}
+        joined = array("f", (logp for some in kept for logp in some))
+        return {"lengths": [len(some) for some in kept], "logp": torch.tensor(joined)}
+
+    def restore_reference(self, groups: Sequence[Group], state: dict[str, Any]) -> None:
+        """The reverse of `reference_state`, for the same groups."""
+        if not state:
+            return
+        each = state["logp"].split(state["lengths"])
+        for example, logp_T in zip(examples_of(groups), each, strict=True):
+            if len(logp_T):
+                self.references[example] = array("f", logp_T.tolist())
 
     def recall(
-        self, examples: Sequence[Example], base: bool = False
+        self, examples: Sequence[Example], step: int, base: bool = False
     ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """log p of each example's supervised tokens, and their values with a value head; float32, on the CPU.
 
-        By the policy in training, or by the base; without gradients and without dropout.
+        By the policy in training, or by the base; without gradients and without dropout. All ranks call it
+        with the same examples; each scores a share of them.
         """
-        found: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
         by_place = ungrouped(replace(example, id=str(i)) for i, example in enumerate(examples))
+
+        def score(batch: Batch, found: ExampleLogps) -> None:
+            found.add(self.token_scores(self.adapter_model, batch), batch)
+
         self.adapter_model.eval()
         try:
             with torch.no_grad(), self.adapter_model.disable_adapter() if base else nullcontext():
-                for batch in self.arrange(by_place, self.layout.micro_batch_size, self.pad_id):
-                    scores = self.token_scores(self.adapter_model, batch)
-                    of_M, value_M = scores.need("sequence"), scores.signals.get("value")
-                    for e, name in enumerate(batch.ids):
-                        value_T = None if value_M is None else value_M[of_M == e].cpu()
-                        found[name] = scores.logp[of_M == e].cpu(), value_T
+                found, _ = self.in_pieces(by_place, score, lambda: ExampleLogps(self.ranks.device), step)
         finally:
             self.adapter_model.train()
-        return [found[str(i)] for i in range(len(examples))]
+        share = range(self.ranks.rank, len(examples), self.ranks.world)
+        return self.ranks.everyone([found.by_id[str(i)] for i in share])
 
     def token_scores(self, model: Any, batch: Batch, **more: Any) -> TokenScores:
         """Forward pass of a micro-batch, scored by the chunked loss engine."""

@@ -83,6 +83,21 @@ class ExampleNll:
             self.values[self.places[name]] = nll
 
 
+class ExampleLogps:
+    """log p of the tokens of each example by its id, and their values with a value head; on the CPU."""
+
+    def __init__(self, device: torch.device):
+        self.values = _zeros(0, device)  # nothing is summed over ranks
+        self.by_id: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    def add(self, scores: TokenScores, batch: Batch) -> None:
+        example_M, value_M = scores.need("sequence"), scores.signals.get("value")
+        for place, name in enumerate(batch.ids):
+            chosen_M = example_M == place
+            value_T = None if value_M is None else value_M[chosen_M].cpu()
+            self.by_id[name] = scores.logp[chosen_M].cpu(), value_T
+
+
 def _zeros(count: int, device: torch.device) -> torch.Tensor:
     """Zeros to sum into, in the device's widest floating-point numbers."""
     return torch.zeros(count, dtype=accelerator(device).widest_float, device=device)

@@ -188,7 +188,7 @@ class Rollouts:
         """See StepSource. Samples where a new rollout begins."""
         rollout, within = divmod(step, self.plan.steps_each)
         if rollout != self.rollout:
-            self._sample(rollout, f"step {step + 1}")
+            self._sample(rollout, step + 1)
         return self.fixed.groups(within)
 
     def _fixed(self, known: list[Group]) -> FixedGroups:
@@ -196,16 +196,17 @@ class Rollouts:
         settings = self.plan.recipe.train
         return FixedGroups(known, settings.batch_size, None if self.online else settings.seed)
 
-    def beside(self, group: Group, world: int) -> Sequence[Group]:
-        """See StepSource."""
-        return self.fixed.beside(group, world)
+    def upcoming(self, step: int) -> Sequence[Group]:
+        """See StepSource. None, where `step` begins a rollout."""
+        rollout, within = divmod(step, self.plan.steps_each)
+        return self.fixed.known if within and rollout == self.rollout else []
 
     def kept(self, step: int) -> dict[str, Any]:
-        """See StepSource. Nothing, where the next step begins a rollout."""
-        rollout, within = divmod(step, self.plan.steps_each)
-        if not within or rollout != self.rollout:
+        """See StepSource."""
+        groups = self.upcoming(step)
+        if not groups:
             return {}
-        return {"rollout": rollout, "figures": dict(self.figures), "groups": pack_groups(self.fixed.known)}
+        return {"rollout": self.rollout, "figures": dict(self.figures), "groups": pack_groups(groups)}
 
     def restore(self, kept: dict[str, Any]) -> None:
         """See StepSource."""
@@ -213,12 +214,12 @@ class Rollouts:
             self.rollout, self.figures = kept["rollout"], kept["figures"]
             self.fixed = self._fixed(unpack_groups(kept["groups"]))
 
-    def _sample(self, rollout: int, what: str) -> None:
+    def _sample(self, rollout: int, step: int) -> None:
         """Sample, judge, make groups. Raises RunError if there is nothing to learn from."""
-        plan, learner = self.plan, self.learner
-        problems = self._asked(rollout)
-        answers = learner.ranks.everyone(self._marked(self._answers(problems, rollout)))
+        plan, what = self.plan, f"step {step}"
+        answers = self.learner.ranks.everyone(self._answers(self._asked(rollout), rollout))
         refuse_all_truncated(answers, self.config, what)
+        answers = self._marked(answers, step)
         every = [answer for some in answers for answer in some]
         if self.online:
             known = ungrouped(self._with_signals(answers))
@@ -272,7 +273,7 @@ class Rollouts:
         finally:
             model.train()
 
-    def _marked(self, answers: list[list[Answer]]) -> list[list[Answer]]:
+    def _marked(self, answers: list[list[Answer]], step: int) -> list[list[Answer]]:
         """The answers with what only the policy that wrote them can say: their log-probabilities and values.
 
         A rollout for a single step needs no log-probabilities: there the ratio to the old policy is 1.
@@ -280,7 +281,7 @@ class Rollouts:
         has_value = "value" in self.plan.objective.signals
         if not self.online or not (has_value or self.config.updates > 1):
             return answers
-        scored = iter(self.learner.recall([answer.example for some in answers for answer in some]))
+        scored = iter(self.learner.recall([answer.example for some in answers for answer in some], step))
 
         def marked(answer: Answer) -> Answer:
             logp_T, value_T = next(scored)

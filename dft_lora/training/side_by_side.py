@@ -93,7 +93,10 @@ class SideBySide:
 
     def probabilities(self, example: Example) -> dict[str, list[float]]:
         """The probability of each supervised token of `example` under each run, as it is now."""
-        scored = {name: run.trainer.learner.recall([example])[0][0] for name, run in self.runs.items()}
+        scored = {
+            name: run.trainer.learner.recall([example], run.trainer.done)[0][0]
+            for name, run in self.runs.items()
+        }
         return {name: logp_T.exp().tolist() for name, logp_T in scored.items()}
 
     def answers(self, prompt_ids: Sequence[int], max_new_tokens: int) -> dict[str, str]:

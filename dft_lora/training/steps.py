@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
-from ..data.batches import Group, epoch_order, step_indices
+from ..data.batches import Group, step_indices
 
 
 class StepSource(Protocol):
@@ -21,14 +20,11 @@ class StepSource(Protocol):
     def figures(self) -> Mapping[str, float]:
         """What the metrics record about the groups of the latest step."""
 
+    def upcoming(self, step: int) -> Sequence[Group]:
+        """The known groups that step `step` and those after it may ask for; the same after `restore`."""
+
     def groups(self, step: int) -> list[Group]:
         """The groups of optimizer step `step` (from 0), over all ranks."""
-
-    def beside(self, group: Group, world: int) -> Sequence[Group]:
-        """`group` and those that are scored under the base together with it, on one of `world` ranks.
-
-        The same ones whenever they are asked for, so that a resumed run finds the same log-probabilities.
-        """
 
     def kept(self, step: int) -> dict[str, Any]:
         """What a checkpoint must contain for step `step` and those after it; {} for nothing."""
@@ -55,22 +51,9 @@ class FixedGroups:
             return list(self.known[step * self.per_step : (step + 1) * self.per_step])
         return [self.known[i] for i in step_indices(len(self.known), self.per_step, self.seed, step)]
 
-    @cached_property
-    def first_epoch(self) -> Sequence[Group]:
-        """The groups in the order in which they are first learned from."""
-        if self.seed is None:
-            return self.known
-        return [self.known[i] for i in epoch_order(len(self.known), self.seed, 0)]
-
-    @cached_property
-    def place(self) -> Mapping[Group, int]:
-        """Where in the first epoch each group stands."""
-        return {group: place for place, group in enumerate(self.first_epoch)}
-
-    def beside(self, group: Group, world: int) -> Sequence[Group]:
-        """See StepSource: those that are first learned from in the same step, on the same rank."""
-        step, within = divmod(self.place[group], self.per_step)
-        return self.first_epoch[step * self.per_step : (step + 1) * self.per_step][within % world :: world]
+    def upcoming(self, step: int) -> Sequence[Group]:
+        """See StepSource."""
+        return self.known
 
     def kept(self, step: int) -> dict[str, Any]:
         """See StepSource."""

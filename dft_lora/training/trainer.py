@@ -69,7 +69,7 @@ class Trainer:
         for group in self.learner.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("rate", 1.0)
 
-        sums, suspects = self.learner.accumulate(groups, divisor, step + 1, self.source.beside)
+        sums, suspects = self.learner.accumulate(groups, divisor, step + 1)
         grad_norm, changed, sound = self.learner.update(sums.loss)
         self.done, seconds = step + 1, time.perf_counter() - started
         self.seconds += seconds
@@ -116,7 +116,11 @@ class Trainer:
                 self.learner.optimizer.state_dict(),
                 random,
                 progress,
-                {"source": self.source.kept(self.done), "value_head": self.learner.value_state()},
+                {
+                    "source": self.source.kept(self.done),
+                    "reference": self.learner.reference_state(self.source.upcoming(self.done)),
+                    "value_head": self.learner.value_state(),
+                },
             )
             checkpoints.save(state, self.learner.adapter_config)
         self.ranks.wait()
@@ -142,6 +146,7 @@ class Trainer:
         learner.optimizer.load_state_dict(state.optimizer)
         set_random_state(state.random[self.ranks.rank], self.ranks.device)
         self.source.restore(state.extra.get("source", {}))
+        learner.restore_reference(self.source.upcoming(state.step), state.extra.get("reference", {}))
         learner.restore_value(state.extra.get("value_head", {}))
         progress = state.progress
         learner.layout, learner.retreats = Layout(**progress["layout"]), progress["retreats"]
