@@ -175,7 +175,9 @@ _UNITS = {  # word -> (dimension, how many of the dimension's unit); plurals of 
     for word in words.split()
 }
 WRAP = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
-_UNIT_WORDS = re.compile(r"(?:[\s/.]*[A-Za-z]+\.?(?:\s*\^\s*\{?-?\d+\}?)?)+[\s.]*")
+_UNIT_WORDS = re.compile(  # possessive: backtracking over so many ways to cut words takes exponential time
+    r"(?:[\s/.]*+[A-Za-z]++\.?+(?:\s*+\^\s*+\{?+-?+\d++\}?+)?+)++[\s.]*+"
+)
 
 
 class Quantity(NamedTuple):
