@@ -109,6 +109,16 @@ def test_a_hostile_reference_costs_no_more_than_an_ordinary_one():
     assert time.process_time() - started < 2
 
 
+@pytest.mark.parametrize(
+    "rambling", ["many more words of it " * 5, "letters" * 20, "m/s^2 " * 30, "feet. " * 30]
+)
+def test_an_answer_that_rambles_on_after_a_number_is_judged_at_once(rambling):
+    """A model at a high temperature writes such answers. The pattern of units once took exponential time."""
+    started = time.process_time()
+    assert judge(f'\\boxed{{24{rambling}"}}', "24").status in ("wrong", "unparsable")
+    assert time.process_time() - started < 2
+
+
 def test_an_empty_reference_is_refused():
     with pytest.raises(DataError, match="reference answer is empty"):
         judge(r"\boxed{5}", " ")
