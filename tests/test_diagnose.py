@@ -11,8 +11,9 @@ from dft_lora.cli import main
 from dft_lora.config import load_recipe
 from dft_lora.data.templates import Renderer
 from dft_lora.errors import DataError
-from dft_lora.evaluation.diagnosis import advice, diagnose, diagnosis_text, effective, metrics
+from dft_lora.evaluation.diagnosis import advice, diagnose, diagnosis_text, effective, ends, metrics
 from dft_lora.evaluation.token_table import TokenTable
+from dft_lora.loss import objective
 
 
 def table(p):
@@ -47,6 +48,21 @@ def test_a_foreign_ending_is_foretold():
     said = diagnosis_text(foreign)
     assert "DFT will not learn to stop here" in said and "objective.floor=0.1" in said
     assert "more" in said.split("in most solutions, but p < 0.1 under the base:")[1].splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("p_end", "name", "dft", "own", "said"),
+    [
+        (0.9, "dft", True, True, "DFT will learn to end"),
+        (0.02, "threshold", True, False, "but threshold will not learn to stop here"),
+        (1e-4, "sft", False, True, "This recipe's objective does learn it"),
+        (1e-4, "power", False, False, "power will not learn to stop here"),
+    ],
+)
+def test_both_plain_dft_and_the_recipes_objective_are_asked_about_the_end(p_end, name, dft, own, said):
+    p = np.array([0.5, p_end, 0.5, p_end], dtype=np.float32)
+    found = ends(replace(table(p), example_M=np.array([0, 0, 1, 1])), objective(name))
+    assert (found["dft_learns_to_end"], found["learns_to_end"]) == (dft, own) and said in found["end_verdict"]
 
 
 def test_first_and_end_tokens_of_each_solution():

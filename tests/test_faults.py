@@ -323,6 +323,21 @@ def test_a_step_that_runs_out_of_memory_is_done_in_smaller_pieces(
     assert trainer.progress()["micro_batch_size"] == learner.layout.micro_batch_size
 
 
+def test_a_run_resumed_after_a_retreat_compares_with_the_same_base(make_trainer, monkeypatch, tmp_path):
+    """Rows that were scored under the base before the retreat come again after the resume."""
+    changes = ("train.micro_batch_size=4", "data.packing=false", "data.sample=16", "objective.name=iw-sft")
+    whole = make_trainer(*changes)
+    whole.step(0)
+    starve(whole, monkeypatch, "forward", ERRORS[0])
+    whole.step(1)
+    assert whole.learner.retreats
+    whole.save(Checkpoints(tmp_path / "kept", 1))
+    resumed = make_trainer(*changes)
+    resumed.restore(Checkpoints(tmp_path / "kept", 1).newest()[0])
+    found = [[trainer.step(step)["loss"] for step in (2, 3)] for trainer in (whole, resumed)]
+    assert found[0] == found[1] and torch.equal(weights(whole), weights(resumed))
+
+
 def test_after_three_retreats_it_says_what_may_fit(make_trainer, monkeypatch):
     trainer = make_trainer("train.micro_batch_size=8")
     first_layer(trainer).register_forward_hook(lambda *_: (_ for _ in ()).throw(ERRORS[0]))

@@ -247,6 +247,12 @@ def test_a_token_that_the_base_knows_is_not_starved(name):
     assert not starves(objective(name), 0.9997)
 
 
+def test_a_steep_weight_does_not_starve_what_the_base_knows():
+    assert not starves(objective("threshold", tau=0.6), 0.9997)
+    assert not starves(objective("power", a=8.0), 0.9997)
+    assert starves(objective("power", a=8.0), 0.3)
+
+
 def test_cadft_takes_the_difficulty_of_an_example_from_its_signal():
     difficulty = torch.linspace(-1, 2, len(UNEVEN.targets), dtype=torch.float64)
     loss, slope = by_formula("cadft", {}, difficulty=difficulty[UNEVEN.targets != -100])

@@ -117,13 +117,14 @@ def ends(table: TokenTable, wanted: Objective) -> dict[str, Any]:
     p_E = torch.from_numpy(table.end_E)
     found: dict[str, Any] = {"p_end": float(table.end_E.mean()), "p_first": float(table.first_E.mean())}
     lead = f"The base expects the end token with a probability of {found['p_end']:.3f} on average"
-    plain, ours = not starves(objective("dft"), p_E), not starves(wanted, p_E)
-    stop = f"will not learn to stop here. Remedies: {REMEDIES}."
+    plain, ours = not starves(objective("dft"), p_E), not starves(wanted.at(0.0), p_E)
+    name = "DFT" if wanted.name == "dft" else wanted.name
+    stop = f"{name} will not learn to stop here. Remedies: {REMEDIES}."
     said = {
         (True, True): ": DFT will learn to end its answers.",
-        (True, False): f": plain DFT will learn to end its answers, but {wanted.name} {stop}",
+        (True, False): f": plain DFT will learn to end its answers, but {stop}",
         (False, True): ", too improbable for plain DFT to learn it. This recipe's objective does learn it.",
-        (False, False): f", too improbable for plain DFT to learn it. DFT {stop}",
+        (False, False): f", too improbable for plain DFT to learn it. {stop}",
     }
     return found | {
         "dft_learns_to_end": plain,

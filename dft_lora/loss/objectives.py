@@ -617,10 +617,11 @@ def starves(wanted: Objective, probability: float | Tensor) -> bool:
     False where the weight does not depend on the token's own probability alone. A token above 0.5 is known
     already, so an objective that leaves it alone does not starve it.
     """
-    if wanted.token_weight is None:
+    weight = wanted.token_weight
+    if weight is None:
         return False
-    logp = torch.as_tensor(probability).clamp(1e-30, 0.5).log()
-    return float(wanted.token_weight(logp).mean()) < STARVED
+    logp = torch.as_tensor(probability).clamp_min(1e-30).log()
+    return float(weight(logp).maximum(weight(logp.clamp_max(log(0.5)))).mean()) < STARVED
 
 
 class Sequences:

@@ -129,7 +129,7 @@ def out_of_memory_text(
 
     `sizes` are [B, L] of the step's micro-batches, shortest first; the first `passed` of them succeeded.
     """
-    longest = max(length for _, length in sizes)
+    longest = max((length for _, length in sizes), default=0)
     tried = f"{layout.micro_batch_size} example(s) of up to {longest} tokens at a time"
     if layout.chunk_bytes:
         tried += f" and a loss chunk of {layout.chunk_bytes / 2**20:.1f} MB"

@@ -196,7 +196,8 @@ class Learner:
         Raises RunError after RETREATS retreats, or if no smaller layout exists.
         """
         weight_VD = self.head.weight_VD
-        widest = max((batch.supervised for batch in batches), default=1)
+        mine = max((batch.supervised for batch in batches), default=1)
+        widest = int(self.ranks.stack(torch.tensor(mine)).max())  # all ranks choose the same layout
         rows = chunk_rows(weight_VD, len(weight_VD), widest, self.layout.chunk_bytes)
         row_bytes = len(weight_VD) * weight_VD.element_size()
         smaller = self.layout.smaller(
@@ -292,7 +293,7 @@ class Learner:
         Checkpoints contain it (4 bytes per supervised token), since in another micro-batch it would differ in
         the last bits.
         """
-        missing = [example for example in examples_of(groups) if example not in self.references]
+        missing = [e for e in dict.fromkeys(examples_of(groups)) if e not in self.references]
         if missing and self.recipe.train.shard:  # equally many for each rank
             missing = examples_of(groups)
         if missing:
@@ -308,11 +309,14 @@ class Learner:
 
     def reference_state(self, groups: Sequence[Group]) -> dict[str, Any]:
         """What a checkpoint keeps of the groups' log-probabilities under the base; {} for nothing."""
-        kept = [self.references.get(example, ()) for example in examples_of(groups)]
+        kept = [self.references.get(example, array("f")) for example in examples_of(groups)]
         if not any(kept):
             return {}
-        joined = array("f", (logp for some in kept for logp in some))
-        return {"lengths": [len(some) for some in kept], "logp": torch.tensor(joined)}
+        joined = bytearray(b"".join(some.tobytes() for some in kept if some))
+        return {
+            "lengths": [len(some) for some in kept],
+            "logp": torch.frombuffer(joined, dtype=torch.float32),
+        }
 
     def restore_reference(self, groups: Sequence[Group], state: dict[str, Any]) -> None:
         """The reverse of `reference_state`, for the same groups."""

@@ -199,14 +199,14 @@ class Rollouts:
     def upcoming(self, step: int) -> Sequence[Group]:
         """See StepSource. None, where `step` begins a rollout."""
         rollout, within = divmod(step, self.plan.steps_each)
-        return self.fixed.known if within and rollout == self.rollout else []
+        return self.fixed.upcoming(within) if within and rollout == self.rollout else []
 
     def kept(self, step: int) -> dict[str, Any]:
         """See StepSource."""
-        groups = self.upcoming(step)
-        if not groups:
+        if not self.upcoming(step):
             return {}
-        return {"rollout": self.rollout, "figures": dict(self.figures), "groups": pack_groups(groups)}
+        known = pack_groups(self.fixed.known)
+        return {"rollout": self.rollout, "figures": dict(self.figures), "groups": known}
 
     def restore(self, kept: dict[str, Any]) -> None:
         """See StepSource."""

@@ -93,11 +93,13 @@ class SideBySide:
 
     def probabilities(self, example: Example) -> dict[str, list[float]]:
         """The probability of each supervised token of `example` under each run, as it is now."""
-        scored = {
-            name: run.trainer.learner.recall([example], run.trainer.done)[0][0]
-            for name, run in self.runs.items()
-        }
-        return {name: logp_T.exp().tolist() for name, logp_T in scored.items()}
+        found = {}
+        for name, run in self.runs.items():
+            learner = run.trainer.learner
+            layout, retreats = learner.layout, [*learner.retreats]
+            found[name] = learner.recall([example], run.trainer.done)[0][0].exp().tolist()
+            learner.layout, learner.retreats = layout, retreats  # what a look needs is not the run's
+        return found
 
     def answers(self, prompt_ids: Sequence[int], max_new_tokens: int) -> dict[str, str]:
         """Each run's greedy answer to a prompt, as it is now."""

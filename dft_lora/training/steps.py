@@ -52,8 +52,8 @@ class FixedGroups:
         return [self.known[i] for i in step_indices(len(self.known), self.per_step, self.seed, step)]
 
     def upcoming(self, step: int) -> Sequence[Group]:
-        """See StepSource."""
-        return self.known
+        """See StepSource. Without a seed, past groups do not come again."""
+        return self.known if self.seed is not None else self.known[step * self.per_step :]
 
     def kept(self, step: int) -> dict[str, Any]:
         """See StepSource."""
