@@ -146,7 +146,12 @@ def demo(out: str | None, base: str, seed: int, quick: bool, clean: bool, as_jso
 @click.argument("recipe", required=False)
 @set_option("train.seed=1")
 @click.option("--resume", is_flag=True, help="Resume from the newest intact checkpoint.")
-@click.option("--extend", is_flag=True, help="Resume with a larger train.max_steps or train.epochs.")
+@click.option(
+    "--extend",
+    is_flag=True,
+    help="Resume with a larger train.max_steps or train.epochs. The new steps follow the longer learning-rate "
+    "schedule, so only with train.schedule constant is the run that of one so long from the start.",
+)
 @click.option(
     "--sweep",
     metavar="FILE",
