@@ -149,8 +149,8 @@ def demo(out: str | None, base: str, seed: int, quick: bool, clean: bool, as_jso
 @click.option(
     "--extend",
     is_flag=True,
-    help="Resume with a larger train.max_steps or train.epochs. The new steps follow the longer learning-rate "
-    "schedule, so only with train.schedule constant is the run that of one so long from the start.",
+    help="Resume with a larger train.max_steps or train.epochs. New steps take their learning rates from the "
+    "longer run's schedule; those already made had the shorter one's.",
 )
 @click.option(
     "--sweep",
