@@ -17,6 +17,7 @@ from .errors import RequestError
 from .evaluation.run_set import recipes_of, renderer_of, unchanged_base
 from .model.generate import Request, stream
 from .model.head import check_head
+from .model.limits import UNLIMITED, positions
 from .model.load import load_adapters, load_base
 from .runs.folder import RunFolder
 
@@ -57,7 +58,7 @@ class Chat:
         self.forgets = self.renderer.template.text is not None
         model, _ = load_base(recipes[0].model, for_answers=True)
         check_head(model)
-        self.positions: int = model.config.get_text_config().max_position_embeddings
+        self.positions = positions(model.config) or UNLIMITED
         self.model = load_adapters(model, {"run": run.adapter})
         self.start = [{"role": "system", "content": system}] if system else []
         self.notes: list[str] = []
@@ -121,8 +122,9 @@ class Chat:
             for step in steps:
                 alive = set()
                 for index, token in step:
-                    ids[index].append(token)
-                    alive.add(index)
+                    if token not in stops:
+                        ids[index].append(token)
+                        alive.add(index)
                 # a character may take several tokens: half of one is not shown
                 yield current, self.renderer.decode(ids[current]).rstrip("\ufffd")
                 while current + 1 < len(requests) and current not in alive:

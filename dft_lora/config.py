@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -414,7 +415,7 @@ def _short(value: Any) -> str:
 
 
 class _OneOfEach(yaml.SafeLoader):
-    """YAML without repeated keys: SafeLoader would silently keep the last one."""
+    """YAML without repeated keys, of which SafeLoader keeps the last; 1e-3 is a number, as in YAML 1.2."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
@@ -424,6 +425,11 @@ class _OneOfEach(yaml.SafeLoader):
                 what = f"{key.value} is given twice"
                 raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
         return super().construct_mapping(node, deep)
+
+
+_OneOfEach.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def read_yaml(text: str, where: str) -> Any:

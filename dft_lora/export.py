@@ -159,12 +159,14 @@ def card(
     wanted, train, source = recipe.objective.name, recipe.train, recipe.data.source
     source = Path(source).name if "datasets" not in header else source
     formula = (type(objective(wanted)).__doc__ or "").splitlines()[0]
+    numbers = "".join(f", {name} {value}" for name, value in recipe.objective.numbers.items())
+    rows = "pairs" if objective(wanted).learns_from == "pairs" else "examples"
     made, last = metadata["provenance"], metadata["figures"]["last"]
     kind = "A LoRA adapter, merged into its 16-bit base." if merged else "A LoRA adapter; it needs its base."
     lines = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {name}",
-        f"`{base}` fine-tuned on `{source}` with the objective `{wanted}`. {kind}",
+        f"`{base}` fine-tuned on `{source}` with the objective `{wanted}`{numbers}. {kind}",
         "## Use",
         *_usage(run, merged, repository),
         "## Evaluation",
@@ -180,10 +182,10 @@ def card(
         ]
     lines += [
         "## Training",
-        f"- Objective: `{wanted}`, {formula}\n"
+        f"- Objective: `{wanted}`{numbers}: {formula}\n"
         f"- Adapter: r {recipe.adapter.r}, alpha {recipe.adapter.alpha:g}, over {over}\n"
         f"- Data: `{source}`, split `{recipe.data.split}`\n"
-        f"- Steps: {last['step']} of {train.batch_size} examples, AdamW {train.learning_rate:g}, "
+        f"- Steps: {last['step']} of {train.batch_size} {rows}, AdamW {train.learning_rate:g}, "
         f"{train.schedule}, seed {train.seed}; {metadata['figures']['seconds']:.0f} s on {made['device']} in "
         f"{made['dtype']}\n"
         f"- Last step: NLL {_figure(last['nll'])}, mean target probability "

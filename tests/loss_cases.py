@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dft_lora.loss import TokenScores, naive_token_logps, token_logps
+from dft_lora.loss import REFERENCE_NEEDS, TokenScores, naive_token_logps, token_logps
 
 HEADS = {
     "plain": {},
@@ -67,7 +67,7 @@ class Case:
         more = {"sequence": self.sequence, **more}
         if scorer is naive_token_logps:
             more["reference_hidden"] = reference_hidden
-        elif "reference_logp" in more.get("needs", ()) or "reference_kl" in more.get("needs", ()):
+        elif "reference_logp" not in more.get("signals", ()) and REFERENCE_NEEDS & set(more.get("needs", ())):
             with torch.no_grad():
                 more["reference"] = token_logps(
                     reference_hidden, weight, self.targets, keep_jacobian=True, **options

@@ -165,6 +165,10 @@ def test_a_missing_recipe_names_the_nearest():
 def test_objective_numbers_pass_through():
     recipe = parse_recipe({"objective": {"name": "power", "a": 0.5}}).override(["objective.a=2"])
     assert recipe.objective.numbers == {"a": 2}
+    numbers = {"5e-1": 0.5, "-1E+2": -100.0, "1e3": 1000.0, "e3": "e3", "1e": "1e", "0x1e3": 0x1E3}
+    for text, number in numbers.items():
+        (found,) = recipe.override([f"objective={{name: power, a: {text}}}"]).objective.numbers.values()
+        assert found == number and type(found) is type(number), text
 
 
 def test_digest_ignores_key_order():

@@ -27,6 +27,7 @@ from dft_lora.evaluation.evaluate import evaluate
 from dft_lora.evaluation.protocol import answer_limit
 from dft_lora.evaluation.report import build, write_own_report
 from dft_lora.evaluation.run_set import unique_names
+from dft_lora.evaluation.shard import Shard
 from dft_lora.evaluation.sharpening import entropy_matched
 from dft_lora.evaluation.task_results import TaskResults
 from dft_lora.evaluation.token_table import TokenTable, tokens_file
@@ -131,6 +132,31 @@ def test_runs_answered_together_and_alone_answer_alike(runs, fresh):
     evaluate([fresh[0]], ["arithmetic"], limit=24, changes=["samples=3"])
     same = [a == b for a, b in zip(answers(fresh[0]), answers(runs[0]), strict=True)]
     assert np.mean(same) >= 0.98
+
+
+def test_what_stopped_processes_left_is_completed_and_gathered(runs, fresh, monkeypatch):
+    """Whether answers are missing is the same for all processes, whoever gives them."""
+    shutil.copytree(runs[0] / "evaluation", fresh[0] / "evaluation")
+    whole = fresh[0] / "evaluation/arithmetic.jsonl"
+    lines = whole.read_text().splitlines(keepends=True)
+    mine = {json.loads(line)["problem"] for line in lines[::4]}
+    mine = set(sorted(mine)[::2])
+    parts = [whole.with_name(f"arithmetic.rank-{rank}.jsonl") for rank in (0, 1)]
+    parts[0].write_text("".join(line for line in lines if json.loads(line)["problem"] in mine))
+    whole.unlink()
+    asked = []
+    monkeypatch.setattr("dft_lora.evaluation.evaluate._complete", lambda *_: asked.append(1))
+    monkeypatch.setattr(Shard, "of_this_process", lambda: Shard(0, 2))
+    monkeypatch.setattr(Shard, "wait", lambda self: None)
+    evaluate([fresh[0]], ["arithmetic"], limit=24, changes=["samples=3"])
+    assert asked == [1] and whole.exists()
+    monkeypatch.undo()
+
+    parts[1].write_text("".join(line for line in lines if json.loads(line)["problem"] not in mine))
+    monkeypatch.setattr("dft_lora.evaluation.evaluate._complete", None)  # asking again would fail
+    evaluate([fresh[0]], ["arithmetic"], limit=24, changes=["samples=3"])
+    assert sorted(whole.read_text().splitlines(keepends=True)) == sorted(lines)
+    assert not any(part.exists() for part in parts)
 
 
 @pytest.mark.slow

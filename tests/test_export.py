@@ -99,6 +99,13 @@ def test_the_card_says_what_the_base_was_held_in(copied):
         assert ("qlora" in text) == (held == "nf4") and "qlora" not in merged and "4-bit" not in text + merged
 
 
+def test_the_card_gives_the_objectives_numbers(copied):
+    metadata = copied.run()
+    metadata["recipe"]["objective"] = {"name": "dft", "floor": 0.1}
+    copied.write_run(**metadata)
+    assert card(copied).count("`dft`, floor 0.1") == 2
+
+
 def test_the_card_of_a_run_whose_last_step_was_skipped(copied):
     metadata = copied.run()
     metadata["figures"]["last"] |= {"nll": None, "mean_probability": None}

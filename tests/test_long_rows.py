@@ -64,11 +64,11 @@ def test_long_rows_take_less_memory_on_a_gpu(tmp_path):
     """Traced on shapes alone: a row of 4,096 tokens through three layers as wide as a 1.5B model's."""
     config = shape("qwen2", 1536, 8960, 12, 2, 3, 1024, True)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    example = [Example("0", tuple(range(1, 4097)), 64)]
+    groups = [(Example("0", tuple(range(1, 4097)), 64),)]
 
     def peaks(**train):
         with traced(recipe_of(tmp_path, **train), DFT, 0) as learner:
-            batch = longest_batch(learner, example, 1)
+            batch = longest_batch(learner, groups, 1)
             probe(learner, batch, gauged=False)
             return probe(learner, batch)
 
@@ -92,7 +92,7 @@ def test_weights_stay_where_they_are(monkeypatch):
 
     monkeypatch.setattr(long_rows, "_to_host", note)
     with traced(recipe_of(offload_activations=True), DFT, 0) as learner:
-        batch = longest_batch(learner, [Example("0", tuple(range(1, 1001)), 64)], 1)
+        batch = longest_batch(learner, [(Example("0", tuple(range(1, 1001)), 64),)], 1)
         probe(learner, batch, gauged=False)
     assert {shape[:2] for shape in moved} == {(1, 1000)}
 

@@ -10,6 +10,7 @@ from dft_lora.config import load_recipe
 from dft_lora.data.sources import load_problems
 from dft_lora.errors import DataError
 from dft_lora.experiments.own_samples import own_samples
+from dft_lora.experiments.shipped import shipped_runs
 from dft_lora.tasks.judge import judge
 from dft_lora.training.loop import train
 
@@ -71,7 +72,7 @@ def test_the_command_writes_answers_and_pairs(tmp_path):
 
 def test_a_run_samples_with_its_own_adapter(tmp_path):
     """Step 0 of a run that learned nothing is the base; after training the answers differ."""
-    run = tmp_path / "run"
+    run = tmp_path / "qwen2.5_run"  # with a dot
     train(
         load_recipe(
             "tiny_sft", ["data.sample=24", "train.max_steps=4", "train.batch_size=16", f"output={run}"]
@@ -84,6 +85,12 @@ def test_a_run_samples_with_its_own_adapter(tmp_path):
         assert done.exit_code == 0, done.output
         texts[name] = (tmp_path / f"{name}.jsonl").read_text()
     assert texts["base"] != texts["run"]
+
+
+def test_a_base_as_the_run_that_samples_is_refused(tmp_path):
+    base = shipped_runs()[0].path
+    done = sample("--out", tmp_path / "own.jsonl", "--run", base)
+    assert done.exit_code == 2 and f"--run: {base} has no adapter" in done.output
 
 
 def test_answers_that_are_all_cut_are_refused_by_name(tmp_path):

@@ -119,7 +119,7 @@ def test_nothing_is_predicted_across_a_boundary_and_counts_stay(size, flat):
         assert not flat or batch.positions == batch.tokens
 
 
-def test_rows_hold_their_capacity_and_an_example_that_cannot_fit_is_refused():
+def test_rows_hold_their_capacity():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 300, (256,), generator=generator).tolist()
     blocks = fill(ungrouped(Example(str(i), (1,) * n, 1) for i, n in enumerate(lengths)), 2048)
@@ -127,8 +127,17 @@ def test_rows_hold_their_capacity_and_an_example_that_cannot_fit_is_refused():
     loads = [sum(len(e.ids) for e in row) for row in rows]
     assert max(loads) <= 2048 and len(rows) <= -(-sum(lengths) // 2048) + 1
     assert max(loads) - min(loads) <= max(lengths)
-    with pytest.raises(ValueError, match="capacity"):
-        fill([(Example("a", (1,) * 10, 1),)], 9)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_an_answer_that_exceeds_the_longest_prompt_has_room(flat):
+    """`data.max_length`, the capacity, limits the prompts of a rollout, not their answers."""
+    sizes = {"a": 4, "b": 30, "c": 9, "d": 17}
+    examples = [Example(name, (1,) * n, 1) for name, n in sizes.items()]
+    batches = Packed(9, flat)(ungrouped(examples), 1, PAD)
+    assert sorted(name for batch in batches for name in batch.ids) == list("abcd")
+    assert sum(batch.tokens for batch in batches) == 60 and len(batches) == 2
+    assert Packed(9, flat)([], 1, PAD) == []  # a rank without rows
 
 
 @pytest.mark.parametrize("size", [1, 4])

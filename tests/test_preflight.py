@@ -56,9 +56,9 @@ def trainer(recipe):
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_fit_of_short_rows_predicts_long_micro_batches(trainer, checkpointing):
     """Within 10 %, from rows of 128 and 256 tokens to four rows of 500."""
-    fit = measure(trainer.learner, trainer.plan.examples, checkpointing)
+    fit = measure(trainer.learner, trainer.plan.groups, checkpointing)
     for rows in (1, 4):
-        batch = longest_batch(trainer.learner, trainer.plan.examples, rows)
+        batch = longest_batch(trainer.learner, trainer.plan.groups, rows)
         found = probe(trainer.learner, batch)
         assert found.N == batch.positions > 256 * rows
         assert fit.peak(found.N, found.M) == pytest.approx(found.peak, rel=0.1), rows
@@ -104,7 +104,7 @@ def test_resident_bytes_are_those_of_the_tensors(trainer):
 def test_probing_leaves_weights_gradients_and_random_state(trainer):
     before = [parameter.detach().clone() for parameter in trainer.learner.trainable]
     random = torch.get_rng_state()
-    measure(trainer.learner, trainer.plan.examples, False)
+    measure(trainer.learner, trainer.plan.groups, False)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.learner.trainable, strict=True))
     assert all(parameter.grad is None for parameter in trainer.learner.trainable)
     assert torch.equal(random, torch.get_rng_state())
@@ -125,9 +125,9 @@ def test_memory_too_short_for_two_probes_is_said_and_auto_takes_one_row(trainer,
     monkeypatch.setattr(Ranks, "backward", runs_out)
     random = torch.get_rng_state()
     with pytest.raises(RunError, match=r"out of memory with one row of \d+ tokens beside the base: set"):
-        measure(trainer.learner, trainer.plan.examples, False)
+        measure(trainer.learner, trainer.plan.groups, False)
     calls.clear()
-    assert auto_micro_batch(trainer.learner, trainer.plan.examples) == 1
+    assert auto_micro_batch(trainer.learner, trainer.plan.groups) == 1
     assert all(parameter.grad is None for parameter in trainer.learner.trainable)
     assert torch.equal(random, torch.get_rng_state())
 
@@ -144,7 +144,7 @@ def test_the_probe_leaves_a_backends_own_checkpointing(trainer, monkeypatch):
     monkeypatch.setattr(learner, "set_checkpointing", Built.set_checkpointing)
     for name in ("gradient_checkpointing_enable", "gradient_checkpointing_disable"):
         monkeypatch.setattr(core, name, replaced)
-    assert auto_micro_batch(learner, trainer.plan.examples) >= 1
+    assert auto_micro_batch(learner, trainer.plan.groups) >= 1
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -206,6 +206,13 @@ def test_the_command(recipe, tmp_path):
     assert found["proposal"]["predicted_peak"] < found["available"] == 8 * 2**30
     done = CliRunner().invoke(main, ["preflight", str(path), "--gpu-memory", "soon"])
     assert done.exit_code == 2
+
+
+def test_pairs_of_own_answers_are_measured_as_pairs():
+    """A pair stays together, whatever the micro-batch; a step may have an odd number of them."""
+    changes = ["data.sample=8", "train.batch_size=3", "train.micro_batch_size=1", "data.packing=false"]
+    found = preflight(load_recipe("tiny_dpo", changes))
+    assert found["longest_micro_batch"][0] == 2
 
 
 def test_an_objective_that_keeps_the_bases_log_probabilities_is_measured():

@@ -290,3 +290,9 @@ def test_a_field_that_an_earlier_version_did_not_have_counts_as_its_default():
     refuse_differences({"steps": 3}, now, extend=False)
     with pytest.raises(RequestError, match=r"train\.optimizer was 'adamw', is 'adamw8bit'"):
         refuse_differences({"steps": 3}, now | {"train.optimizer": "adamw8bit"}, extend=False)
+    rollouts = {"rollouts.samples": 4, "rollouts.rows": 64}
+    refuse_differences({"steps": 3, "rollouts.samples": 4}, {"steps": 3} | rollouts, extend=False)
+
+
+def test_a_field_that_no_longer_counts_may_differ():
+    refuse_differences({"steps": 3, "train.logging_steps": 1}, {"steps": 3}, extend=False)

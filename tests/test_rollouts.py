@@ -107,7 +107,7 @@ def test_a_rollout_is_what_the_policy_wrote(grpo):
     assert len(examples) == 16 and grpo.source.figures["answers"] == 32
     problems = {problem.id: problem for problem in grpo.plan.problems}
     judge, renderer = get_task("arithmetic"), grpo.plan.renderer
-    recalled = grpo.learner.recall(examples, 1)
+    recalled = grpo.learner.example_logps(examples, 1)
     texts = []
     for example, (logp_T, _) in zip(examples, recalled, strict=True):
         name, _, sample = example.id.rpartition("/")
@@ -127,22 +127,22 @@ def test_a_rollout_is_what_the_policy_wrote(grpo):
 def test_the_reference_is_the_base_and_is_computed_once(grpo, monkeypatch):
     groups = grpo.source.groups(0)
     marked = grpo.learner.with_reference(groups, 1)
-    base = grpo.learner.recall(examples_of(groups), 1, base=True)
+    base = grpo.learner.example_logps(examples_of(groups), 1, base=True)
     for (example,), (logp_T, _) in zip(marked, base, strict=True):
         assert torch.allclose(torch.tensor(example.signals["reference_logp"]), logp_T, atol=1e-5)
-    policy = grpo.learner.recall(examples_of(groups), 1)
+    policy = grpo.learner.example_logps(examples_of(groups), 1)
     assert not torch.allclose(torch.tensor(marked[0][0].signals["reference_logp"]), policy[0][0], atol=1e-3)
-    monkeypatch.setattr(grpo.learner, "recall", None)  # a second pass would fail
+    monkeypatch.setattr(grpo.learner, "example_logps", None)  # a second pass would fail
     assert grpo.learner.with_reference(groups, 2) == marked
 
 
 def test_ranks_that_share_a_base_pass_through_it_equally_often(grpo, monkeypatch):
     """However much of a step was scored before: a pass needs every rank's part of a layer."""
-    learner, rows, recall = grpo.learner, [], grpo.learner.recall
+    learner, rows, recall = grpo.learner, [], grpo.learner.example_logps
     monkeypatch.setattr(learner, "recipe", learner.recipe.override(["train.shard=true"]))
     monkeypatch.setattr(learner, "references", WeakKeyDictionary())
     monkeypatch.setattr(
-        learner, "recall", lambda some, *a, **k: rows.append(len(some)) or recall(some, *a, **k)
+        learner, "example_logps", lambda some, *a, **k: rows.append(len(some)) or recall(some, *a, **k)
     )
     groups = grpo.source.groups(0)[:4]
     first = learner.with_reference(groups[:2], 1)

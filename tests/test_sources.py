@@ -146,6 +146,22 @@ def test_a_prompt_may_be_a_list_of_turns(tmp_path):
     assert "end with user" in rows.bad[0].reason
 
 
+def test_prompts_need_no_solution(tmp_path):
+    """The Hub's and parquet's rows have every column, perhaps null; turns may end with the question."""
+    turns = [{"role": "user", "content": "1 + 1?"}]
+    rows = [
+        {"problem": "2 + 2?", "solution": None, "answer": "4"},
+        {"problem": "2 + 2?", "solution": "", "answer": "4"},
+        {"messages": turns, "answer": "2"},
+    ]
+    rows = load_problems(DataConfig(source=write(tmp_path / "a.jsonl", rows)), kind="prompts")
+    assert [(p.question, p.solution, p.answer) for p in rows.problems] == [
+        ("2 + 2?", None, "4"),
+        ("2 + 2?", None, "4"),
+        ("1 + 1?", None, "2"),
+    ]
+
+
 def test_sample_is_random_seeded_and_a_subset(tmp_path):
     rows = [GOOD | {"problem": str(i)} for i in range(100)]
     source = write(tmp_path / "a.jsonl", rows)

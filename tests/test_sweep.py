@@ -9,7 +9,7 @@ from dft_lora.cli import main
 from dft_lora.config import load_recipe
 from dft_lora.errors import Interrupted, RequestError
 from dft_lora.experiments.own_samples import own_samples
-from dft_lora.experiments.sweep import Sweep, run_sweep
+from dft_lora.experiments.sweep import Sweep, _plan, run_sweep
 from dft_lora.runs.folder import RunFolder, read_lines
 from dft_lora.tasks.judge import judge
 from dft_lora.training import loop
@@ -73,6 +73,15 @@ def test_it_goes_on_and_trains_nothing_twice(made):
     for name, date in dates.items():
         assert (out / name / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == date
     assert "of its objective" in done.stdout
+
+
+def test_the_plan_of_a_finished_run_has_its_own_objective():
+    """Runs share the rendered data; steps per rollout depend on the objective and its numbers."""
+    changes = ["rollouts.samples=4", "train.batch_size=16", "train.max_steps=6", "data.sample=8"]
+    for change, each in (("objective.name=sft", 6), ("objective={name: grpo, kl: 0.1}", 1)):
+        plan = _plan(load_recipe("tiny_rft", [*changes, change]))
+        assert plan.steps_each == each and plan.objective.name == plan.recipe.objective.name
+    assert plan.objective.kl == 0.1
 
 
 def test_another_recipe_in_the_same_folder_is_refused(made):

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from dft_lora.bench.memory import _trace
 from dft_lora.cli import main
 from dft_lora.config import parse_recipe
+from dft_lora.data.batches import ungrouped
 from dft_lora.data.templates import Example
 from dft_lora.loss import objective
 from dft_lora.model import backends, row_blocks
@@ -57,7 +58,7 @@ def recipe_of(base, **train):
 
 def step(learner):
     """Bytes of a micro-batch after the first one, and what stays after an update."""
-    batch = longest_batch(learner, EXAMPLES, 2)
+    batch = longest_batch(learner, ungrouped(EXAMPLES), 2)
     probe(learner, batch, gauged=False)
     found = probe(learner, batch)
     learner.update(0.0)
@@ -100,7 +101,7 @@ def learner(base):
 def test_attention_scores_are_not_counted(learner):
     """The memory of a GPU's kernels grows with a row's length, not with its square."""
     rows = [Example("0", tuple(range(length)), 50) for length in (1024, 2048)]
-    short, long = (probe(learner, longest_batch(learner, [row], 1)).saved for row in rows)
+    short, long = (probe(learner, longest_batch(learner, [(row,)], 1)).saved for row in rows)
     assert long / short == pytest.approx(2, rel=0.02)
 
 
@@ -127,7 +128,7 @@ def test_token_ids_and_masks_have_values(learner):
 
 def test_the_fit_for_auto_predicts_what_many_rows_take(base):
     """Also where unpacked weights outweigh the activations of one row: the growth shows from two rows on."""
-    rows = [Example(str(i), tuple(range(1, 61 - i % 4)), 8) for i in range(16)]
+    rows = ungrouped(Example(str(i), tuple(range(1, 61 - i % 4)), 8) for i in range(16))
     recipe = recipe_of(base, gradient_checkpointing=True, batch_size=16).override(["data.packing=false"])
     with traced(recipe, DFT, 0) as learner:
         fit = measure(learner, rows, checkpointing=True)

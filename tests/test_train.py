@@ -200,10 +200,10 @@ def test_log_probabilities_under_the_base_are_the_same_after_a_resume(tmp_path, 
     """A step's rows are scored when it first needs them; a checkpoint has those that were."""
     changes = (*SMALL, "objective.name=iw-sft", "data.sample=12", "train.batch_size=4", "train.max_steps=5")
     recipe = load_recipe("tiny_dft", changes)
-    plan, rows, recall = make_plan(recipe), [], Learner.recall
+    plan, rows, recall = make_plan(recipe), [], Learner.example_logps
     monkeypatch.setattr(
         Learner,
-        "recall",
+        "example_logps",
         lambda self, examples, *more, **named: (
             rows.append(len(examples)) or recall(self, examples, *more, **named)
         ),
@@ -399,7 +399,7 @@ def test_the_base_is_asked_once_per_token(packing):
     )
     trainer = Trainer(make_plan(recipe), Ranks(recipe))
     learner = trainer.learner
-    asked, of_batch, scores_at, recall = [], [], learner.scores_at, learner.recall
+    asked, of_batch, scores_at, recall = [], [], learner.scores_at, learner.example_logps
 
     def counted(examples, step, base):
         asked.extend(example.id for example in examples)
@@ -413,7 +413,7 @@ def test_the_base_is_asked_once_per_token(packing):
                 of_batch.append((scores.reference_logp, direct.logp))
         return scores
 
-    learner.scores_at, learner.recall = compared, counted
+    learner.scores_at, learner.example_logps = compared, counted
     for step in range(4):
         trainer.step(step)
     assert sorted(asked) == sorted(example.id for example in trainer.plan.examples)

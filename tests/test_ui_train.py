@@ -114,7 +114,10 @@ def test_an_upload_is_trained_as_an_ordinary_run(tmp_path):
     assert not shop.unfinished(), "the one that runs is not offered to others, and theirs was not begun"
     watched.close()
     assert [folder.checkpoints.joinpath("step-000001").is_dir() for folder in training.folders] == [True] * 2
-    (again,) = shop.unfinished()
+    damaged = shop.begin(setup).folders[0].path
+    damaged.mkdir(parents=True)
+    (damaged / "run.json").write_text("{")
+    (again,) = shop.unfinished()  # the damaged one hides no other
     *_, last = shop.watch(shop.open(again.number), "")
     assert last.state == "done" and last.done == 3 and not shop.unfinished()
     assert {name: len(lines) for name, lines in last.metrics.items()} == {"sft": 3, "dft": 3}

@@ -143,7 +143,7 @@ def measure_steps(
     max_length,
     out,
 ):
-    """Measure the variants that were asked for; keep the result as `train-KIND-DTYPE` and print it."""
+    """Measure the variants that were asked for; keep the result as `KIND-DTYPE` and print it."""
     from .train import Measurement, Shape, measure
 
     shape = Shape(hidden, layers, vocabulary, hidden * 11 // 2, batch, max_length)
@@ -152,7 +152,7 @@ def measure_steps(
         raise RequestError(f"--only {only!r}: in none of {', '.join(repr(v.name) for v in variants)}")
     result = measure(chosen, Measurement(shape, dtype, steps, rounds, threads, model))
     base = f"-{Path(model).name}" if model else ""
-    keep(result, out, f"train-{kind}{base}-{result['dtype']}")
+    keep(result, out, f"{kind}{base}-{result['dtype']}")
     click.echo(train_table(result))
 
 
@@ -165,7 +165,7 @@ def train_step(ladder, **options):
     """Seconds and memory of a whole training step, against TRL's SFTTrainer where it is installed."""
     from .train import COMPARISON, LADDER
 
-    measure_steps(LADDER if ladder else COMPARISON, "ladder" if ladder else "peers", **options)
+    measure_steps(LADDER if ladder else COMPARISON, "train-ladder" if ladder else "train-peers", **options)
 
 
 @main.command("trainer")
@@ -174,7 +174,7 @@ def trainer_step(**options):
     """Seconds and memory of a step of transformers' and TRL's trainers, with and without `patch`."""
     from .train import TRAINERS
 
-    measure_steps(TRAINERS, "trainers", **options)
+    measure_steps(TRAINERS, "trainer", **options)
 
 
 @main.command()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Recipe, load_recipe
+from ..data.batches import ungrouped
 from ..data.templates import Example
 from ..loss import objective
 from ..model.head import bare
@@ -87,7 +88,7 @@ def measure_recipes(names: Sequence[str]) -> dict[str, Any]:
 def _trace(recipe: Recipe, folder: str, gpus: Sequence[int], processes: int) -> dict[str, Any]:
     L, batch_size = recipe.data.max_length, recipe.train.batch_size
     lengths = [L - i % 8 for i in range(min(MOST_ROWS, batch_size))]
-    examples = [Example(str(i), tuple(range(length)), PROMPT) for i, length in enumerate(lengths)]
+    groups = ungrouped(Example(str(i), tuple(range(length)), PROMPT) for i, length in enumerate(lengths))
     shown = {
         "model": recipe.model.name,
         "max_length": L,
@@ -96,22 +97,22 @@ def _trace(recipe: Recipe, folder: str, gpus: Sequence[int], processes: int) -> 
         "processes": processes,
     }
     with _learner(recipe, folder) as learner:
-        fit = measure(learner, examples, learner.checkpointing)
-        row = longest_batch(learner, examples, 1)
+        fit = measure(learner, groups, learner.checkpointing)
+        row = longest_batch(learner, groups, 1)
 
         def peak(rows: int) -> int:
-            return resident + probe(learner, longest_batch(learner, examples, rows)).peak
+            return resident + probe(learner, longest_batch(learner, groups, rows)).peak
 
         learner.update(0.0)  # makes the optimizer's states
         parts = resident_bytes(learner)
         if processes > 1:
             parts["weights"] -= saved_by_sharding(learner, processes)
-        resident, sizes = sum(parts.values()), range(1, len(examples) + 1)
+        resident = sum(parts.values())
         probe(learner, row, gauged=False)  # makes the gradients, which count as resident
         on_gpu = []
         for gb in gpus:
             limit = usable(gb * GB, learner.ranks.device, gb * GB)
-            sizes = range(1, len(examples) + 1)
+            sizes = range(1, len(groups) + 1)
             fitting = [
                 m for m in sizes if resident + fit.peak(m * row.positions, m * row.supervised) <= limit
             ]
@@ -164,7 +165,7 @@ def measure_longest(
 
 def _longest_rows(learner: Learner, gpus: Sequence[int], grain: int = 512) -> dict[str, Any]:
     def peak(tokens: int) -> int:
-        row = [Example("0", tuple(range(tokens)), PROMPT)]
+        row = [(Example("0", tuple(range(tokens)), PROMPT),)]
         return resident + probe(learner, longest_batch(learner, row, 1)).peak
 
     resident = 0

@@ -81,8 +81,11 @@ class CheapestPacking:
 def fill(groups: Sequence[Group], capacity: int) -> list[list[list[Example]]]:
     """Groups in few rows of nearly equal length, at most `capacity` tokens each: [rows to keep together].
 
-    A group takes one row. Only a group that does not fit in one takes several, which are kept together.
+    A group takes one row. Only a group that does not fit in one takes several, which are kept together. Rows
+    have room for the longest example: a prompt of at most `data.max_length` with a sampled answer can exceed
+    `capacity`.
     """
+    capacity = max([capacity, *(len(example.ids) for example in examples_of(groups))])
     small = [group for group in groups if _tokens(group) <= capacity]
     whole = [[row] for row in _fewest(small, capacity)] if small else []
     large = [group for group in groups if _tokens(group) > capacity]
@@ -90,13 +93,11 @@ def fill(groups: Sequence[Group], capacity: int) -> list[list[list[Example]]]:
 
 
 def _fewest(groups: Sequence[Group], capacity: int) -> list[list[Example]]:
-    """The fewest rows of at most `capacity` tokens that `spread` can put the groups into."""
-    for n in range(math.ceil(sum(map(_tokens, groups)) / capacity), len(groups) + 1):
-        rows = spread(groups, n)
-        if max(map(_tokens, rows)) <= capacity:
-            return rows
-    longest = max(map(_tokens, groups))
-    raise ValueError(f"capacity: an example of {longest} tokens exceeds {capacity}")
+    """The fewest rows of at most `capacity` tokens that `spread` can put the groups into; each fits one."""
+    n = math.ceil(sum(map(_tokens, groups)) / capacity)
+    while max(map(_tokens, rows := spread(groups, n))) > capacity:
+        n += 1
+    return rows
 
 
 def spread(groups: Sequence[Group], n: int) -> list[list[Example]]:

@@ -271,11 +271,15 @@ def _pair(number: int, row: Any, data: DataConfig) -> list[Problem]:
 
 
 def _asked(number: int, row: Any, data: DataConfig) -> list[Problem]:
-    """The problems of a row that may lack a solution."""
+    """The problems of a row that may lack a solution, or have turns that end with the question."""
     _check_row(row)
-    if data.completion in row or "messages" in row:  # where the reference answer may be
+    if data.prompt not in row and _ends_with_user(row.get("messages")):
+        asked = tuple(_turns(row["messages"], last="user"))
+    elif "messages" in row or row.get(data.completion) not in (None, ""):  # where the answer may be
         return _problems(number, row, data)
-    return [Problem(f"row-{number}", _prompt(row, data.prompt), answer=_own_answer(row, data))]
+    else:
+        asked = _prompt(row, data.prompt)
+    return [Problem(f"row-{number}", asked, answer=_own_answer(row, data))]
 
 
 def _test(number: int, row: Any, data: DataConfig) -> list[Problem]:
@@ -285,12 +289,7 @@ def _test(number: int, row: Any, data: DataConfig) -> list[Problem]:
         data = DataConfig(source=data.source)
     column = data.answer or ANSWER
     data = data.model_copy(update={"answer": None if row.get(column) is None else column})
-    row = {k: v for k, v in row.items() if v is not None or k not in (column, data.completion)}
-    if data.prompt not in row and _ends_with_user(row.get("messages")):
-        asked = tuple(_turns(row["messages"], last="user"))
-        found = [Problem(f"row-{number}", asked, answer=_own_answer(row, data))]
-    else:
-        found = _asked(number, row, data)
+    found = _asked(number, {k: v for k, v in row.items() if v is not None or k != column}, data)
     if found[-1].solution is None and found[-1].answer is None:
         raise _Unusable(f"has neither a solution ({data.completion!r}) nor a reference answer ({column!r})")
     return found

@@ -57,11 +57,18 @@ class Answers:
         """The number of answers in a complete evaluation, including the greedy ones."""
         return len(self.judged) * (self.protocol.samples + 1)
 
+    @property
+    def complete(self) -> bool:
+        """Whether all answers were there at the start, those of other processes included."""
+        return not self._lacking(self.judged)
+
     def missing(self) -> list[tuple[Problem, int]]:
         """The (problem, sample) pairs that this process has yet to answer; sample -1 is the greedy answer."""
+        return self._lacking(self.judged[self.shard.rank :: self.shard.world])
+
+    def _lacking(self, problems: Sequence[Problem]) -> list[tuple[Problem, int]]:
         samples = (GREEDY, *range(self.protocol.samples))
-        mine = self.judged[self.shard.rank :: self.shard.world]
-        return [(p, s) for p in mine for s in samples if (p.id, s) not in self.done]
+        return [(p, s) for p in problems for s in samples if (p.id, s) not in self.done]
 
     def begin(self, provenance: dict[str, Any]) -> None:
         """Record the protocol before the first answer. With `overwrite`, delete the old answers now."""

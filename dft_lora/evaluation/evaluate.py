@@ -82,7 +82,7 @@ def evaluate(
                 its.task, its.problems, settings, its.renderer, folder.adapter_digest, base
             )
             work[title, name] = Answers(folder, protocol, its.task, its.problems, overwrite, shard)
-    complete = all(answers.missing() == [] for answers in work.values())
+    complete = all(answers.complete for answers in work.values())
     if ENGINES[settings.engine].scores_tokens:
         complete &= all(references_scored(folder, asked, base) for folder in folders)
     shard.wait()  # no process writes before all have read
@@ -93,6 +93,10 @@ def evaluate(
             if any(answers.overwrite for answers in work.values()):
                 raise  # interrupted while the model was loading: nothing has been replaced yet
             raise Interrupted(_kept(work.values()), signal.SIGINT) from None
+    shard.wait()  # until all processes have answered
+    for answers in work.values() if shard.is_main else ():
+        answers.gather()
+    shard.wait()
     return folders
 
 
@@ -119,11 +123,8 @@ def _complete(
             _answer(engine, its, mine, recipe.evaluate)
     if shard.is_main and engine.scores_tokens:
         score_references(engine.model, renderer, folders, asked, base)
-    shard.wait()
     for answers in work.values() if shard.is_main else ():
         answers.add(())  # a file, even if nothing was sampled
-        answers.gather()
-    shard.wait()
 
 
 def _kept(work: Collection[Answers]) -> str:

@@ -52,7 +52,9 @@ def own_samples(
     `overwrite` is set, DataError when no row has a reference answer, RunError
     when none of the answers was correct, when all were cut, or when `pairs` would be empty.
     """
-    if run is not None and run.run()["identity"]["base"] != base_fingerprint(recipe.model):
+    if run is not None and not run.has_adapter:
+        raise RequestError(f"--run: {run.path} has no adapter; without --run the base answers")
+    if run is not None and run.base_fingerprint != base_fingerprint(recipe.model):
         raise RequestError(f"--run: {run.path} was trained on another base than {recipe.model.name!r}")
     problems = judgeable(load_problems(recipe.data, recipe.train.seed, "prompts"), recipe.data)
     config = recipe.rollouts or RolloutConfig()
@@ -81,9 +83,9 @@ def own_samples(
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
     model, _ = load_base(recipe.model, for_answers=True)
     check_head(model)
-    adapter = None if run is None else run.name
+    adapter = None if run is None else "run"
     if run is not None:
-        model = load_adapters(model, {run.name: run.adapter})
+        model = load_adapters(model, {"run": run.adapter})
     answers = sample_answers(
         model, renderer, judge, problems, config, seed=recipe.train.seed, adapter=adapter, title="answers"
     )

@@ -141,12 +141,15 @@ def _plan(recipe: Recipe) -> Any:
 
     if recipe.train.max_steps is None:
         return make_plan(recipe)
-    kind = data_kind(recipe, objective(recipe.objective.name))
+    chosen = objective(recipe.objective.name, **recipe.objective.numbers)
+    kind = data_kind(recipe, chosen)
     seed = recipe.data.sample and recipe.train.seed
     key = (recipe.model, recipe.data, recipe.evaluate.tasks, seed, kind)
     if key not in _plans:
         _plans[key] = make_plan(recipe)
-    return replace(_plans[key], recipe=recipe, steps=recipe.train.max_steps)
+    plan = _plans[key]
+    recipe = recipe.model_copy(update={"model": plan.recipe.model})  # as this device can hold it
+    return replace(plan, recipe=recipe, objective=chosen, steps=recipe.train.max_steps)
 
 
 def summary(

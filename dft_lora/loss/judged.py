@@ -4,7 +4,6 @@ They are functions of the same `TokenScores` as the others. What they read besid
 examples:
 
     preference, group     +1 for the chosen answer, -1 for the rejected one; its pair, by place in the step
-    reference_logp        per token: log p under the base, the adapter switched off
     old_logp              per token: log p under the policy that wrote the answer; without it, the step is on
                           policy and the ratio is exactly 1
     advantage             how much better than expected the answer is, or the answer from this token on
@@ -50,8 +49,8 @@ class Dpo(Objective):
     learns_from = "pairs"
     least_samples = 2
     divided_by = "groups"
-    needs = frozenset({"sequence"})
-    signals = frozenset({"preference", "group", "reference_logp"})
+    needs = frozenset({"sequence", "reference_logp"})
+    signals = frozenset({"preference", "group"})
     beta: float = 0.1
     length: float = 0.0
     ipo: float = 0.0
@@ -62,7 +61,7 @@ class Dpo(Objective):
             check_number(self, share, lambda x: 0 <= x <= 1, "must lie between 0 and 1")
 
     def __call__(self, scores: TokenScores) -> Tensor:
-        log_ratio_M = scores.logp - scores.signals["reference_logp"]
+        log_ratio_M = scores.logp - scores.need("reference_logp")
         sequences = Sequences(scores)
         count_M = sequences.count_E[sequences.of_M].to(log_ratio_M.dtype)
         share_M = scores.signals["preference"] * log_ratio_M / count_M**self.length
@@ -92,6 +91,7 @@ class OnRollouts(Objective):
 class _Clipped(OnRollouts):
     """A policy gradient with a clipped ratio, and a penalty of `kl` times the KL to the base."""
 
+    signals = frozenset({"advantage"})
     clip: float = 0.2
     kl: float = 0.0
 
@@ -100,8 +100,8 @@ class _Clipped(OnRollouts):
         check_number(self, "kl", lambda kl: kl >= 0, "must not be negative")
 
     @property
-    def signals(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"advantage"} | ({"reference_logp"} if self.kl else set()))
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"sequence", *(["reference_logp"] if self.kl else [])})
 
     def policy_loss(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:
         """- min(r A, clip(r, 1 - clip, 1 + clip) A), of tokens or of sequences."""
@@ -113,7 +113,7 @@ class _Clipped(OnRollouts):
         """kl * (e^d - d - 1), d = log p_ref - log p: the estimator of low variance, never negative."""
         if not self.kl:
             return 0.0
-        d_M = scores.signals["reference_logp"] - scores.logp
+        d_M = scores.need("reference_logp") - scores.logp
         return self.kl * (torch.expm1(d_M) - d_M)
 
 
@@ -128,7 +128,6 @@ class Grpo(_Clipped):
     name = "grpo"
     divided_by = "sequences"
     least_samples = 2
-    needs = frozenset({"sequence"})
 
     def rollout_signals(
         self, reward_E: Tensor, prompt_E: Tensor, value_ET: Sequence[Tensor] | None = None
@@ -153,7 +152,6 @@ class Rloo(_Clipped):
     name = "rloo"
     divided_by = "sequences"
     least_samples = 2
-    needs = frozenset({"sequence"})
 
     def rollout_signals(
         self, reward_E: Tensor, prompt_E: Tensor, value_ET: Sequence[Tensor] | None = None
@@ -174,12 +172,13 @@ class Ppo(_Clipped):
     """- min(r_t A_t, clip(r_t) A_t) + value loss; A_t from GAE with a value head. PPO, arXiv 1707.06347.
 
     The reward comes at the last token. Advantages (`gamma`, `lam`: arXiv 1506.02438) are standardised over
-    the rollout. The value head is linear, float32, on the last hidden state, where its gradient ends; it
+    the rollout. The value head is linear, float32, on the detached last hidden state; it
     learns with `value_rate` times the learning rate, its change clipped at `value_clip`. `kl` adds the KL to
     the base. Weakness: a linear value of a frozen direction is a rough baseline.
     """
 
     name = "ppo"
+    signals = frozenset({"advantage", "value", "old_value", "return"})
     gamma: float = 1.0
     lam: float = 0.95
     value_clip: float = 0.2
@@ -191,10 +190,6 @@ class Ppo(_Clipped):
             check_number(self, name, lambda x: 0 <= x <= 1, "must lie between 0 and 1")
         for name in ("value_clip", "value_rate"):
             check_number(self, name, lambda x: x > 0, "must be positive")
-
-    @property
-    def signals(self) -> frozenset[str]:  # type: ignore[override]
-        return super().signals | {"value", "old_value", "return"}
 
     def rollout_signals(
         self, reward_E: Tensor, prompt_E: Tensor, value_ET: Sequence[Tensor] | None = None

@@ -7,10 +7,11 @@ for GPUs stay with CUDA. Only the CPU has run; the others are rehearsed (docs/sc
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -97,6 +98,12 @@ class Accelerator:
         self._torch.set_rng_state(state, self.device)
 
 
+def resident(field: Literal["VmRSS", "VmHWM"]) -> int:
+    """Bytes of this process in memory, now or at most since the last reset; Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
 class Cpu(Accelerator):
     """The host. Its peak is the resident memory of the process."""
 
@@ -141,8 +148,9 @@ class Cpu(Accelerator):
             return 2**62, 0
 
     def peak(self) -> int:
+        if sys.platform == "linux":  # getrusage would count what the parent took before it started us
+            return resident("VmHWM")
         import resource
-        import sys
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak

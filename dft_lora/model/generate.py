@@ -117,14 +117,13 @@ def stream(
     model: nn.Module, requests: Sequence[Request], *, stop_ids: Collection[int], pad_id: int
 ) -> Iterator[list[tuple[int, int]]]:
     """Decode `requests` as one batch; each step gives [(request index, token id)] of the rows alive,
-    in no fixed order.
+    in no fixed order. A row that ends before its max_new_tokens gives the end token last.
 
-    End tokens are not given: a row that stops before its max_new_tokens has ended by itself.
     Closing the generator stops the work at once; the model is untouched between two steps.
     """
     with closing(_decode(model, requests, stop_ids, pad_id, batch_rows=len(requests))) as steps:
         for step in steps:
-            yield step.tokens
+            yield step.tokens + [(index, end) for index, _, end in step.ended if end is not None]
 
 
 def draw(logits_RV: Tensor, uniform_R: Tensor, temperature_R: Tensor, top_p_R: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ from typing import Any
 
 from ..errors import ModelError
 
+UNLIMITED = 10**9
+"""Positions of a model without a limit."""
+
 
 def refuse_running_state(config: Any, name: str) -> None:
     """Raises ModelError for a model with state-space or recurrent layers (Mamba, RWKV, Qwen3-Next).

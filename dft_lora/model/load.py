@@ -52,11 +52,12 @@ def resolve(config: ModelConfig) -> str:
         return str(unpacked_base(config.name))
     if (file := gguf_file(config)) is not None:
         return str(gguf.unpacked(file))
-    path = Path(config.name)
-    found = os.path.exists(path)
-    if found and not (path / "config.json").is_file():
-        raise ModelError(f"model.name: {config.name!r} has no config.json")
-    if not found and (config.name.startswith((".", "/", "~")) or config.name.count("/") != 1):
+    path = Path(config.name).expanduser()
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model.name: {config.name!r} has no config.json")
+        return str(path)
+    if config.name.startswith((".", "/", "~")) or config.name.count("/") != 1:
         raise ModelError(f"model.name: no folder {config.name!r}, and not a Hub id of the form owner/name")
     return config.name
 

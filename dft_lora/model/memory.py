@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .accelerator import accelerator
+from .accelerator import accelerator, resident
 
 MIB = 2**20
 
@@ -41,18 +41,13 @@ class ProcessMemory:
         gc.collect()
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
             trim(0)
-        return self._field("VmRSS")
+        return resident("VmRSS")
 
     def peak(self) -> int:
-        return self._field("VmHWM")
+        return resident("VmHWM")
 
     def reset(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-
-    @staticmethod
-    def _field(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 class DeviceMemory:

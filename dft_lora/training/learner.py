@@ -35,7 +35,7 @@ from ..model.starts import config_over_base, from_base, over_base
 from ..model.teacher import as_teacher
 from .checkpoints import random_state, set_random_state
 from .faults import RETREATS, Layout, out_of_memory_text, ran_out_of_memory
-from .metrics import ExampleLogps, ExampleNll, Sums, Totals
+from .metrics import ExampleLogps, Sums, Totals
 from .optimizer import make_optimizer
 from .ranks import Ranks
 
@@ -100,8 +100,7 @@ class Learner:
     @property
     def keeps_reference(self) -> bool:
         """Whether `with_reference` supplies all that the objective needs of the base: log p, as a signal."""
-        wanted = self.objective
-        return "reference_logp" in wanted.signals or wanted.needs & REFERENCE_NEEDS == {"reference_logp"}
+        return self.objective.needs & REFERENCE_NEEDS == {"reference_logp"}
 
     def divisor(self, groups: Sequence[Group]) -> int:
         """What the objective's sum over the whole step is divided by, at least 1."""
@@ -141,15 +140,11 @@ class Learner:
         Costs one forward pass over the step, without gradients and without dropout.
         """
         examples = examples_of(groups)
-        ids = [example.id for example in examples]
-        ranks = [i % self.ranks.world for i, group in enumerate(groups) for _ in group]
-        mine = [place for place, rank in enumerate(ranks) if rank == self.ranks.rank]
-        _, nll = self.in_pieces(groups, self.look, lambda: ExampleNll(ids, mine, self.ranks.device), step)
-        made = make(torch.tensor(nll))
-        signals = {name: values_E.tolist() for name, values_E in made.items()}
+        nll_E = torch.stack([-logp_T.double().mean() for logp_T, _ in self.example_logps(examples, step)])
+        made = {name: values_E.tolist() for name, values_E in make(nll_E).items()}
         marked = iter(
             replace(
-                example, signals={**example.signals, **{name: values[i] for name, values in signals.items()}}
+                example, signals={**example.signals, **{name: values[i] for name, values in made.items()}}
             )
             for i, example in enumerate(examples)
         )
@@ -277,15 +272,6 @@ class Learner:
             self.adapter_model.train()
         return self.scores_at(toward(h_BLD, teacher_BLD), batch, keep_jacobian=True)
 
-    def look(self, batch: Batch, nll: ExampleNll) -> None:
-        """Adds the mean NLL of a micro-batch's examples to `nll`, without gradients and without dropout."""
-        self.adapter_model.eval()
-        try:
-            with torch.no_grad(), self.no_sync():
-                nll.add(self.token_scores(self.adapter_model, batch), batch)
-        finally:
-            self.adapter_model.train()
-
     def with_reference(self, groups: Sequence[Group], step: int) -> list[Group]:
         """The groups, with the signal `reference_logp` of every example: log p under the base.
 
@@ -297,7 +283,8 @@ class Learner:
         if missing and self.recipe.train.shard:  # equally many for each rank
             missing = examples_of(groups)
         if missing:
-            for example, (logp_T, _) in zip(missing, self.recall(missing, step, base=True), strict=True):
+            scored = self.example_logps(missing, step, base=True)
+            for example, (logp_T, _) in zip(missing, scored, strict=True):
                 self.references.setdefault(example, array("f", logp_T.tolist()))
         return [
             tuple(
@@ -327,7 +314,7 @@ class Learner:
             if len(logp_T):
                 self.references[example] = array("f", logp_T.tolist())
 
-    def recall(
+    def example_logps(
         self, examples: Sequence[Example], step: int, base: bool = False
     ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """log p of each example's supervised tokens, and their values with a value head; float32, on the CPU.

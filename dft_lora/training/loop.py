@@ -89,7 +89,7 @@ class Run:
         self.trainer = trainer = Trainer(plan, ranks, base=base, state=state)
         learner = trainer.learner
         if state is None and learner.finds_micro_batch:
-            learner.layout = replace(learner.layout, micro_batch_size=auto_micro_batch(learner, plan.sized))
+            learner.layout = replace(learner.layout, micro_batch_size=auto_micro_batch(learner, plan.groups))
         if ranks.is_main:
             self.folder.cut_metrics(trainer.done)
             self.folder.write_run(

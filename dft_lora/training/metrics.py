@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,23 +62,6 @@ class Sums:
         if math.isfinite(self.values[0]):
             return []
         return [name for loss, ids in self.parts if not math.isfinite(loss) for name in ids]
-
-
-class ExampleNll:
-    """Mean NLL of each example of a step, `values` [E]; zero except at this rank's indices, `mine`."""
-
-    def __init__(self, ids: Sequence[str], mine: Iterable[int], device: torch.device):
-        self.values = _zeros(len(ids), device)
-        self.places: dict[str, list[int]] = defaultdict(list)  # an example may occur twice in a step
-        for place in mine:
-            self.places[ids[place]].append(place)
-
-    def add(self, scores: TokenScores, batch: Batch) -> None:
-        example_M = scores.need("sequence")
-        count_E = torch.bincount(example_M, minlength=len(batch.ids))
-        sum_E = self.values.new_zeros(len(batch.ids)).index_add_(0, example_M, -scores.logp.to(self.values))
-        for name, nll in zip(batch.ids, sum_E / count_E.clamp_min(1), strict=True):
-            self.values[self.places[name]] = nll
 
 
 class ExampleLogps:

@@ -71,8 +71,10 @@ class Plan:
 
     @property
     def groups(self) -> list[Group]:
-        """The groups that steps draw from: preference pairs, or single examples."""
-        return paired(self.sized) if self.objective.learns_from == "pairs" else ungrouped(self.sized)
+        """Preference pairs or single examples that steps draw from; with problems, of stand-ins (`sized`)."""
+        if self.objective.learns_from != "pairs":
+            return ungrouped(self.sized)
+        return [(e, e) for e in self.sized] if self.problems else paired(self.sized)
 
     def first_batch(self) -> Batch:
         """The first FIRST_TOKENS tokens of the run: its examples, or prompts, in the first epoch's order."""
@@ -105,7 +107,7 @@ def make_plan(recipe: Recipe) -> Plan:
             f"train.skip_rows needs an objective whose weight depends only on the token's probability, "
             f"which {chosen.name!r} is not; set it to 0"
         )
-    if (chosen.needs | chosen.signals) & REFERENCE_NEEDS and recipe.adapter.init in CHANGES_BASE:
+    if chosen.needs & REFERENCE_NEEDS and recipe.adapter.init in CHANGES_BASE:
         raise RecipeError(
             f"adapter.init: {recipe.adapter.init} changes the base that {chosen.name!r} compares with; use "
             "default, or another objective"

@@ -67,7 +67,7 @@ def measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any]
     checkpointing = learner.checkpointing if learner.checkpointing in fits else not learner.checkpointing
     fit = fits[checkpointing]
     set_checkpointing(learner, checkpointing)
-    worst = longest_batch(learner, plan.sized, learner.layout.micro_batch_size)
+    worst = longest_batch(learner, plan.groups, learner.layout.micro_batch_size)
     passes: list[ProbePass] = []
 
     def measure_worst() -> None:
@@ -119,7 +119,7 @@ def measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any]
             sum(resident.values()),
             limit,
             real,
-            learner.layout.micro_batch_size,
+            max(learner.layout.micro_batch_size, len(plan.groups[0])),
             train.batch_size,
         ),
         "rollout_rows": answers and most_rows(learner, plan, limit - sum(resident.values())),
@@ -132,7 +132,7 @@ def fits_of(learner: Learner, plan: Plan, choices: Sequence[bool]) -> dict[bool,
     fits: dict[bool, MemoryFit] = {}
     for on in choices:
         try:
-            fits[on] = measure(learner, plan.sized, on)
+            fits[on] = measure(learner, plan.groups, on)
         except RunError:
             if on == choices[-1] and not fits:
                 raise

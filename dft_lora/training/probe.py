@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..data.batches import Batch, ungrouped
+from ..data.batches import Batch, Group, examples_of, ungrouped
 from ..data.templates import Example
 from ..errors import RunError
 from ..loss import chunk_rows
@@ -34,7 +34,7 @@ from ..model.memory import MIB, LiveTensors, Memory
 from .checkpoints import random_state, set_random_state
 from .faults import ran_out_of_memory
 from .learner import Learner
-from .metrics import ExampleNll, Sums
+from .metrics import Sums
 from .ranks import Ranks
 
 CONTEXT = 600 * MIB
@@ -107,29 +107,30 @@ class MemoryFit:
         return self if chunk_bytes is None else replace(self, rows=max(1, chunk_bytes // self.row_bytes))
 
 
-def auto_micro_batch(learner: Learner, examples: Sequence[Example]) -> int:
+def auto_micro_batch(learner: Learner, groups: Sequence[Group]) -> int:
     """Rows that fit this GPU, for `micro_batch_size: auto`; 1 where too little fits to measure it."""
     try:
-        fit = measure(learner, examples, learner.checkpointing)
+        fit = measure(learner, groups, learner.checkpointing)
     except RunError:
         return 1  # the step itself retreats to smaller pieces, or says what may fit
-    worst = longest_batch(learner, examples, 1)
+    worst = longest_batch(learner, groups, 1)
     resident = sum(resident_bytes(learner).values())
     device = learner.ranks.device
     limit = usable(accelerator(device).total_memory, device, None)
     most = min(MOST_ROWS, learner.recipe.train.batch_size)
-    N, M = worst.positions, worst.supervised
+    rows = len(worst.input_ids_BL)  # those of a pair
+    N, M = worst.positions / rows, worst.supervised / rows
     return max([m for m in range(1, most + 1) if resident + fit.peak(m * N, m * M) <= limit], default=1)
 
 
-def measure(learner: Learner, examples: Sequence[Example], checkpointing: bool) -> MemoryFit:
+def measure(learner: Learner, groups: Sequence[Group], checkpointing: bool) -> MemoryFit:
     """Fit of the two largest passes that memory allows, after a pass that allocates the gradients.
 
     Raises RunError where the two smallest do not fit.
     """
     random = random_state(learner.ranks.device)
     set_checkpointing(learner, checkpointing)
-    batches = _batches(learner, examples)
+    batches = _batches(learner, groups)
     passes: list[ProbePass] = []
 
     def measure_next() -> None:
@@ -160,20 +161,20 @@ def measure(learner: Learner, examples: Sequence[Example], checkpointing: bool) 
     return replace(fit, scores=max(0.0, long.loss_peak - long.saved - fit.workspace(long.M)) / max(1, long.M))
 
 
-def _batches(learner: Learner, examples: Sequence[Example]) -> list[Batch]:
-    """Growing micro-batches: two short rows; where it costs little, the run's longest row, then two of them.
+def _batches(learner: Learner, groups: Sequence[Group]) -> list[Batch]:
+    """Growing micro-batches: two short rows; where it costs little, the run's longest, of one row and of two.
 
     In short rows the unpacked weights outweigh the activations and hide how the backward pass grows, and one
     row alone has no padding. On a CPU long rows take minutes.
     """
-    longest = max(examples, key=lambda example: len(example.ids))
+    longest = max(examples_of(groups), key=lambda example: len(example.ids))
     length = min(PROBE, len(longest.ids))
     batches = [
         learner.arrange(ungrouped([_cut(longest, size)]), 1, learner.pad_id)[0]
         for size in (length // 2, length)
     ]
     if learner.ranks.gauge is not None:
-        for batch in (longest_batch(learner, examples, rows) for rows in (1, 2)):
+        for batch in (longest_batch(learner, groups, rows) for rows in (1, 2)):
             if batch.positions > batches[-1].positions:
                 batches.append(batch)
     return batches
@@ -198,12 +199,14 @@ def probe(learner: Learner, batch: Batch, gauged: bool = True) -> ProbePass:
         started = time.perf_counter()
         try:
             if learner.objective.step_signals is not None:
-                learner.look(batch, ExampleNll(batch.ids, range(len(batch.ids)), device))
-            loss = learner.score(batch, Sums(device))
-            loss_peak = memory.peak() - before
-            memory.reset()
-            learner.ranks.backward(loss / max(1, batch.supervised))
-            backward_peak = memory.peak() - before
+                with torch.no_grad():
+                    learner.token_scores(learner.adapter_model, batch)
+            with learner.no_sync():  # each rank measures for itself
+                loss = learner.score(batch, Sums(device))
+                loss_peak = memory.peak() - before
+                memory.reset()
+                learner.ranks.backward(loss / max(1, batch.supervised))
+                backward_peak = memory.peak() - before
         finally:
             hook.remove()
         accelerator(device).synchronize()
@@ -261,11 +264,11 @@ def _tensors_of(state: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_of(value)
 
 
-def longest_batch(learner: Learner, examples: Sequence[Example], rows: int) -> Batch:
-    """The largest micro-batch that the run can encounter: its longest examples together."""
-    longest = sorted(examples, key=lambda example: len(example.ids), reverse=True)
+def longest_batch(learner: Learner, groups: Sequence[Group], rows: int) -> Batch:
+    """The largest micro-batch that the run can encounter: its longest groups together."""
+    longest = sorted(groups, key=lambda group: max(len(example.ids) for example in group), reverse=True)
     size = learner.recipe.train.batch_size
-    batches = learner.arrange(ungrouped(longest[:size]), rows, learner.pad_id)
+    batches = learner.arrange(longest[:size], rows, learner.pad_id)
     return max(batches, key=lambda batch: batch.positions)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..config import Recipe
+from ..config import Recipe, RolloutConfig
 from ..errors import RequestError
 from ..model.fingerprint import base_fingerprint
 from ..model.hardware import choose, dtype_name
@@ -22,6 +22,7 @@ FREE = (
     "model.unpack",
     "train.save_steps",
     "train.keep_checkpoints",
+    "train.logging_steps",
     "train.offload_activations",
     "train.trackers",
 )
@@ -63,9 +64,10 @@ def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], extend
 
     A recipe field that an earlier version did not have counts as its default: so the run was made.
     """
-    defaults = {name: value for name, value in _flat(Recipe().as_dict()).items() if name in now}
+    whole = Recipe(rollouts=RolloutConfig()).as_dict()
+    defaults = {name: value for name, value in _flat(whole).items() if name in now}
     defaults[ROUND] = now.get(ROUND)  # nor did it record this
-    before = defaults | dict(before)
+    before = defaults | {name: value for name, value in before.items() if not name.startswith(FREE)}
     changed = {name for name in {*before, *now} if before.get(name) != now.get(name)}
     if extend and now["steps"] > before.get("steps", 0):
         changed.discard("steps")

@@ -281,7 +281,8 @@ class Rollouts:
         has_value = "value" in self.plan.objective.signals
         if not self.online or not (has_value or self.config.updates > 1):
             return answers
-        scored = iter(self.learner.recall([answer.example for some in answers for answer in some], step))
+        examples = [answer.example for some in answers for answer in some]
+        scored = iter(self.learner.example_logps(examples, step))
 
         def marked(answer: Answer) -> Answer:
             logp_T, value_T = next(scored)

@@ -97,7 +97,7 @@ class SideBySide:
         for name, run in self.runs.items():
             learner = run.trainer.learner
             layout, retreats = learner.layout, [*learner.retreats]
-            found[name] = learner.recall([example], run.trainer.done)[0][0].exp().tolist()
+            found[name] = learner.example_logps([example], run.trainer.done)[0][0].exp().tolist()
             learner.layout, learner.retreats = layout, retreats  # what a look needs is not the run's
         return found
 

@@ -27,6 +27,7 @@ from ..evaluation.run_set import renderer_of, same_base, unchanged_base, unique_
 from ..model.adapters import adapter_layers, mixed
 from ..model.generate import Request, stream
 from ..model.head import check_head, hidden_states
+from ..model.limits import UNLIMITED, positions
 from ..model.load import load_adapters, load_base
 from ..runs.folder import RunFolder
 from ..tasks import get_task
@@ -134,6 +135,8 @@ class Answer:
     run: str
     sample: int
     ids: list[int] = field(default_factory=list)
+    end: int | None = None
+    """The end token that the model drew."""
     text: str = ""
     state: Literal["writing", "done", "truncated", "stopped"] = "writing"
     verdict: Verdict | None = None
@@ -207,7 +210,7 @@ class Session:
         self.folders = dict(zip(names, folders, strict=True))
         self.added: dict[str, RunFolder] = {}
         self.held: dict[str, str | None] = {}
-        self.positions: int = base.config.get_text_config().max_position_embeddings
+        self.positions = positions(base.config) or UNLIMITED
         self.lock = threading.Lock()
 
     @property
@@ -343,12 +346,12 @@ class Session:
 
     def answer_ids(self, answer: Answer) -> list[int]:
         """The ids of an answer as it was sampled, with its end token if the model ended it."""
-        return [*answer.ids, self.renderer.eos_id] if answer.state == "done" else list(answer.ids)
+        return list(answer.ids) if answer.end is None else [*answer.ids, answer.end]
 
     def _extend(self, answer: Answer, token: int | None, max_new_tokens: int) -> None:
-        """Add one token to an answer; None means that the model ended it."""
-        if token is None:
-            answer.state = "done"
+        """Add one token to an answer, which is over with an end token, or where there is none."""
+        if token is None or token in self.renderer.stop_ids:
+            answer.state, answer.end = "done", token
             return
         answer.ids.append(token)
         answer.text = self.renderer.decode(answer.ids)

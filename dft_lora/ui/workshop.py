@@ -317,7 +317,11 @@ class Workshop:
     def unfinished(self) -> list[Training]:
         """Trainings that were paused or stopped, or whose server ended; the newest first."""
         running = self.running and self.running.number
-        found = [one for one in self._all() if one.number != running and not one.finished]
+        found = []
+        for one in self._all():
+            with suppress(DataError):  # a damaged run
+                if one.number != running and not one.finished:
+                    found.append(one)
         return sorted(found, key=lambda training: -training.number)
 
     def open(self, number: int) -> Training:

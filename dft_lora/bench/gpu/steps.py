@@ -96,7 +96,7 @@ def _learner(plan: Plan) -> Learner:
 
 def settled_peak(learner: Learner, plan: Plan) -> int:
     """Bytes at most in a step after the first one, which makes gradients and optimizer states."""
-    worst = longest_batch(learner, plan.sized, learner.layout.micro_batch_size)
+    worst = longest_batch(learner, plan.groups, learner.layout.micro_batch_size)
     probe(learner, worst, gauged=False)
     learner.update(0.0)
     probe(learner, worst, gauged=False)
@@ -107,7 +107,7 @@ def auto(lab: Lab, size: str) -> Iterator[tuple[str, Result]]:
     """The rows that `micro_batch_size: auto` finds, and the peak with them."""
     plan = lab.plan(size, MOST_ROWS, "train.micro_batch_size=auto")
     learner = _learner(plan)
-    rows = auto_micro_batch(learner, plan.sized)
+    rows = auto_micro_batch(learner, plan.groups)
     learner.layout = replace(learner.layout, micro_batch_size=rows)
     limit = usable(accelerator(lab.device).total_memory, lab.device, None)
     yield "auto", {"rows": rows, "limit_mb": limit / MIB}  # before the pass that may run out of memory
@@ -120,7 +120,7 @@ def retreat(lab: Lab) -> Iterator[tuple[str, Result]]:
     plan = lab.plan("0.5B", 2 * ROWS, "data.packing=false")
     calm = Trainer(plan, Ranks(plan.recipe))
     expected = calm.step(0)["loss"]
-    worst = longest_batch(calm.learner, plan.sized, 2 * ROWS)
+    worst = longest_batch(calm.learner, plan.groups, 2 * ROWS)
     work = probe(calm.learner, worst).peak
     resident = sum(resident_bytes(calm.learner).values())
     del calm
