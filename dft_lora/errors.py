@@ -25,7 +25,7 @@ class DftLoraError(Exception):
 
 
 class RequestError(DftLoraError):
-    """The request was wrong. Nothing was loaded and nothing was written."""
+    """The request was wrong; the message names the field and the remedy."""
 
     exit_code = 2
 
@@ -68,3 +68,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)`, or the empty string if no known name is close."""
     near = get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error of another library, for a message of ours."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

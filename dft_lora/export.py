@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from .config import ModelConfig
-from .errors import MissingPart, RequestError, RunError
+from .errors import MissingPart, RequestError, RunError, one_line
 from .hub import unreachable
 from .runs.folder import RunFolder, new_folder, read_json, write_text
 
@@ -127,10 +127,10 @@ def push(run: RunFolder, repository: str, merged: Path | None = None, private: b
                 write_text(Path(folder) / "README.md", card(run, repository=repository))
                 api.upload_folder(repo_id=repository, folder_path=folder)
     except HFValidationError as error:
-        raise RequestError(f"{repository!r} is not a repository name: {_line(error)}") from None
+        raise RequestError(f"{repository!r} is not a repository name: {one_line(error)}") from None
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         raise RunError(
-            f"the Hub did not accept {repository}: {_line(error)} (log in with hf auth login)"
+            f"the Hub did not accept {repository}: {one_line(error)} (log in with hf auth login)"
         ) from None
     return str(address)
 
@@ -363,7 +363,3 @@ def _naming(tool: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"{tool} could not be started: {error.strerror}") from None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

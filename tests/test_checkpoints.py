@@ -19,6 +19,7 @@ import torch
 from dft_lora.config import digest
 from dft_lora.errors import RunError
 from dft_lora.runs.atomic import damage, discard, write_folder
+from dft_lora.runs.folder import steps_in
 from dft_lora.training.checkpoints import (
     PARTS,
     Checkpoints,
@@ -106,11 +107,11 @@ def test_random_state_brings_back_the_same_draws():
 
 def test_old_ones_are_pruned_after_the_new_one_and_so_is_an_abandoned_line(checkpoints):
     checkpoints.save(make_state(30), Config())
-    assert [path.name for path in checkpoints.all()] == ["step-000020", "step-000030"]
+    assert [path.name for path in steps_in(checkpoints.path).values()] == ["step-000020", "step-000030"]
     (checkpoints.path / "step-000030" / "state.json").unlink()
     assert checkpoints.newest()[0].step == 20
     checkpoints.save(make_state(25), Config())
-    assert [path.name for path in checkpoints.all()] == ["step-000020", "step-000025"]
+    assert [path.name for path in steps_in(checkpoints.path).values()] == ["step-000020", "step-000025"]
 
 
 def test_the_same_step_can_be_saved_again(checkpoints):

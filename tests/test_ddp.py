@@ -15,7 +15,7 @@ from fault_runs import finish, run, start, write_data, write_recipe
 from patience import HANG, wait_for
 from safetensors.torch import load_file
 
-from dft_lora.runs.folder import RunFolder
+from dft_lora.runs.folder import RunFolder, steps_in
 from dft_lora.training.checkpoints import Checkpoints
 
 PLAIN = {"optimizer": "adamw", "max_steps": 4, "batch_size": 6, "save_steps": None}
@@ -108,7 +108,7 @@ def test_when_one_is_killed_the_other_ends_with_a_valid_checkpoint(tmp_path, vic
     path = recipe(tmp_path, "two", max_steps=10_000, save_steps=2)
     children = start_two("train", str(path))
     checkpoints = Checkpoints(tmp_path / "two" / "checkpoints", keep=3)
-    wait_for(lambda: len(checkpoints.all()) >= 2 or not all(child.is_alive() for child in children))
+    wait_for(lambda: len(steps_in(checkpoints.path)) >= 2 or not all(child.is_alive() for child in children))
     assert all(child.is_alive() for child in children), "no checkpoint"
     os.kill(children[victim].pid, signal.SIGKILL)
     children[1 - victim].join(HANG)

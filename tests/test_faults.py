@@ -23,7 +23,7 @@ from dft_lora.data.templates import Example
 from dft_lora.errors import DataError, ModelError, RequestError, RunError
 from dft_lora.model.hardware import RULES, choose
 from dft_lora.model.load import load_adapters, load_base, load_tokenizer, resolve
-from dft_lora.runs.folder import RunFolder
+from dft_lora.runs.folder import RunFolder, steps_in
 from dft_lora.tasks import get_task
 from dft_lora.training import learner as learner_module
 from dft_lora.training import trainer as trainer_module
@@ -153,7 +153,7 @@ def test_weights_that_are_not_finite_are_never_written(data, tmp_path):
     assert code == 1 and len(errors) == 1 and "Traceback" not in told, told
     assert "step 3: the adapter's weights are not finite" in errors[0] and "train.learning_rate" in errors[0]
     left = Checkpoints(tmp_path / "run" / "checkpoints", 3)
-    assert [path.name for path in left.all()] == ["step-000001", "step-000002"]
+    assert [path.name for path in steps_in(left.path).values()] == ["step-000001", "step-000002"]
     state, _ = left.newest()
     assert all(weight.isfinite().all() for weight in state.adapter.values())
     assert not (tmp_path / "run" / "adapter").exists()

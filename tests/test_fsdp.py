@@ -13,6 +13,7 @@ from fault_runs import finish, run, start
 from patience import HANG, wait_for
 from test_ddp import free_port, join, recipe, start_two, weights
 
+from dft_lora.runs.folder import steps_in
 from dft_lora.training.checkpoints import Checkpoints
 
 
@@ -117,7 +118,7 @@ def test_when_one_is_killed_the_other_ends_and_the_run_goes_on_to_the_bit(tmp_pa
     path = recipe(tmp_path, "two", **settings)
     children = start_two("train", str(path))
     checkpoints = Checkpoints(tmp_path / "two" / "checkpoints", keep=3)
-    wait_for(lambda: len(checkpoints.all()) >= 2 or not all(child.is_alive() for child in children))
+    wait_for(lambda: len(steps_in(checkpoints.path)) >= 2 or not all(child.is_alive() for child in children))
     assert all(child.is_alive() for child in children), "no checkpoint"
     os.kill(children[1].pid, signal.SIGKILL)
     children[0].join(HANG)

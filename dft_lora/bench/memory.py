@@ -21,7 +21,7 @@ from ..loss import objective
 from ..model.head import bare
 from ..runs.provenance import certificate
 from ..training.learner import Learner
-from ..training.probe import MOST_ROWS, longest_batch, measure, probe, resident_bytes, usable
+from ..training.probe import MOST_ROWS, longest_batch, measure, probe, resident_bytes, usable_bytes
 from ..training.trace import traced
 
 GB = 2**30
@@ -111,7 +111,7 @@ def _trace(recipe: Recipe, folder: str, gpus: Sequence[int], processes: int) -> 
         probe(learner, row, gauged=False)  # makes the gradients, which count as resident
         on_gpu = []
         for gb in gpus:
-            limit = usable(gb * GB, learner.ranks.device, gb * GB)
+            limit = usable_bytes(gb * GB, learner.ranks.device, gb * GB)
             sizes = range(1, len(groups) + 1)
             fitting = [
                 m for m in sizes if resident + fit.peak(m * row.positions, m * row.supervised) <= limit
@@ -176,7 +176,7 @@ def _longest_rows(learner: Learner, gpus: Sequence[int], grain: int = 512) -> di
     (short, low), (long, high) = measured = [(tokens, peak(tokens)) for tokens in LENGTHS]
     longest = {}
     for gb in gpus:
-        limit = usable(gb * GB, learner.ranks.device, gb * GB)
+        limit = usable_bytes(gb * GB, learner.ranks.device, gb * GB)
         tokens = int((limit - low) / (high - low) * (long - short) + short) // grain * grain
         while tokens >= grain and peak(tokens) > limit:
             tokens -= grain

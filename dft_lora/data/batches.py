@@ -13,7 +13,7 @@ import torch
 from .templates import Example
 
 Group = tuple[Example, ...]
-"""Examples that share a micro-batch: one alone, a preference pair, the rollouts of one prompt."""
+"""Examples that share a micro-batch: one alone, or a preference pair."""
 
 IGNORE = -100
 MULTIPLE = 8

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import DataConfig
-from ..errors import DataError, did_you_mean
+from ..errors import DataError, did_you_mean, one_line
 from ..hub import unreachable
 from ..tasks import get_task, task_names
 from ..tasks.base import Problem
@@ -197,11 +197,7 @@ def _raw_rows(data: DataConfig) -> Iterator[tuple[int, Any]]:
         else:
             yield from _parquet_rows(path)
     except OSError as error:
-        raise DataError(f"{source}: {error.strerror or _one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        raise DataError(f"{source}: {error.strerror or one_line(error)}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -211,7 +207,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # a broken file, an invalid date
-        raise DataError(f"{path}: not readable as parquet ({_one_line(error)})") from None
+        raise DataError(f"{path}: not readable as parquet ({one_line(error)})") from None
     yield from enumerate(rows, start=1)
 
 
@@ -245,7 +241,7 @@ def _hub_rows(data: DataConfig) -> Iterator[tuple[int, Any]]:
         rows = load_dataset(data.source, data.subset, split=data.split)
     except Exception as error:  # the Hub client raises many kinds of errors; the remedy is the same
         near = did_you_mean(data.source, task_names())
-        reason = f"{type(error).__name__}: {_one_line(error)}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise DataError(
             f"data.source {data.source!r} is no task{near} or {'/'.join(SUFFIXES)} file, and could not be "
             + (

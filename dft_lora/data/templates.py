@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import LONGEST_FILE, digest
-from ..errors import DataError, RecipeError, did_you_mean
+from ..errors import DataError, RecipeError, did_you_mean, one_line
 from ..tasks.base import Problem
 
 Messages = Sequence[Mapping[str, str]]
@@ -28,15 +28,14 @@ class Template:
     """How a prompt is written.
 
     `text` contains one `{question}`, and perhaps one `{system}` for the content of a system turn (empty
-    without one). Without `text` a chat template is used: `chat`, in Jinja, or else the tokenizer's own; then
-    `suffix` is appended to the last user turn, and `system` becomes the first turn if there is none.
+    without one). Without `text` a chat template is used: `chat`, in Jinja, or else the tokenizer's own, and
+    `suffix` is appended to the last user turn.
     """
 
     name: str
-    """Of a person's own template the whole text: a run records it, and needs no file later."""
+    """For a person's own template its whole text, so a run needs no file later."""
     text: str | None = None
     chat: str | None = None
-    system: str | None = None
     suffix: str = ""
 
 
@@ -187,8 +186,6 @@ class Renderer:
             solved = [spaced(self._filled(shot.messages), str(shot.solution)) for shot in self.shots]
             return "\n\n".join([*solved, self._filled(messages)])
         turns = [dict(turn) for turn in messages]
-        if self.template.system and turns[0]["role"] != "system":
-            turns.insert(0, {"role": "system", "content": self.template.system})
         turns[-1]["content"] += self.template.suffix
         first = int(turns[0]["role"] == "system")
         turns[first:first] = [turn for shot in self.shots for turn in self._solved(shot)]
@@ -223,16 +220,16 @@ class Renderer:
                 turns, chat_template=self.template.chat, tokenize=False, **more
             )
         except TemplateError as error:
-            why = " ".join(str(error).split())[:200]
-            raise DataError(f"template {shown(self.template.name)} refuses these turns: {why}") from None
+            why = f"template {shown(self.template.name)} refuses these turns: {one_line(error)}"
+            raise DataError(why) from None
 
     def _check_chat(self) -> None:
         """Raises RecipeError for a chat template that does not work, or leaves the question out."""
         try:
             text = self.prompt_text(PROBE)
         except Exception as error:  # a template is a program, and can raise anything
-            why = " ".join(str(error).split())[:200]
-            raise RecipeError(f"template {shown(self.template.name)} is no chat template: {why}") from None
+            why = f"template {shown(self.template.name)} is no chat template: {one_line(error)}"
+            raise RecipeError(why) from None
         if PROBE[0]["content"] not in text:
             raise RecipeError(f"template {shown(self.template.name)}: leaves out the user's message")
 

@@ -1,7 +1,7 @@
 """Evaluate runs: sample answers, judge them, and write them to `evaluation/` in each run folder.
 
 Runs of one base are sampled in the same batches, each with its own adapter. Every sample has its own random
-stream, determined by (seed, problem, sample), so all runs draw from the same streams and a killed evaluation
+stream, determined by (seed, prompt, sample), so all runs draw from the same streams and a killed evaluation
 continues where it stopped. Under `accelerate launch` each process takes every n-th problem; the answers do
 not depend on the number of processes.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..data.templates import shown
 from ..errors import RequestError
-from ..runs.folder import RunFolder, make_writable, run_names, write_json, write_text
+from ..runs.folder import RunFolder, make_writable, run_names, steps_in, write_json, write_text
 from ..runs.provenance import certificate
 from . import statistics as st
 from .protocol import FORGETTING, WEIGHTS, Protocol, said
@@ -176,7 +176,7 @@ def _with_holm(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def steps(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
     """Accuracy of the run's evaluated checkpoints (`steps/`), by task."""
     curve: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for path in sorted((folder.path / "steps").glob("step-*")):
+    for path in steps_in(folder.path / "steps").values():
         run = RunFolder.open(path)
         for task in complete_tasks(run):
             result = TaskResults.read(run, task)

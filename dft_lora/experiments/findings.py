@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import DataError, RequestError, did_you_mean
 from ..model.fingerprint import base_fingerprint
-from ..runs.folder import read_json, write_json
+from ..runs.folder import make_writable, read_json, write_json
 from ..runs.provenance import certificate
 from .claims import FINDINGS, MAIN, OWN, RIVALS, accuracy, kinds
 from .study import Runs, Study
@@ -78,6 +78,7 @@ def run(out: Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[s
     for name in only:
         if name not in FINDINGS:
             raise RequestError(f"--only {name!r}: no such finding{did_you_mean(name, FINDINGS)}")
+    make_writable(out, "--out")
     file, runs = out / "findings.json", Runs(STUDY, out, seeds)
     before = _recorded(file) if only else {}
     if only and (made_with := before["settings"].get("seed_list", [0, 1, 2])) != list(seeds):

@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import RequestError
 from ..evaluation.token_table import TokenTable, tokens_file
 from ..model.fingerprint import base_fingerprint
-from ..runs.folder import RunFolder, read_json, write_json
+from ..runs.folder import RunFolder, make_writable, read_json, write_json
 from ..runs.provenance import certificate
 from .claims import accuracy, any_of_four, contrast, finding, greedy, judged, sampled
 from .findings import STUDY as EMBEDDED
@@ -200,6 +200,7 @@ def run(out: Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[s
     for name in only:
         if name not in STUDIES:
             raise RequestError(f"--only {name!r}: not one of {', '.join(STUDIES)}")
+    make_writable(out, "--out")
     for name in only or STUDIES:
         study = STUDIES[name]()
         for count in range(1, len(seeds) + 1):

@@ -164,7 +164,7 @@ def token_logps(
 
     wants_hidden = torch.is_grad_enabled() and hidden.requires_grad
     wants_grad = wants_hidden or (torch.is_grad_enabled() and head.trainable)
-    rows = chunk_rows(hidden, len(weight), len(index), chunk_bytes)
+    rows = chunk_rows(hidden, len(weight), chunk_bytes)
     with no_autocast(hidden.device):
         done = score_rows(
             head,
@@ -209,7 +209,7 @@ def _reference_kl(h_MD: Tensor, logp_M: Tensor, reference: TokenScores) -> Tenso
     return reference.logp - logp_M + (moved_MD * reference.need("jacobian")).sum(-1)
 
 
-def chunk_rows(hidden: Tensor, V: int, M: int, chunk_bytes: int | None) -> int:
+def chunk_rows(hidden: Tensor, V: int, chunk_bytes: int | None) -> int:
     """Rows per chunk: what fits into `chunk_bytes`; by default, enough to keep the GEMMs large."""
     if chunk_bytes is not None:
         return max(1, chunk_bytes // (V * hidden.element_size()))

@@ -21,7 +21,7 @@ def cache_folder() -> Path:
 
 
 def keep(entry: Path, files: Iterable[tuple[str, bytes]], room: int, purpose: str) -> Path:
-    """The sealed folder `entry`, below the cache folder; created from `files` if it does not exist yet.
+    """The atomic folder `entry`, below the cache folder; created from `files` if it does not exist yet.
 
     `files` is consumed only then. `room`: bytes it will take. `purpose`: what is being done, for messages.
     Raises RequestError for a cache that cannot be written, RunError for a full disk.

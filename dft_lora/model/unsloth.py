@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..config import Recipe
-from ..errors import MissingPart, ModelError
+from ..errors import MissingPart, ModelError, one_line
 from .built import Built
 from .hardware import choose
 from .head import bare, check_head, head_of, hidden_states
@@ -49,8 +49,8 @@ def import_unsloth() -> Any:
     try:
         import unsloth
     except (ImportError, NotImplementedError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise MissingPart(f"model.backend: unsloth {version} does not start ({reason}); {REMEDY}") from None
+        reason = f"model.backend: unsloth {version} does not start ({one_line(error)}); {REMEDY}"
+        raise MissingPart(reason) from None
     return unsloth
 
 

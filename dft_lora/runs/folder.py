@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -119,7 +120,7 @@ class RunFolder:
         if run.begun and run.adapter_digest == adapter_digest(checkpoint / "adapter"):
             return run
         if why := damage(checkpoint):
-            kept = ", ".join(sorted(path.name for path in self.checkpoints.glob("step-*"))) or "none"
+            kept = ", ".join(path.name for path in steps_in(self.checkpoints).values()) or "none"
             raise RequestError(f"{checkpoint}: no complete checkpoint there ({why}); available: {kept}")
         shutil.copytree(checkpoint / "adapter", run.adapter, dirs_exist_ok=True)
         metadata = self.run()
@@ -137,7 +138,7 @@ class RunFolder:
 
     def checkpoint_runs(self) -> list[RunFolder]:
         """The run folders of all kept checkpoints (see `checkpoint_run`), in order of steps."""
-        return [self.checkpoint_run(path.name) for path in sorted(self.checkpoints.glob("step-*"))]
+        return [self.checkpoint_run(path.name) for path in steps_in(self.checkpoints).values()]
 
     def write_run(self, **metadata: Any) -> None:
         """Add or replace keys of `run.json`."""
@@ -205,13 +206,25 @@ def open_runs(paths: Sequence[str | Path]) -> list[RunFolder]:
     return folders
 
 
+def step_name(step: int) -> str:
+    """The name of a step's folder."""
+    return f"step-{step:06d}"
+
+
+def steps_in(folder: Path) -> dict[int, Path]:
+    """Step -> its folder in `checkpoints/` or `steps/`, in order of steps."""
+    names = (path.name for path in folder.glob("step-*"))
+    steps = sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{6,}", name))
+    return {step: folder / step_name(step) for step in steps}
+
+
 def _open_finished(path: Path) -> RunFolder:
     if path.parent.name == "checkpoints" and RunFolder(path.parent.parent).begun:
         return RunFolder.open(path.parent.parent).checkpoint_run(path.name)
     folder = RunFolder.open(path)
     if not folder.finished:
-        newest = max(folder.checkpoints.glob("step-*"), default=None)
-        named = f", or name a checkpoint: {newest}" if newest else ""
+        checkpoints = list(steps_in(folder.checkpoints).values())
+        named = f", or name a checkpoint: {checkpoints[-1]}" if checkpoints else ""
         raise RequestError(
             f"{folder.path}: the run has not finished (no adapter of step {folder.run().get('steps')}); "
             f"continue it with dft-lora train RECIPE --resume{named}"

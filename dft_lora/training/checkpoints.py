@@ -14,7 +14,6 @@ completely or not at all (`runs/atomic.py`). Resuming takes the newest undamaged
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ import torch
 from ..errors import RunError
 from ..model.accelerator import accelerator
 from ..runs.atomic import damage, discard, write_folder
-from ..runs.folder import writing
+from ..runs.folder import step_name, steps_in, writing
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PARTS = (
@@ -62,24 +61,20 @@ class Checkpoints:
     def __init__(self, path: Path, keep: int):
         self.path, self.keep = path, keep
 
-    def all(self) -> list[Path]:
-        """Oldest first."""
-        found = [p for p in self.path.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name)]
-        return sorted(found, key=_step)
-
     def save(self, state: State, adapter_config: Any) -> Path:
         """Write a checkpoint; old ones are deleted only after it was verified.
 
         Raises RunError if it cannot be written.
         """
-        path = self.path / f"step-{state.step:06d}"
+        path = self.path / step_name(state.step)
         with writing(path):
             write_folder(path, _files(state, adapter_config))
             for leftover in self.path.glob(".step-*"):
                 shutil.rmtree(leftover)
-            kept = [p for p in self.all() if _step(p) <= state.step][-self.keep :]
-            for other in set(self.all()) - set(kept):
-                discard(other)
+            found = steps_in(self.path)
+            kept = [step for step in found if step <= state.step][-self.keep :]
+            for step in found.keys() - set(kept):
+                discard(found[step])
         return path
 
     def newest(self) -> tuple[State | None, list[str]]:
@@ -88,7 +83,7 @@ class Checkpoints:
         Raises RunError if there are checkpoints but all are damaged: a run never silently starts over.
         """
         skipped: list[str] = []
-        for path in reversed(self.all()):
+        for path in reversed(steps_in(self.path).values()):
             why = damage(path, PARTS)
             if why is None:
                 try:
@@ -105,7 +100,7 @@ class Checkpoints:
 
 
 def write_adapter(path: Path, weights: dict[str, torch.Tensor], config: Any) -> None:
-    """Write the final adapter as a sealed folder. Raises RunError if it cannot be written."""
+    """Write the final adapter as an atomic folder. Raises RunError if it cannot be written."""
     with writing(path):
         write_folder(path, adapter_files(weights, config))
 
@@ -198,7 +193,3 @@ def _tensors(tensors: dict[str, torch.Tensor]) -> bytes:
     from safetensors.torch import save
 
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))

@@ -193,7 +193,7 @@ class Learner:
         weight_VD = self.head.weight_VD
         mine = max((batch.supervised for batch in batches), default=1)
         widest = int(self.ranks.stack(torch.tensor(mine)).max())  # all ranks choose the same layout
-        rows = chunk_rows(weight_VD, len(weight_VD), widest, self.layout.chunk_bytes)
+        rows = chunk_rows(weight_VD, len(weight_VD), self.layout.chunk_bytes)
         row_bytes = len(weight_VD) * weight_VD.element_size()
         smaller = self.layout.smaller(
             min(rows, max(1, widest)), row_bytes, first=not self.retreats, least=least

@@ -34,7 +34,7 @@ from .probe import (
     probe,
     resident_bytes,
     set_checkpointing,
-    usable,
+    usable_bytes,
 )
 from .ranks import Ranks
 from .steps import FixedGroups
@@ -91,7 +91,7 @@ def measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any]
     available = accelerator(device).total_memory if budget is None else budget
     answers = answering(learner, plan)
     most = max(real.peak, answers["bytes"]) if answers else real.peak
-    limit = usable(available, device, budget)
+    limit = usable_bytes(available, device, budget)
     allocator = "PyTorch's allocator" if learner.ranks.gauge is not None else "live tensors"
     counted = "traced tensors" if device.type == "meta" else allocator
     return {

@@ -116,7 +116,7 @@ def auto_micro_batch(learner: Learner, groups: Sequence[Group]) -> int:
     worst = longest_batch(learner, groups, 1)
     resident = sum(resident_bytes(learner).values())
     device = learner.ranks.device
-    limit = usable(accelerator(device).total_memory, device, None)
+    limit = usable_bytes(accelerator(device).total_memory, device, None)
     most = min(MOST_ROWS, learner.recipe.train.batch_size)
     rows = len(worst.input_ids_BL)  # those of a pair
     N, M = worst.positions / rows, worst.supervised / rows
@@ -156,7 +156,7 @@ def measure(learner: Learner, groups: Sequence[Group], checkpointing: bool) -> M
         backward=LinearFit.through((short.N, short.backward_peak), (long.N, long.backward_peak)),
         scores=0.0,
         row_bytes=V * weight_VD.element_size(),
-        rows=chunk_rows(weight_VD, V, 2**30, chunk),
+        rows=chunk_rows(weight_VD, V, chunk),
     )
     return replace(fit, scores=max(0.0, long.loss_peak - long.saved - fit.workspace(long.M)) / max(1, long.M))
 
@@ -272,7 +272,7 @@ def longest_batch(learner: Learner, groups: Sequence[Group], rows: int) -> Batch
     return max(batches, key=lambda batch: batch.positions)
 
 
-def usable(memory: int, device: torch.device, budget: int | None) -> float:
+def usable_bytes(memory: int, device: torch.device, budget: int | None) -> float:
     """Bytes of a device's memory that tensors may take."""
     on_gpu = accelerator(device).kind != "cpu" or budget is not None
     return (memory - CONTEXT) * USABLE if on_gpu else memory * USABLE

@@ -91,7 +91,7 @@ class Ranks:
             return self.accelerator.gather(values[None].to(self.device)).cpu()
 
     def everyone(self, mine: list[Any]) -> list[Any]:
-        """The items of all ranks, in order, where this one has every `world`-th of them from its own rank."""
+        """All items in their order, of which rank r has items r, r + world, ... in `mine`."""
         if self.world == 1:
             return mine
         from accelerate.utils import gather_object

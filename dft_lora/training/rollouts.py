@@ -197,7 +197,7 @@ class Rollouts:
         return FixedGroups(known, settings.batch_size, None if self.online else settings.seed)
 
     def upcoming(self, step: int) -> Sequence[Group]:
-        """See StepSource. None, where `step` begins a rollout."""
+        """See StepSource. Empty where `step` begins a rollout, which has yet to be sampled."""
         rollout, within = divmod(step, self.plan.steps_each)
         return self.fixed.upcoming(within) if within and rollout == self.rollout else []
 

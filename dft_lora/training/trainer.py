@@ -36,7 +36,7 @@ def step_source(plan: Plan, learner: Learner) -> StepSource:
 
 
 class Trainer:
-    """A plan, a source of steps and a learner, after `done` steps: none, or those of `state`."""
+    """A plan, a source of steps and a learner, after `done` steps: 0, or as many as `state` has."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ import numpy as np
 from ..data.templates import Example
 from ..errors import RequestError
 from ..evaluation.tokens import score
-from ..runs.folder import RunFolder
+from ..runs.folder import RunFolder, step_name, steps_in
 from ..tasks import get_task
 from .session import Answer, Question, Session, Token, whole_run
 
@@ -87,7 +87,7 @@ class Film:
         return {run: self._name(run, step) for run in runs}
 
     def _place(self, run: str, step: int) -> Path:
-        return self.runs[run].checkpoints / f"step-{step:06d}" if step else Path()
+        return self.runs[run].checkpoints / step_name(step) if step else Path()
 
     def _name(self, run: str, step: int) -> str:
         place = self._place(run, step)
@@ -118,4 +118,4 @@ class Film:
 
 def kept(folder: RunFolder) -> list[int]:
     """The steps of a run's checkpoints."""
-    return [int(path.name.removeprefix("step-")) for path in sorted(folder.checkpoints.glob("step-*"))]
+    return list(steps_in(folder.checkpoints))

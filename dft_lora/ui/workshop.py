@@ -31,7 +31,7 @@ from ..loss.objectives import objective, objective_names
 from ..model.cache_folder import cache_folder, is_kept
 from ..model.known import KNOWN
 from ..model.limits import positions
-from ..runs.folder import RunFolder, make_writable, write_text
+from ..runs.folder import RunFolder, make_writable, steps_in, write_text
 from ..tasks import get_task
 from ..training.plan import Plan, make_plan
 from ..training.preflight import preflight
@@ -270,7 +270,7 @@ class Training:
         """The runs as they can be compared: finished, or as they were `stopped`; else none."""
         if self.finished:
             return self.folders
-        kept = [sorted(folder.checkpoints.glob("step-*")) for folder in self.folders]
+        kept = [list(steps_in(folder.checkpoints).values()) for folder in self.folders]
         if not stopped or not all(kept):
             return []
         return [

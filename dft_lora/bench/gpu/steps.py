@@ -26,7 +26,7 @@ from ...training.probe import (
     longest_batch,
     probe,
     resident_bytes,
-    usable,
+    usable_bytes,
 )
 from ...training.ranks import Ranks
 from ...training.trace import traced
@@ -109,7 +109,7 @@ def auto(lab: Lab, size: str) -> Iterator[tuple[str, Result]]:
     learner = _learner(plan)
     rows = auto_micro_batch(learner, plan.groups)
     learner.layout = replace(learner.layout, micro_batch_size=rows)
-    limit = usable(accelerator(lab.device).total_memory, lab.device, None)
+    limit = usable_bytes(accelerator(lab.device).total_memory, lab.device, None)
     yield "auto", {"rows": rows, "limit_mb": limit / MIB}  # before the pass that may run out of memory
     peak = settled_peak(learner, plan)
     yield "auto", {"rows": rows, "limit_mb": limit / MIB, "peak_mb": peak / MIB, "fits": peak <= limit}
