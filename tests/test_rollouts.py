@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
-from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from dft_lora.model.generate import Completion
 from dft_lora.tasks import get_task
 from dft_lora.tasks.base import Judge
 from dft_lora.training import rollouts
+from dft_lora.training.base_logps import BaseLogps
 from dft_lora.training.loop import train
 from dft_lora.training.plan import make_plan
 from dft_lora.training.ranks import Ranks
@@ -139,8 +139,7 @@ def test_the_reference_is_the_base_and_is_computed_once(grpo, monkeypatch):
 def test_ranks_that_share_a_base_pass_through_it_equally_often(grpo, monkeypatch):
     """However much of a step was scored before: a pass needs every rank's part of a layer."""
     learner, rows, recall = grpo.learner, [], grpo.learner.example_logps
-    monkeypatch.setattr(learner, "recipe", learner.recipe.override(["train.shard=true"]))
-    monkeypatch.setattr(learner, "references", WeakKeyDictionary())
+    monkeypatch.setattr(learner, "base_logps", BaseLogps(alike=True))
     monkeypatch.setattr(
         learner, "example_logps", lambda some, *a, **k: rows.append(len(some)) or recall(some, *a, **k)
     )

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import logging
 import math
-from array import array
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -33,6 +31,7 @@ from ..model.long_rows import offloaded
 from ..model.memory import give_back_large_blocks
 from ..model.starts import config_over_base, from_base, over_base
 from ..model.teacher import as_teacher
+from .base_logps import BaseLogps
 from .checkpoints import random_state, set_random_state
 from .faults import RETREATS, Layout, out_of_memory_text, ran_out_of_memory
 from .metrics import ExampleLogps, Sums, Totals
@@ -78,7 +77,7 @@ class Learner:
         self.value_head = self._new_value_head() if "value" in objective.signals else None
         optimizer = make_optimizer(model, self.trainable, recipe, self._value_group())
         self.optimizer = self.accelerator.prepare(optimizer)
-        self.references: WeakKeyDictionary[Example, array[float]] = WeakKeyDictionary()
+        self.base_logps = BaseLogps(alike=shared)
         torch.manual_seed(recipe.train.seed + ranks.rank)  # dropout differs between ranks
         size, chunk_mb = recipe.train.micro_batch_size, recipe.train.loss_chunk_mb
         self.layout = Layout(
@@ -273,46 +272,10 @@ class Learner:
         return self.scores_at(toward(h_BLD, teacher_BLD), batch, keep_jacobian=True)
 
     def with_reference(self, groups: Sequence[Group], step: int) -> list[Group]:
-        """The groups, with the signal `reference_logp` of every example: log p under the base.
-
-        It is computed when a step first needs it, by all ranks together, and kept as long as the example is.
-        Checkpoints contain it (4 bytes per supervised token), since in another micro-batch it would differ in
-        the last bits.
-        """
-        missing = [e for e in dict.fromkeys(examples_of(groups)) if e not in self.references]
-        if missing and self.recipe.train.shard:  # equally many for each rank
-            missing = examples_of(groups)
-        if missing:
-            scored = self.example_logps(missing, step, base=True)
-            for example, (logp_T, _) in zip(missing, scored, strict=True):
-                self.references.setdefault(example, array("f", logp_T.tolist()))
-        return [
-            tuple(
-                replace(example, signals={**example.signals, "reference_logp": self.references[example]})
-                for example in group
-            )
-            for group in groups
-        ]
-
-    def reference_state(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """What a checkpoint keeps of the groups' log-probabilities under the base; {} for nothing."""
-        kept = [self.references.get(example, array("f")) for example in examples_of(groups)]
-        if not any(kept):
-            return {}
-        joined = bytearray(b"".join(some.tobytes() for some in kept if some))
-        return {
-            "lengths": [len(some) for some in kept],
-            "logp": torch.frombuffer(joined, dtype=torch.float32),
-        }
-
-    def restore_reference(self, groups: Sequence[Group], state: dict[str, Any]) -> None:
-        """The reverse of `reference_state`, for the same groups."""
-        if not state:
-            return
-        each = state["logp"].split(state["lengths"])
-        for example, logp_T in zip(examples_of(groups), each, strict=True):
-            if len(logp_T):
-                self.references[example] = array("f", logp_T.tolist())
+        """The groups, with the signal `reference_logp` of every example: log p under the base."""
+        return self.base_logps.marked(
+            groups, lambda some: [logp_T for logp_T, _ in self.example_logps(some, step, base=True)]
+        )
 
     def example_logps(
         self, examples: Sequence[Example], step: int, base: bool = False

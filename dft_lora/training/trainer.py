@@ -118,7 +118,7 @@ class Trainer:
                 progress,
                 {
                     "source": self.source.kept(self.done),
-                    "reference": self.learner.reference_state(self.source.upcoming(self.done)),
+                    "reference": self.learner.base_logps.state(self.source.upcoming(self.done)),
                     "value_head": self.learner.value_state(),
                 },
             )
@@ -146,7 +146,7 @@ class Trainer:
         learner.optimizer.load_state_dict(state.optimizer)
         set_random_state(state.random[self.ranks.rank], self.ranks.device)
         self.source.restore(state.extra.get("source", {}))
-        learner.restore_reference(self.source.upcoming(state.step), state.extra.get("reference", {}))
+        learner.base_logps.restore(self.source.upcoming(state.step), state.extra.get("reference", {}))
         learner.restore_value(state.extra.get("value_head", {}))
         progress = state.progress
         learner.layout, learner.retreats = Layout(**progress["layout"]), progress["retreats"]
