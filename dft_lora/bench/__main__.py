@@ -57,11 +57,16 @@ out_option = click.option(
 
 
 def keep(result: dict, out: Path | None, name: str) -> None:
-    """Write a result where it was asked for, or to runs/bench under its name."""
+    """Write a result where it was asked for, or to runs/bench under its name; say so the first time."""
     out = out or Path("runs/bench") / f"{name}.json"
+    if out not in _kept:
+        click.echo(f"{out}\n", err=True)
+        _kept.add(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
-    click.echo(f"{out}\n", err=True)
+
+
+_kept: set[Path] = set()
 
 
 @click.group(cls=Commands, invoke_without_command=True)

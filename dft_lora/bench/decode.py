@@ -33,9 +33,11 @@ from ..model.head import bare, check_head
 from ..model.load import load_base
 from ..model.memory import MIB, memory_of
 from ..runs.provenance import certificate
+from .train import Shape, write_qwen2
 
 RANKS = {"first": 8, "second": 16, "third": 8}
 RANDOM = "random-qwen2"
+QWEN2_5_0_5B = Shape(D=896, layers=24, intermediate=4864)
 
 
 def random_adapters(base: Any, ranks: dict[str, int]) -> Any:
@@ -194,7 +196,9 @@ def measure(
     if not measured:
         raise RequestError(f"--rows, --prompt: every case has more than {most_prompt_tokens:,} prompt tokens")
     with tempfile.TemporaryDirectory() if model == RANDOM else nullcontext(model) as folder:
-        name = _random_base(Path(folder)) if model == RANDOM else folder
+        name = folder
+        if model == RANDOM:
+            write_qwen2(Path(folder), QWEN2_5_0_5B)
         packed, hardware = load_base(ModelConfig(name=name))
         plain, _ = load_base(ModelConfig(name=name, unpack=True), for_answers=True)
     vocabulary = check_head(plain).weight_VD.shape[0]
@@ -243,21 +247,3 @@ def measure(
 
 def _median(results: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(result[key] for result in results) for key in results[0]}
-
-
-def _random_base(folder: Path) -> str:
-    """The shape of Qwen2.5-0.5B with random weights."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(
-        vocab_size=151_936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return str(folder)

@@ -52,7 +52,7 @@ from ..training.rollouts import Answer, Rollouts
 from ..training.trainer import Trainer
 from .decode import dense_head
 from .products import products_of
-from .train import PEERS, Shape, gsm8k, lora_config, write_random_base
+from .train import PEERS, Shape, gsm8k, lora_config, write_qwen2
 
 STAGES = ("rollout", "reward", "reference", "loss", "update")
 KL = 0.001
@@ -339,7 +339,7 @@ def recipe_of(method: str, folder: Path, work: Work) -> Recipe:
 def write_inputs(folder: Path, work: Work) -> None:
     """The base, pairs for three DPO steps with answers of `tokens` tokens, and both recipes."""
     if work.base is None:
-        write_random_base(folder / "base", work.shape, gsm8k()[1])
+        write_qwen2(folder / "base", work.shape, gsm8k()[1])
     tokenizer = load_tokenizer(recipe_of("grpo", folder, work).model)
     problems = get_task("arithmetic").problems("train")
     ids = tokenizer("\n".join(p.solution or "" for p in problems[:400]), add_special_tokens=False)[

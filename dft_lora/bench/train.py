@@ -380,7 +380,7 @@ def write_inputs(folder: Path, m: Measurement) -> Recipe:
     """
     if m.model is None:
         text, tokenizer = gsm8k()
-        write_random_base(folder / "base", m.shape, tokenizer)
+        write_qwen2(folder / "base", m.shape, tokenizer)
         base, text = str(folder / "base"), text | {"template": "qwen-boxed", "sample": 512}
     else:
         load_model_config(ModelConfig(name=m.model))  # an unknown base is refused before any child starts
@@ -403,12 +403,12 @@ def write_inputs(folder: Path, m: Measurement) -> Recipe:
     return recipe
 
 
-def write_random_base(folder: Path, shape: Shape, tokenizer: str) -> None:
-    """A Qwen2 of random weights with Qwen's tokenizer."""
+def write_qwen2(folder: Path, shape: Shape, tokenizer: str | None = None) -> None:
+    """A Qwen2 of random weights, with this tokenizer."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    # not `load_tokenizer`, which refuses a folder without a model
-    AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(folder)
+    if tokenizer is not None:  # not `load_tokenizer`, which refuses a folder without a model
+        AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(folder)
     config = Qwen2Config(
         vocab_size=shape.V,
         hidden_size=shape.D,
