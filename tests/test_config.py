@@ -2,7 +2,16 @@
 
 import pytest
 
-from dft_lora.config import SEEDS, digest, load_recipe, parse_recipe, setting, shipped_recipes
+from dft_lora.config import (
+    SEEDS,
+    digest,
+    load_recipe,
+    parse_recipe,
+    read_yaml,
+    setting,
+    shipped_recipes,
+    yaml_text,
+)
 from dft_lora.errors import RecipeError
 
 
@@ -169,6 +178,7 @@ def test_objective_numbers_pass_through():
     for text, number in numbers.items():
         (found,) = recipe.override([f"objective={{name: power, a: {text}}}"]).objective.numbers.values()
         assert found == number and type(found) is type(number), text
+        assert read_yaml(yaml_text({"a": text}), "here") == {"a": text}
 
 
 def test_digest_ignores_key_order():

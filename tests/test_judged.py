@@ -336,10 +336,11 @@ def test_improbable_and_certain_tokens_stay_finite(name):
     given |= {"old_logp": torch.tensor([-180.0, -30.0, 0.0, -5.0]), "correct_share": torch.full((4,), 0.5)}
     given |= {"preference": torch.tensor([1.0, 1, -1, -1]), "correct": torch.tensor([1.0, 0, 1, 0])}
     given["advantage"] = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    base_logp = torch.tensor([-150.0, 0.0, -40.0, -1.0])
     scores = scores.replace(
-        logp=logp, sequence=torch.tensor([0, 0, 1, 1]), signals=given, reference_logp=torch.zeros(4)
+        logp=logp, sequence=torch.tensor([0, 0, 1, 1]), signals=given, reference_logp=base_logp
     )
-    loss = objective(name)(scores)
+    loss = objective(name, **({"kl": 0.1} if hasattr(objective(name), "kl") else {}))(scores)
     slope = torch.autograd.grad(loss, logp)[0]
     assert loss.isfinite() and slope.isfinite().all()
 

@@ -20,7 +20,7 @@ from dft_lora.training.preflight import preflight, preflight_table, propose, rea
 from dft_lora.training.probe import (
     LinearFit,
     MemoryFit,
-    ProbePass,
+    MicroBatches,
     auto_micro_batch,
     longest_batch,
     measure,
@@ -150,7 +150,7 @@ def test_the_probe_leaves_a_backends_own_checkpointing(trainer, monkeypatch):
 @pytest.mark.parametrize("own", [False, True])
 def test_a_proposal_keeps_a_backends_own_checkpointing(own):
     for gb in (1.17, 3, 24):
-        found = propose({own: FITS[own]}, 2**30, gb * 2**30, ROW, rows=1, batch_size=64)
+        found = propose({own: FITS[own]}, 2**30, gb * 2**30, ROWS)
         assert found is None or found["train.gradient_checkpointing"] is own
     assert found["train.micro_batch_size"] >= 1
 
@@ -158,12 +158,12 @@ def test_a_proposal_keeps_a_backends_own_checkpointing(own):
 PLAIN = MemoryFit(LinearFit(0, 1000.0 * 1024), LinearFit(0, 1100.0 * 1024), 0.0, 300_000, 512)
 CHECKPOINTED = MemoryFit(LinearFit(0, 50.0 * 1024), LinearFit(0, 100.0 * 1024), 0.0, 300_000, 512)
 FITS = {False: PLAIN, True: CHECKPOINTED}
-ROW = ProbePass(N=1000, M=600, saved=0, loss_peak=0, backward_peak=0, seconds=1.0)
+ROWS = MicroBatches(N=1000, M=600, each=1, most=32)
 
 
 def test_proposals_grow_with_memory_and_fit_it():
     def at(gb: float):
-        return propose(FITS, 2**30, gb * 2**30, ROW, rows=1, batch_size=64)
+        return propose(FITS, 2**30, gb * 2**30, ROWS)
 
     assert at(1.01) is None
     small, middle, large = at(1.17), at(3), at(24)
@@ -213,6 +213,10 @@ def test_pairs_of_own_answers_are_measured_as_pairs():
     changes = ["data.sample=8", "train.batch_size=3", "train.micro_batch_size=1", "data.packing=false"]
     found = preflight(load_recipe("tiny_dpo", changes))
     assert found["longest_micro_batch"][0] == 2
+    size, peak = (found["proposal"][key] for key in ("train.micro_batch_size", "predicted_peak"))
+    assert size == 2  # one pair, since three are a step
+    again = preflight(load_recipe("tiny_dpo", [*changes, f"train.micro_batch_size={size}"]))
+    assert peak == pytest.approx(again["predicted_peak"], rel=0.05)
 
 
 def test_an_objective_that_keeps_the_bases_log_probabilities_is_measured():

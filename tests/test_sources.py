@@ -153,12 +153,16 @@ def test_prompts_need_no_solution(tmp_path):
         {"problem": "2 + 2?", "solution": None, "answer": "4"},
         {"problem": "2 + 2?", "solution": "", "answer": "4"},
         {"messages": turns, "answer": "2"},
+        {"problem": None, "messages": turns, "solution": None, "answer": "2"},
+        {"problem": "2 + 2?", "messages": None, "solution": None, "answer": "4"},
     ]
     rows = load_problems(DataConfig(source=write(tmp_path / "a.jsonl", rows)), kind="prompts")
     assert [(p.question, p.solution, p.answer) for p in rows.problems] == [
         ("2 + 2?", None, "4"),
         ("2 + 2?", None, "4"),
         ("1 + 1?", None, "2"),
+        ("1 + 1?", None, "2"),
+        ("2 + 2?", None, "4"),
     ]
 
 

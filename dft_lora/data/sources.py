@@ -267,11 +267,16 @@ def _pair(number: int, row: Any, data: DataConfig) -> list[Problem]:
 
 
 def _asked(number: int, row: Any, data: DataConfig) -> list[Problem]:
-    """The problems of a row that may lack a solution, or have turns that end with the question."""
+    """The problems of a row that may lack a solution, or have turns that end with the question.
+
+    Rows of a table have all columns, and null for what they lack.
+    """
     _check_row(row)
+    optional = (data.prompt, data.completion, "messages")
+    row = {name: value for name, value in row.items() if value is not None or name not in optional}
     if data.prompt not in row and _ends_with_user(row.get("messages")):
         asked = tuple(_turns(row["messages"], last="user"))
-    elif "messages" in row or row.get(data.completion) not in (None, ""):  # where the answer may be
+    elif "messages" in row or row.get(data.completion, "") != "":  # where the answer may be
         return _problems(number, row, data)
     else:
         asked = _prompt(row, data.prompt)

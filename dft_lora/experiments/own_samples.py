@@ -54,7 +54,7 @@ def own_samples(
     """
     if run is not None and not run.has_adapter:
         raise RequestError(f"--run: {run.path} has no adapter; without --run the base answers")
-    if run is not None and run.base_fingerprint != base_fingerprint(recipe.model):
+    if run is not None and run.base_fingerprint not in (None, base_fingerprint(recipe.model)):
         raise RequestError(f"--run: {run.path} was trained on another base than {recipe.model.name!r}")
     problems = judgeable(load_problems(recipe.data, recipe.train.seed, "prompts"), recipe.data)
     config = recipe.rollouts or RolloutConfig()

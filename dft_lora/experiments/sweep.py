@@ -136,12 +136,11 @@ _plans: dict[tuple[Any, ...], Any] = {}
 
 def _plan(recipe: Recipe) -> Any:
     """`make_plan`, with the data rendered only once (a second or two) for all runs that share it."""
-    from ..loss import objective
-    from ..training.plan import data_kind, make_plan
+    from ..training.plan import data_kind, make_plan, objective_of
 
     if recipe.train.max_steps is None:
         return make_plan(recipe)
-    chosen = objective(recipe.objective.name, **recipe.objective.numbers)
+    chosen = objective_of(recipe)
     kind = data_kind(recipe, chosen)
     seed = recipe.data.sample and recipe.train.seed
     key = (recipe.model, recipe.data, recipe.evaluate.tasks, seed, kind)

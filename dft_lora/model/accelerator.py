@@ -7,7 +7,6 @@ for GPUs stay with CUDA. Only the CPU has run; the others are rehearsed (docs/sc
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -148,9 +147,10 @@ class Cpu(Accelerator):
             return 2**62, 0
 
     def peak(self) -> int:
-        if sys.platform == "linux":  # getrusage would count what the parent took before it started us
+        with suppress(OSError, StopIteration):  # getrusage counts what the parent took before it started us
             return resident("VmHWM")
         import resource
+        import sys
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak

@@ -52,11 +52,11 @@ def resolve(config: ModelConfig) -> str:
         return str(unpacked_base(config.name))
     if (file := gguf_file(config)) is not None:
         return str(gguf.unpacked(file))
-    path = Path(config.name).expanduser()
-    if path.exists():
-        if not (path / "config.json").is_file():
+    path = os.path.expanduser(config.name)  # os.path, not Path: no error for a name that no file can have
+    if os.path.exists(path):
+        if not os.path.isfile(os.path.join(path, "config.json")):
             raise ModelError(f"model.name: {config.name!r} has no config.json")
-        return str(path)
+        return path
     if config.name.startswith((".", "/", "~")) or config.name.count("/") != 1:
         raise ModelError(f"model.name: no folder {config.name!r}, and not a Hub id of the form owner/name")
     return config.name

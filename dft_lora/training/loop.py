@@ -11,6 +11,8 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from ..config import Recipe
 from ..data.doctor import findings_table
 from ..errors import Interrupted
@@ -89,7 +91,8 @@ class Run:
         self.trainer = trainer = Trainer(plan, ranks, base=base, state=state)
         learner = trainer.learner
         if state is None and learner.finds_micro_batch:
-            learner.layout = replace(learner.layout, micro_batch_size=auto_micro_batch(learner, plan.groups))
+            sizes = ranks.stack(torch.tensor(auto_micro_batch(learner, plan.groups)))
+            learner.layout = replace(learner.layout, micro_batch_size=int(sizes.min()))
         if ranks.is_main:
             self.folder.cut_metrics(trainer.done)
             self.folder.write_run(

@@ -90,15 +90,20 @@ class Plan:
         return collate(rows, self.renderer.pad_id)
 
 
+def objective_of(recipe: Recipe) -> Any:
+    """The recipe's objective. Raises RecipeError for an unknown one, or a wrong number."""
+    try:
+        return objective(recipe.objective.name, **recipe.objective.numbers)
+    except ObjectiveError as error:
+        raise RecipeError(str(error)) from None
+
+
 def make_plan(recipe: Recipe) -> Plan:
     """Read and render all data, and resolve every name in the recipe.
 
     Raises a RequestError that names what is wrong.
     """
-    try:
-        chosen = objective(recipe.objective.name, **recipe.objective.numbers)
-    except ObjectiveError as error:
-        raise RecipeError(str(error)) from None
+    chosen = objective_of(recipe)
     kind = data_kind(recipe, chosen)
     if kind == "prompts":
         _check_rollouts(recipe, chosen)

@@ -26,9 +26,10 @@ from .faults import ran_out_of_memory
 from .learner import Learner
 from .plan import Plan, make_plan
 from .probe import (
-    MOST_ROWS,
     MemoryFit,
+    MicroBatches,
     ProbePass,
+    largest_micro_batch,
     longest_batch,
     measure,
     probe,
@@ -61,7 +62,7 @@ def preflight(recipe: Recipe, budget: int | None = None) -> dict[str, Any]:
 
 
 def measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any]:
-    device, train = learner.ranks.device, plan.recipe.train
+    device = learner.ranks.device
     choices = (False, True) if learner.set_checkpointing else (learner.checkpointing,)
     fits = fits_of(learner, plan, choices)
     checkpointing = learner.checkpointing if learner.checkpointing in fits else not learner.checkpointing
@@ -114,14 +115,7 @@ def measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any]
         "seconds_a_step": seconds,
         "steps": plan.steps,
         "seconds_in_all": None if seconds is None else seconds * plan.steps,
-        "proposal": propose(
-            fits,
-            sum(resident.values()),
-            limit,
-            real,
-            max(learner.layout.micro_batch_size, len(plan.groups[0])),
-            train.batch_size,
-        ),
+        "proposal": propose(fits, sum(resident.values()), limit, largest_micro_batch(learner, plan.groups)),
         "rollout_rows": answers and most_rows(learner, plan, limit - sum(resident.values())),
         "fit": {"checkpointing" if on else "plain": asdict(fits[on]) for on in fits},
     }
@@ -155,17 +149,15 @@ def most_rows(learner: Learner, plan: Plan, room: float) -> int:
 
 
 def propose(
-    fits: dict[bool, MemoryFit], resident: int, limit: float, worst: ProbePass, rows: int, batch_size: int
+    fits: dict[bool, MemoryFit], resident: int, limit: float, choices: MicroBatches
 ) -> dict[str, Any] | None:
     """The fastest setting that keeps the longest micro-batch within `limit` bytes; None if there is none.
 
-    `worst` is that micro-batch, of `rows` examples; a step has `batch_size` of them. First choice: no
-    checkpointing, if that leaves room for four rows. Otherwise checkpointing with as many rows as fit, and a
-    smaller loss chunk only if not even one row would fit. `fits` may contain only one of the two.
+    First choice: no checkpointing, if that leaves room for four rows. Otherwise checkpointing with as many
+    rows as fit, and a smaller loss chunk only if not even one group would fit. `fits` may contain only one
+    of the two.
     """
-    N, M = worst.N / rows, worst.M / rows
-    most = min(MOST_ROWS, batch_size)
-    enough = min(ENOUGH_ROWS, most)
+    enough = min(ENOUGH_ROWS, choices.sizes[-1])
     leanest = max(fits)  # with checkpointing, where that was measured
     whole = fits[leanest].rows * fits[leanest].row_bytes
     for checkpointing, least, chunk in (
@@ -177,14 +169,13 @@ def propose(
         if checkpointing not in fits:
             continue
         fit = fits[checkpointing].with_chunk(chunk)
-        fitting = [m for m in range(1, most + 1) if resident + fit.peak(m * N, m * M) <= limit]
-        if fitting and fitting[-1] >= least:
-            best = fitting[-1]
+        best = choices.within(limit - resident, fit)
+        if best >= least:
             return {
                 "train.micro_batch_size": best,
                 "train.gradient_checkpointing": checkpointing,
                 "train.loss_chunk_mb": None if chunk is None else max(1, chunk // MIB),
-                "predicted_peak": int(resident + fit.peak(best * N, best * M)),
+                "predicted_peak": int(resident + choices.peak(best, fit)),
             }
     return None
 

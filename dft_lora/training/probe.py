@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from ..data.batches import Batch, Group, examples_of, ungrouped
+from ..data.packing import Packed
 from ..data.templates import Example
 from ..errors import RunError
 from ..loss import chunk_rows
@@ -107,20 +108,53 @@ class MemoryFit:
         return self if chunk_bytes is None else replace(self, rows=max(1, chunk_bytes // self.row_bytes))
 
 
+@dataclass(frozen=True)
+class MicroBatches:
+    """The micro-batches that a run can choose from: the longest group, with N positions, over and over.
+
+    M of its tokens are supervised. A group counts as `each` in `micro_batch_size`, which is at most `most`; a
+    micro-batch has one group at least.
+    """
+
+    N: int
+    M: int
+    each: int
+    most: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """The values of `micro_batch_size` that differ, in ascending order."""
+        return [min(self.each, self.most), *range(2 * self.each, self.most + 1, self.each)]
+
+    def peak(self, size: int, fit: MemoryFit) -> float:
+        """Bytes of the pass of a micro-batch of `size`."""
+        groups = max(1, size // self.each)
+        return fit.peak(groups * self.N, groups * self.M)
+
+    def within(self, room: float, fit: MemoryFit) -> int:
+        """The largest `micro_batch_size` whose pass takes at most `room` bytes; 0 for none."""
+        return max([size for size in self.sizes if self.peak(size, fit) <= room], default=0)
+
+
+def largest_micro_batch(learner: Learner, groups: Sequence[Group]) -> MicroBatches:
+    """The choices of a run whose steps draw from `groups`."""
+    one = longest_batch(learner, groups, 1)
+    rows = isinstance(learner.arrange, Packed)  # counts rows, the other arrangements examples
+    each = len(one.input_ids_BL) if rows else len(one.ids)
+    return MicroBatches(one.positions, one.supervised, each, min(MOST_ROWS, learner.recipe.train.batch_size))
+
+
 def auto_micro_batch(learner: Learner, groups: Sequence[Group]) -> int:
     """Rows that fit this GPU, for `micro_batch_size: auto`; 1 where too little fits to measure it."""
     try:
         fit = measure(learner, groups, learner.checkpointing)
     except RunError:
         return 1  # the step itself retreats to smaller pieces, or says what may fit
-    worst = longest_batch(learner, groups, 1)
-    resident = sum(resident_bytes(learner).values())
     device = learner.ranks.device
     limit = usable_bytes(accelerator(device).total_memory, device, None)
-    most = min(MOST_ROWS, learner.recipe.train.batch_size)
-    rows = len(worst.input_ids_BL)  # those of a pair
-    N, M = worst.positions / rows, worst.supervised / rows
-    return max([m for m in range(1, most + 1) if resident + fit.peak(m * N, m * M) <= limit], default=1)
+    return (
+        largest_micro_batch(learner, groups).within(limit - sum(resident_bytes(learner).values()), fit) or 1
+    )
 
 
 def measure(learner: Learner, groups: Sequence[Group], checkpointing: bool) -> MemoryFit:
@@ -199,7 +233,7 @@ def probe(learner: Learner, batch: Batch, gauged: bool = True) -> ProbePass:
         started = time.perf_counter()
         try:
             if learner.objective.step_signals is not None:
-                with torch.no_grad():
+                with torch.no_grad():  # what `example_logps` costs
                     learner.token_scores(learner.adapter_model, batch)
             with learner.no_sync():  # each rank measures for itself
                 loss = learner.score(batch, Sums(device))
@@ -265,11 +299,16 @@ def _tensors_of(state: Any) -> Iterator[torch.Tensor]:
 
 
 def longest_batch(learner: Learner, groups: Sequence[Group], rows: int) -> Batch:
-    """The largest micro-batch that the run can encounter: its longest groups together."""
-    longest = sorted(groups, key=lambda group: max(len(example.ids) for example in group), reverse=True)
-    size = learner.recipe.train.batch_size
-    batches = learner.arrange(longest[:size], rows, learner.pad_id)
-    return max(batches, key=lambda batch: batch.positions)
+    """The largest micro-batch that the run can encounter: its longest groups together.
+
+    Padding makes a group's rows as long as its longest example; in packed rows its tokens add up.
+    """
+    lengths = [[len(example.ids) for example in group] for group in groups]
+    size, found = learner.recipe.train.batch_size, []
+    for sizes in (list(map(max, lengths)), list(map(sum, lengths))):
+        order = sorted(range(len(groups)), key=sizes.__getitem__, reverse=True)
+        found += learner.arrange([groups[i] for i in order[:size]], rows, learner.pad_id)
+    return max(found, key=lambda batch: batch.positions)
 
 
 def usable_bytes(memory: int, device: torch.device, budget: int | None) -> float:

@@ -64,8 +64,9 @@ def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], extend
 
     A recipe field that an earlier version did not have counts as its default: so the run was made.
     """
-    whole = Recipe(rollouts=RolloutConfig()).as_dict()
-    defaults = {name: value for name, value in _flat(whole).items() if name in now}
+    sampled = any(name.startswith("rollouts.") for name in before)
+    defaults = _flat(Recipe(rollouts=RolloutConfig() if sampled else None).as_dict())
+    defaults = {name: value for name, value in defaults.items() if name in now}
     defaults[ROUND] = now.get(ROUND)  # nor did it record this
     before = defaults | {name: value for name, value in before.items() if not name.startswith(FREE)}
     changed = {name for name in {*before, *now} if before.get(name) != now.get(name)}

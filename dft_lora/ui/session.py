@@ -9,6 +9,7 @@ Legend: R rows, L positions, M scored tokens, D hidden width, V vocabulary, K al
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -201,9 +202,7 @@ class Session:
         self.head = check_head(base)
         self.model = load_adapters(base, adapters)
         self.adapters: dict[str, str | None] = {n: n if n in adapters else None for n in names}
-        self.identities = {
-            n: f.adapter_digest or f.recipe().model.name for n, f in zip(names, folders, strict=True)
-        }
+        self.identities = {n: run_digest(f) for n, f in zip(names, folders, strict=True)}
         if None not in self.adapters.values() and len(names) < MAX_COLUMNS:
             self.adapters = {"base": None, **self.adapters}
             self.identities = {"base": recipes[0].model.name, **self.identities}
@@ -414,3 +413,13 @@ def _judge(answers: Sequence[Answer], problem: Problem, judge: Judge) -> None:
     pairs = [(answer.text, problem) for answer in answers]
     for answer, verdict in zip(answers, judge.judge_many(pairs), strict=True):
         answer.verdict = verdict
+
+
+def run_digest(folder: RunFolder) -> str:
+    """What identifies a run in a vote, and in files of votes: a hash of its weights, or the base's name."""
+    if not folder.has_adapter:
+        return folder.recipe().model.name
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder.adapter).glob("adapter_model*")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -21,9 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from ..config import Recipe, load_recipe, setting
+from ..config import Recipe, load_recipe, setting, yaml_text
 from ..data.templates import Example
 from ..errors import DataError, RecipeError, RequestError, RunError
 from ..evaluation.diagnosis import diagnose
@@ -307,7 +305,7 @@ class Workshop:
             if setup.upload is not None:
                 write_text(path / ROWS, setup.upload.text)
             for recipe in recipes:
-                text = yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True)
+                text = yaml_text(recipe.as_dict())
                 write_text(path / f"{recipe.name}.yaml", text)
         except OSError as error:
             shutil.rmtree(path, ignore_errors=True)
