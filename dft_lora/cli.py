@@ -217,8 +217,9 @@ def sample(
 ) -> None:
     """Sample answers to the training problems of RECIPE, and write the correct ones as training data.
 
-    Train on the file with data.source=OUT. For own.jsonl, own.made.json records how it was made; files made
-    with the same settings are reused.
+    Train on the file with data.source=OUT; its columns are problem, solution and answer, so for a recipe with
+    other columns also set data.prompt=problem and data.completion=solution. For own.jsonl, own.made.json
+    records how it was made; files made with the same settings are reused.
 
     Example: dft-lora sample tiny_dft --out own.jsonl --pairs pairs.jsonl
     """
@@ -547,9 +548,9 @@ def merge(run_dir: str, out: str, dtype: str, as_json: bool) -> None:
     Example: dft-lora merge runs/tiny_dft merged/tiny_dft
     """
     from .export import merge as run
-    from .runs.folder import RunFolder
+    from .runs.folder import open_runs
 
-    drift = run(RunFolder.open(run_dir), Path(out), dtype)
+    drift = run(open_runs([run_dir])[0], Path(out), dtype)
     if as_json:
         click.echo(json.dumps(drift, indent=1))
         return
@@ -598,9 +599,9 @@ def export(run_dir, target, merged, out, quantize, llama_cpp) -> None:
     Example: dft-lora export runs/tiny_dft --to vllm
     """
     from .export import to_gguf, to_llama_cpp, to_ollama, vllm_command
-    from .runs.folder import RunFolder
+    from .runs.folder import open_runs
 
-    run = RunFolder.open(run_dir)
+    run = open_runs([run_dir])[0]
     given = {"--merged": merged, "--out": out, "--quantize": quantize, "--llama-cpp": llama_cpp}
     used = {"vllm": [], "llama.cpp": ["--out"]}.get(target, list(given))
     if unused := [option for option, value in given.items() if value is not None and option not in used]:

@@ -368,6 +368,8 @@ def _assign(values: dict[str, Any], path: str, value: Any) -> None:
         if values.get(key) is None:
             values[key] = {}
         values = values[key]
+        if not isinstance(values, dict):
+            raise RecipeError(f"recipe field {key!r} must be a mapping of fields, not {values!r}")
     values[leaf] = value
 
 

@@ -7,6 +7,7 @@ again, which would lose much of what was learned.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import yaml
 
 from .config import ModelConfig
 from .errors import MissingPart, RequestError, RunError, one_line
+from .evaluation.run_set import unchanged_base
 from .hub import unreachable
 from .runs.folder import RunFolder, new_folder, read_json, write_text
 
@@ -27,11 +29,13 @@ PROBES = 8
 
 
 def refuse_unfinished(run: RunFolder) -> None:
-    """Raises RequestError for a bare base, a run before its last step, and a checkpoint without figures."""
+    """Raises RequestError for a bare base, a run before its last step, and a checkpoint without figures; also
+    where the weights of the run's base have changed."""
     if not (run.has_adapter and run.finished and "figures" in run.run()):
         raise RequestError(
             f"{run.path}: no adapter of a finished run; train it, or continue it with --resume"
         )
+    unchanged_base([run], run.recipe().model)
 
 
 def merge(run: RunFolder, out: Path, dtype: str = "bfloat16") -> dict[str, Any]:
@@ -283,10 +287,12 @@ def vllm_command(run: RunFolder, base: str | None = None, adapter: str | None = 
     """
     from .model.vllm import lora_rank, vllm_rank
 
+    refuse_unfinished(run)
     recipe, rank = run.recipe(), lora_rank([vllm_rank(run.adapter)])
+    served, module = base or recipe.model.name, f"{run.name}={adapter or run.adapter}"
     return (
-        f"vllm serve {base or recipe.model.name} --enable-lora --max-lora-rank {rank} "
-        f"--lora-modules {run.name}={adapter or run.adapter}"
+        f"vllm serve {shlex.quote(served)} --enable-lora --max-lora-rank {rank} "
+        f"--lora-modules {shlex.quote(module)}"
     )
 
 
@@ -311,7 +317,7 @@ def to_llama_cpp(run: RunFolder, out: Path | None = None) -> tuple[Path, str]:
         raise RunError(f"{out} could not be written ({error.strerror or error})") from None
     finally:
         aside.unlink(missing_ok=True)
-    return out, f"llama-cli -m {gguf_file(model) or 'BASE.gguf'} --lora {out}"
+    return out, shlex.join(["llama-cli", "-m", str(gguf_file(model) or "BASE.gguf"), "--lora", str(out)])
 
 
 def to_gguf(merged: Path, out: Path, llama_cpp: Path | None = None, quantize: str | None = None) -> Path:
@@ -329,6 +335,8 @@ def to_gguf(merged: Path, out: Path, llama_cpp: Path | None = None, quantize: st
     if not (merged / "config.json").is_file():
         raise RequestError(f"{merged}: no merged model; make one with dft-lora merge RUN_DIR {merged}")
     whole = out if quantize is None else out.with_suffix(".bf16.gguf")
+    if quantize and whole.exists():
+        raise RequestError(f"{whole} exists; name another file with --out")
     _call(sys.executable, str(converter), str(merged), "--outfile", str(whole), "--outtype", "bf16")
     if quantize:
         tool = shutil.which("llama-quantize") or shutil.which("llama-quantize", path=str(home / "build/bin"))

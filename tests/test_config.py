@@ -181,5 +181,10 @@ def test_objective_numbers_pass_through():
         assert read_yaml(yaml_text({"a": text}), "here") == {"a": text}
 
 
+def test_a_number_where_a_section_belongs_is_refused_in_one_line():
+    with pytest.raises(RecipeError, match="'train' must be a mapping of fields, not 5"):
+        parse_recipe({}).override(["train=5", "train.max_steps=3"])
+
+
 def test_digest_ignores_key_order():
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 2, "b": 1})

@@ -5,13 +5,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from dft_lora.cli import main
 from dft_lora.config import load_recipe
 from dft_lora.data.templates import Renderer
-from dft_lora.errors import DataError
-from dft_lora.evaluation.diagnosis import advice, diagnose, diagnosis_text, effective, ends, metrics
+from dft_lora.errors import DataError, RecipeError
+from dft_lora.evaluation.diagnosis import (
+    advice,
+    diagnose,
+    diagnosis_text,
+    effective,
+    ends,
+    learns_to_end,
+    metrics,
+)
 from dft_lora.evaluation.token_table import TokenTable
 from dft_lora.loss import objective
 
@@ -57,12 +66,27 @@ def test_a_foreign_ending_is_foretold():
         (0.02, "threshold", True, False, "but threshold will not learn to stop here"),
         (1e-4, "sft", False, True, "This recipe's objective does learn it"),
         (1e-4, "power", False, False, "power will not learn to stop here"),
+        (1e-4, "prift", False, None, "whether prift will is not known before"),
+        (0.9, "asft", True, None, "whether asft will is not known"),
     ],
 )
 def test_both_plain_dft_and_the_recipes_objective_are_asked_about_the_end(p_end, name, dft, own, said):
     p = np.array([0.5, p_end, 0.5, p_end], dtype=np.float32)
     found = ends(replace(table(p), example_M=np.array([0, 0, 1, 1])), objective(name))
     assert (found["dft_learns_to_end"], found["learns_to_end"]) == (dft, own) and said in found["end_verdict"]
+
+
+@pytest.mark.parametrize(("end", "own"), [(0.5, True), (1e-4, False)])
+def test_a_weight_of_the_end_alone_is_enough_if_it_is_large(end, own):
+    assert learns_to_end(objective("dft", end=end), torch.full((3,), 1e-4)) is own
+
+
+def test_pairs_are_refused_by_name(tmp_path):
+    rows = [{"problem": "1 + 1?", "chosen": "2", "rejected": "3"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = load_recipe("tiny_dpo", [f"data.source={tmp_path / 'pairs.jsonl'}", "rollouts=null"])
+    with pytest.raises(RecipeError, match="diagnose reads solutions, and 'dpo' learns from pairs"):
+        diagnose(recipe)
 
 
 def test_first_and_end_tokens_of_each_solution():

@@ -76,6 +76,19 @@ def test_a_limit_above_the_tasks_own_is_obeyed(fresh):
         assert answer_limit(get_task("gsm8k"), changed.evaluate) == tokens
 
 
+def test_an_answer_ends_where_the_models_positions_do(fresh, monkeypatch):
+    monkeypatch.setattr("dft_lora.evaluation.evaluate.positions", lambda config: 60)
+    evaluate([fresh[0]], ["arithmetic"], limit=3, changes=["samples=1"])
+    renderer = Renderer(load_tokenizer(ModelConfig(name="tiny")), "auto")
+    prompts = {p.id: len(renderer.prompt_ids(p.messages)) for p in get_task("arithmetic").problems()[:3]}
+    given = read_attempts(fresh[0] / "evaluation/arithmetic.jsonl")
+    assert all(prompts[one.problem] + one.tokens <= 60 for one in given)
+    assert any(prompts[one.problem] + one.tokens == 60 and one.truncated for one in given)
+    monkeypatch.setattr("dft_lora.evaluation.evaluate.positions", lambda config: 20)
+    with pytest.raises(RequestError, match="tokens, and the model 20 positions"):
+        evaluate([fresh[0]], ["arithmetic"], limit=3, changes=["samples=1"], overwrite=True)
+
+
 def command(*arguments, launcher=()):
     return [sys.executable, *launcher, "-m", "dft_lora", "evaluate", *map(str, arguments)]
 

@@ -93,6 +93,17 @@ def test_a_base_as_the_run_that_samples_is_refused(tmp_path):
     assert done.exit_code == 2 and f"--run: {base} has no adapter" in done.output
 
 
+def test_files_are_reused_only_as_they_were_written(tmp_path):
+    """`--pairs` of another command, or an edit, replaced what this one had written."""
+    out, pairs = tmp_path / "own.jsonl", tmp_path / "pairs.jsonl"
+    arguments = ("--out", out, "--pairs", pairs, "--set", "data.sample=24", "--samples", 4)
+    assert sample(*arguments).exit_code == 0
+    assert sample(*arguments).exit_code == 0
+    pairs.write_text(pairs.read_text() + "\n")
+    done = sample(*arguments)
+    assert done.exit_code == 2 and "--overwrite" in done.output
+
+
 def test_answers_that_are_all_cut_are_refused_by_name(tmp_path):
     done = sample("--out", tmp_path / "own.jsonl", "--set", "rollouts.max_new_tokens=2")
     assert done.exit_code == 1 and done.stderr.count("\n") == 1

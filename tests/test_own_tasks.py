@@ -150,6 +150,9 @@ def test_columns_are_the_recipes_or_the_default_ones(tmp_path):
     named = DataConfig(prompt="question", completion="answer")
     (problem,) = find_task(write(tmp_path / "g.jsonl", [gsm8k]), named).problems()
     assert problem.answer == "2" and "<<" not in problem.solution
+    rows = [{"question": "1 + 1?", "answer": text} for text in ("1 + 1 = 2, so it is 2.", "2")]
+    problems = find_task(write(tmp_path / "h.jsonl", rows), named).problems()
+    assert [(p.solution, p.answer) for p in problems] == [(rows[0]["answer"], None), ("2", "2")]
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from patience import wait_for
 
 from dft_lora.config import load_recipe
 from dft_lora.errors import RequestError
+from dft_lora.evaluation.evaluate import evaluate
 from dft_lora.runs.folder import RunFolder
 from dft_lora.training.loop import train
-from dft_lora.training.resume_guard import refuse_differences
+from dft_lora.training.resume_guard import ANSWERS, refuse_differences
 
 STEPS = 9
 ADAPTER = "adapter_model.safetensors"
@@ -296,3 +297,22 @@ def test_a_field_that_an_earlier_version_did_not_have_counts_as_its_default():
 
 def test_a_field_that_no_longer_counts_may_differ():
     refuse_differences({"steps": 3, "train.logging_steps": 1}, {"steps": 3}, extend=False)
+
+
+def test_other_reference_answers_are_another_run():
+    """They judge the answers of a rollout. Runs of earlier versions did not record them."""
+    refuse_differences({"steps": 3}, {"steps": 3, ANSWERS: "a"}, extend=False)
+    with pytest.raises(RequestError, match="reference answers was 'a', is 'b'"):
+        refuse_differences({"steps": 3, ANSWERS: "a"}, {"steps": 3, ANSWERS: "b"}, extend=False)
+
+
+def test_two_processes_never_write_to_one_run(whole, recipe, tmp_path):
+    """Refused before a model is loaded; nothing is left of a run that never began."""
+    busy = "another process is training or evaluating this run"
+    folder, other = RunFolder(recipe.parent / "run"), shutil.copytree(whole, tmp_path / "copy")
+    with folder.held(), pytest.raises(RequestError, match=busy):
+        train(load_recipe(recipe))
+    assert not folder.path.exists()
+    with RunFolder(other).held(), pytest.raises(RequestError, match=busy):
+        evaluate([other], ["arithmetic"])
+    assert not (other / "evaluation").exists()

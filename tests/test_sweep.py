@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from dft_lora.cli import main
 from dft_lora.config import load_recipe
-from dft_lora.errors import Interrupted, RequestError
+from dft_lora.errors import Interrupted, RecipeError, RequestError
 from dft_lora.experiments.own_samples import own_samples
 from dft_lora.experiments.sweep import Sweep, _plan, run_sweep
 from dft_lora.runs.folder import RunFolder, read_lines
@@ -73,6 +73,21 @@ def test_it_goes_on_and_trains_nothing_twice(made):
     for name, date in dates.items():
         assert (out / name / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == date
     assert "of its objective" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        (
+            {"model.quantization": ["nf4", "none"]},
+            "the runs of a sweep share a base",
+        ),
+        ({"objective.name": ["dft", "sft"], "objective.floor": [0.1]}, "'sft' has no such number"),
+    ],
+)
+def test_a_grid_that_cannot_end_is_refused_before_training(grid, message):
+    with pytest.raises(RecipeError, match=message):
+        Sweep(recipe="tiny_dft", grid=grid, task="arithmetic-validation").recipes()
 
 
 def test_the_plan_of_a_finished_run_has_its_own_objective():
@@ -153,10 +168,10 @@ def test_own_samples_are_verified_and_made_once(tmp_path):
 def test_a_value_with_any_characters_is_one_run_of_its_own_name(tmp_path):
     sweep = Sweep(
         recipe="tiny_dft",
-        grid={"model.name": ["./bases/a", "me/b: #1"]},
+        grid={"adapter.target_modules": ["./a", "me/b: #1"]},
         task="arithmetic",
         output=str(tmp_path / "my: sweep #2"),
     )
     recipes = sweep.recipes()
-    assert [recipe.model.name for recipe in recipes.values()] == ["./bases/a", "me/b: #1"]
+    assert [recipe.adapter.target_modules for recipe in recipes.values()] == ["./a", "me/b: #1"]
     assert {recipe.output_dir.parent for recipe in recipes.values()} == {tmp_path / "my: sweep #2"}

@@ -284,12 +284,17 @@ def _asked(number: int, row: Any, data: DataConfig) -> list[Problem]:
 
 
 def _test(number: int, row: Any, data: DataConfig) -> list[Problem]:
-    """The problems of a row of a test set. An answer may be missing or null, but not of a wrong type."""
+    """The problems of a row of a test set. An answer may be missing or null, but not of a wrong type.
+
+    Where the recipe's solutions are in the column `answer`, only a single word there is a reference answer.
+    """
     _check_row(row)
     if not _has_prompt(row, data.prompt) and DataConfig().prompt in row:
         data = DataConfig(source=data.source)
     column = data.answer or ANSWER
-    data = data.model_copy(update={"answer": None if row.get(column) is None else column})
+    given = row.get(column)
+    solution = data.answer is None and data.completion == column and len(str(given).split()) > 1
+    data = data.model_copy(update={"answer": None if given is None or solution else column})
     found = _asked(number, {k: v for k, v in row.items() if v is not None or k != column}, data)
     if found[-1].solution is None and found[-1].answer is None:
         raise _Unusable(f"has neither a solution ({data.completion!r}) nor a reference answer ({column!r})")

@@ -28,9 +28,9 @@ from ..config import Recipe
 from ..data.doctor import check_examples, check_rows, usable
 from ..data.sources import load_problems
 from ..data.templates import Example, Renderer
-from ..errors import DataError
+from ..errors import DataError, RecipeError
 from ..loss import Objective, objective
-from ..loss.objectives import starves
+from ..loss.objectives import STARVED, Dft, Sft, starves
 from ..model.load import load_base, load_tokenizer
 from ..runs.provenance import certificate
 from ..tasks.base import Problem
@@ -62,6 +62,9 @@ def diagnose(recipe: Recipe, examples: int = EXAMPLES) -> dict[str, Any]:
 
     Raises a RequestError before a model is loaded when the recipe or the data cannot be used.
     """
+    wanted = objective(recipe.objective.name, **recipe.objective.numbers)
+    if wanted.learns_from == "pairs" and recipe.rollouts is None:
+        raise RecipeError(f"objective.name: diagnose reads solutions, and {wanted.name!r} learns from pairs")
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
     rows = load_problems(recipe.data, recipe.train.seed)
     counts, findings = check_rows(rows, recipe.evaluate.tasks, recipe.data)
@@ -72,7 +75,6 @@ def diagnose(recipe: Recipe, examples: int = EXAMPLES) -> dict[str, Any]:
     drawn_counts, drawn_findings = check_examples(rendered, recipe.data.max_length)
     model, hardware = load_base(recipe.model)
     table = score(model, chosen, pad_id=renderer.pad_id)
-    wanted = objective(recipe.objective.name, **recipe.objective.numbers)
     hardest = np.argsort(table.nll_E)[::-1][:5]
     return {
         **metrics(table),
@@ -112,12 +114,21 @@ def metrics(table: TokenTable) -> dict[str, Any]:
     }
 
 
+def learns_to_end(wanted: Objective, p_E: torch.Tensor) -> bool | None:
+    """Whether end tokens of these probabilities have weight; None where it depends on more than these."""
+    if isinstance(wanted, Dft) and wanted.end:
+        return max(wanted.end, wanted.floor) >= STARVED or not starves(objective("dft"), p_E)
+    if isinstance(wanted, Sft):
+        return True
+    return None if wanted.token_weight is None else not starves(wanted, p_E)
+
+
 def ends(table: TokenTable, wanted: Objective) -> dict[str, Any]:
     """How probable ends and beginnings are, and whether plain DFT and the recipe's objective learn to end."""
     p_E = torch.from_numpy(table.end_E)
     found: dict[str, Any] = {"p_end": float(table.end_E.mean()), "p_first": float(table.first_E.mean())}
     lead = f"The base expects the end token with a probability of {found['p_end']:.3f} on average"
-    plain, ours = not starves(objective("dft"), p_E), not starves(wanted.at(0.0), p_E)
+    plain, ours = not starves(objective("dft"), p_E), learns_to_end(wanted.at(0.0), p_E)
     name = "DFT" if wanted.name == "dft" else wanted.name
     stop = f"{name} will not learn to stop here. Remedies: {REMEDIES}."
     said = {
@@ -125,6 +136,9 @@ def ends(table: TokenTable, wanted: Objective) -> dict[str, Any]:
         (True, False): f": plain DFT will learn to end its answers, but {stop}",
         (False, True): ", too improbable for plain DFT to learn it. This recipe's objective does learn it.",
         (False, False): f", too improbable for plain DFT to learn it. {stop}",
+        (True, None): f": plain DFT will learn to end its answers; whether {name} will is not known.",
+        (False, None): f", too improbable for plain DFT to learn it; whether {name} will is not known before "
+        "the run, which logs p_end.",
     }
     return found | {
         "dft_learns_to_end": plain,

@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..config import EvaluateConfig, Recipe
 from ..data.templates import Renderer
 from ..errors import Interrupted, RequestError
 from ..model.generate import Completion, Request
+from ..model.limits import UNLIMITED, positions
+from ..model.load import load_model_config
 from ..runs.folder import RunFolder, open_runs
 from ..runs.provenance import certificate
 from ..tasks.base import Attempt, Problem
@@ -67,6 +70,20 @@ def evaluate(
     folders = open_runs(run_dirs)
     if not folders:
         raise RequestError("name at least one run folder")
+    with ExitStack() as held:
+        for folder in {folder.path.resolve(): folder for folder in folders}.values():
+            held.enter_context(folder.held())
+        _evaluate(folders, tasks, limit, changes, overwrite)
+    return folders
+
+
+def _evaluate(
+    folders: Sequence[RunFolder],
+    tasks: Sequence[str],
+    limit: int | None,
+    changes: Sequence[str],
+    overwrite: bool,
+) -> None:
     recipes = recipes_of(folders, changes)
     settings, names = recipes[0].evaluate, unique_names(folders)
     same_base(folders, recipes)
@@ -97,7 +114,6 @@ def evaluate(
     for answers in work.values() if shard.is_main else ():
         answers.gather()
     shard.wait()
-    return folders
 
 
 def _complete(
@@ -115,12 +131,13 @@ def _complete(
     for answers in work.values():
         answers.begin(certificate(**engine.provenance))
     shard.wait()  # no process adds answers before the old ones are deleted
+    room = positions(load_model_config(recipe.model)) or UNLIMITED
     for title, its in asked.items():
         mine = {name: answers for (t, name), answers in work.items() if t == title}
         if its.task.by_likelihood:
             choose(engine.model, its, mine)
         else:
-            _answer(engine, its, mine, recipe.evaluate)
+            _answer(engine, its, mine, recipe.evaluate, room)
     if shard.is_main and engine.scores_tokens:
         score_references(engine.model, renderer, folders, asked, base)
     for answers in work.values() if shard.is_main else ():
@@ -138,8 +155,13 @@ def before(text: str, stop: Collection[str]) -> str:
     return text[: min((place for stop_ in stop if (place := text.find(stop_)) >= 0), default=len(text))]
 
 
-def _answer(engine: Engine, asked: Asked, work: Mapping[str, Answers], settings: EvaluateConfig) -> None:
-    """Generate, judge and write the missing answers of all runs to one task, in batches across runs."""
+def _answer(
+    engine: Engine, asked: Asked, work: Mapping[str, Answers], settings: EvaluateConfig, room: int
+) -> None:
+    """Generate, judge and write the missing answers of all runs to one task, in batches across runs.
+
+    A prompt and its answer take at most `room` tokens, the positions of the model.
+    """
     from tqdm import tqdm
 
     task, renderer = asked.task, asked.renderer
@@ -153,6 +175,9 @@ def _answer(engine: Engine, asked: Asked, work: Mapping[str, Answers], settings:
         if problem.id not in prompts:
             prompts[problem.id] = tuple(renderer.prompt_ids(problem.messages))
     limit = next(iter(work.values())).protocol.max_new_tokens
+    for name, prompt in prompts.items():
+        if len(prompt) >= room:
+            raise RequestError(f"{name}: its prompt has {len(prompt)} tokens, and the model {room} positions")
     requests = [
         Request(
             prompt_ids=prompts[problem.id],
@@ -160,7 +185,7 @@ def _answer(engine: Engine, asked: Asked, work: Mapping[str, Answers], settings:
             seed=settings.seed * 1_000_003 + sample + 1,
             temperature=0.0 if sample == GREEDY else settings.temperature,
             top_p=settings.top_p,
-            max_new_tokens=limit,
+            max_new_tokens=min(limit, room - len(prompts[problem.id])),
         )
         for name, problem, sample in jobs
     ]

@@ -177,6 +177,8 @@ def steps(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
     """Accuracy of the run's evaluated checkpoints (`steps/`), by task."""
     curve: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in steps_in(folder.path / "steps").values():
+        if not RunFolder(path).begun:  # a copy that was interrupted
+            continue
         run = RunFolder.open(path)
         for task in complete_tasks(run):
             result = TaskResults.read(run, task)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from ..data.templates import Renderer
 from ..errors import DataError, RequestError, RunError
 from ..model.fingerprint import base_fingerprint
 from ..model.head import check_head
-from ..model.load import load_adapters, load_base, load_tokenizer
+from ..model.limits import positions
+from ..model.load import load_adapters, load_base, load_model_config, load_tokenizer
 from ..runs.folder import RunFolder, read_json, write_json, write_text
 from ..runs.provenance import certificate
 from ..tasks import judge_of
@@ -60,9 +62,10 @@ def own_samples(
     config = recipe.rollouts or RolloutConfig()
     given = {"samples": samples, "max_new_tokens": max_new_tokens}
     config = config.model_copy(update={name: value for name, value in given.items() if value is not None})
+    renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
     how: dict[str, Any] = {
         "model": recipe.model.model_dump(mode="json"),
-        "template": recipe.data.template,
+        "template": renderer.template.name,
         "problems": digest([[p.id, _asked(p), p.answer] for p in problems]),
         "rollouts": config.model_dump(mode="json", exclude={"rounds", "updates"}),
         "seed": recipe.train.seed,
@@ -72,7 +75,7 @@ def own_samples(
     record = record_of(out)
     written = [out, *([] if pairs is None else [pairs])]
     there = [file for file in (*written, record) if file.exists()]
-    if len(there) == len(written) + 1 and _made(record) == how:
+    if len(there) == len(written) + 1 and _made(record) == {"how": how, "sha256": _sha256(written)}:
         return out
     if there and not overwrite:
         raise RequestError(
@@ -80,7 +83,7 @@ def own_samples(
             "name others"
         )
     judge = judge_of(recipe.data.source).allowed(recipe.evaluate.allow_code)
-    renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
+    _refuse_long_answers(recipe, renderer, problems, config)
     model, _ = load_base(recipe.model, for_answers=True)
     check_head(model)
     adapter = None if run is None else "run"
@@ -114,8 +117,26 @@ def own_samples(
         "kept": len(kept),
         "pairs": len(paired),
     }
-    write_json(record, {"how": how, "counts": counts, "provenance": certificate()})
+    made = {"how": how, "sha256": _sha256(written), "counts": counts, "provenance": certificate()}
+    write_json(record, made)
     return out
+
+
+def _refuse_long_answers(
+    recipe: Recipe, renderer: Renderer, problems: list[Problem], config: RolloutConfig
+) -> None:
+    """Raises RequestError if the model has too few positions for a prompt with its longest answer."""
+    most = positions(load_model_config(recipe.model))
+    longest = max(len(renderer.prompt_ids(problem.messages)) for problem in problems) + config.max_new_tokens
+    if most is not None and longest > most:
+        raise RequestError(
+            f"rollouts.max_new_tokens {config.max_new_tokens}: the longest prompt and answer have {longest} "
+            f"tokens, and {recipe.model.name!r} has {most} positions"
+        )
+
+
+def _sha256(files: Iterable[Path]) -> list[str]:
+    return [sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 def record_of(out: Path) -> Path:
@@ -124,10 +145,10 @@ def record_of(out: Path) -> Path:
 
 
 def _made(record: Path) -> Any:
-    """How the files beside a record were made, or None."""
+    """How the files beside a record were made, and their hashes; None without a record."""
     with suppress(DataError):
         known = read_json(record)
-        return known.get("how") if isinstance(known, dict) else None
+        return {key: known.get(key) for key in ("how", "sha256")} if isinstance(known, dict) else None
     return None
 
 

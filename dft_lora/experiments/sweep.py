@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from ..evaluation.task_results import TaskResults
 
 
+OF_THE_BASE = ("model.name", "model.gguf", "model.revision", "model.quantization")
+
+
 class Sweep(Part):
     """A sweep file."""
 
@@ -60,6 +63,8 @@ class Sweep(Part):
 
     def recipes(self) -> dict[str, Recipe]:
         """The recipe of every run, by name. Raises RecipeError for an invalid field or value."""
+        from ..training.plan import objective_of
+
         for field, values in self.grid.items():
             if not values:
                 raise RecipeError(f"grid.{field}: no values; give at least one")
@@ -70,6 +75,11 @@ class Sweep(Part):
             if field.startswith("evaluate."):
                 raise RecipeError(
                     f"grid.{field}: the runs of a sweep are evaluated alike; put it under 'set'"
+                )
+            if field in OF_THE_BASE:
+                raise RecipeError(
+                    f"grid.{field}: the runs of a sweep share a base, so that they can be compared; put it "
+                    "under 'set'"
                 )
         fixed = [setting(field, value) for field, value in self.set.items()]
         found: dict[str, Recipe] = {}
@@ -85,6 +95,7 @@ class Sweep(Part):
                 setting("evaluate.tasks", [self.task]),
             ]
             found[name] = load_recipe(self.recipe, [*fixed, *changes, *where])
+            objective_of(found[name])
         return found
 
 

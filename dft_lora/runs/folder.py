@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Recipe, parse_recipe
-from ..errors import DataError, RequestError, RunError
+from ..errors import DataError, RequestError, RunError, one_line
 from .atomic import damage
 from .files_hash import files_hash
 
@@ -111,6 +111,38 @@ class RunFolder:
         folder.recipe()
         return folder
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While open, no other process trains or evaluates this run. Of several ranks the first one holds it.
+
+        A folder that cannot be written, or a file system without locks, is not held. Raises RequestError when
+        another process holds it.
+        """
+        from filelock import FileLock, Timeout
+
+        if int(os.environ.get("RANK", 0)):
+            yield
+            return
+        new, lock = not self.path.exists(), FileLock(self.path / ".lock", thread_local=False)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise RequestError(
+                f"{self.path}: another process is training or evaluating this run; wait until it has finished"
+            ) from None
+        except (OSError, NotImplementedError):
+            pass
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if lock.is_locked:
+                    (self.path / ".lock").unlink()  # while it is held: filelock notices that it is gone
+                if new and not self.begun:
+                    self.path.rmdir()
+            lock.release()
+
     def checkpoint_run(self, name: str) -> RunFolder:
         """The run folder `steps/NAME` of a checkpoint, with a copy of its adapter, ready to be evaluated.
 
@@ -122,7 +154,8 @@ class RunFolder:
         if why := damage(checkpoint):
             kept = ", ".join(path.name for path in steps_in(self.checkpoints).values()) or "none"
             raise RequestError(f"{checkpoint}: no complete checkpoint there ({why}); available: {kept}")
-        shutil.copytree(checkpoint / "adapter", run.adapter, dirs_exist_ok=True)
+        with writing(run.path, "try again"):
+            shutil.copytree(checkpoint / "adapter", run.adapter, dirs_exist_ok=True)
         metadata = self.run()
         recipe = metadata["recipe"] | {"name": name, "output": str(run.path)}
         step = int(name.removeprefix("step-"))
@@ -219,6 +252,8 @@ def steps_in(folder: Path) -> dict[int, Path]:
 
 
 def _open_finished(path: Path) -> RunFolder:
+    if path.resolve().parent.name == "checkpoints":
+        path = path.resolve()
     if path.parent.name == "checkpoints" and RunFolder(path.parent.parent).begun:
         return RunFolder.open(path.parent.parent).checkpoint_run(path.name)
     folder = RunFolder.open(path)
@@ -257,9 +292,10 @@ def writing(path: Path, then: str = "continue with --resume") -> Iterator[None]:
     """Turn an OSError, such as a full disk, into a RunError that names `path` and the remedy."""
     try:
         yield
-    except OSError as error:
+    except (OSError, shutil.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise RunError(
-            f"{path} could not be written ({error.strerror or error}); what was there before is unchanged; "
+            f"{path} could not be written ({reason}); what was there before is unchanged; "
             f"free some space and {then}"
         ) from None
 
@@ -350,8 +386,13 @@ def write_text(path: Path, text: str) -> None:
     """Write a file atomically: a temporary file is flushed to disk and renamed over the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)  # a full disk does not name the file
+        raise

@@ -46,7 +46,7 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
     """
     prepare(recipe)
     plan = make_plan(recipe)
-    with StopSignals() as stop:
+    with StopSignals() as stop, RunFolder(recipe.output_dir).held():
         run = Run(plan, resume=resume, extend=extend)
         with run.trainer.progress_bar() as bar:
             while not run.complete:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..config import Recipe, RolloutConfig
+from ..config import Recipe, RolloutConfig, digest
 from ..errors import RequestError
 from ..model.fingerprint import base_fingerprint
 from ..model.hardware import choose, dtype_name
@@ -32,6 +32,9 @@ LENGTH = ("train.max_steps", "train.epochs")
 ROUND = "steps per rollout"
 """Compared too: with other steps, a run with `rollouts.rounds` would begin its rounds elsewhere."""
 
+ANSWERS = "reference answers"
+"""Compared where a run samples its own answers, which are judged by them."""
+
 
 def guarded_fields(plan: Plan, device: torch.device, processes: int) -> dict[str, Any]:
     """The values that a resumed run must share with the stopped one, flat, by name.
@@ -47,6 +50,7 @@ def guarded_fields(plan: Plan, device: torch.device, processes: int) -> dict[str
     }
     if plan.problems:
         fields[ROUND] = plan.steps_each
+        fields[ANSWERS] = digest([problem.answer for problem in plan.problems])
     if teacher := plan.recipe.objective.teacher:
         fields["objective.teacher"] = RunFolder(teacher).adapter_digest
     return fields | {
@@ -67,7 +71,7 @@ def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], extend
     sampled = any(name.startswith("rollouts.") for name in before)
     defaults = _flat(Recipe(rollouts=RolloutConfig() if sampled else None).as_dict())
     defaults = {name: value for name, value in defaults.items() if name in now}
-    defaults[ROUND] = now.get(ROUND)  # nor did it record this
+    defaults |= {name: now.get(name) for name in (ROUND, ANSWERS)}  # nor did it record these
     before = defaults | {name: value for name, value in before.items() if not name.startswith(FREE)}
     changed = {name for name in {*before, *now} if before.get(name) != now.get(name)}
     if extend and now["steps"] > before.get("steps", 0):

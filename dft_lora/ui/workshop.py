@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -383,6 +383,12 @@ class Workshop:
         steps = training.recipes[0].train.max_steps or 0
         self.current = now = Moment(training.number, names, steps, commands=training.commands)
         yield now
+        with ExitStack() as held:
+            for folder in training.folders:
+                held.enter_context(folder.held())
+            yield from self._held(training, begun, problem, now)
+
+    def _held(self, training: Training, begun: bool, problem: str, now: Moment) -> Iterator[Moment]:
         try:
             with TORCH_RANDOM:
                 runs = SideBySide(training.recipes, resume=begun)
