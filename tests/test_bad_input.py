@@ -145,7 +145,7 @@ EXPERIMENT = [
     ("experiment lab --out precious.txt", 2, "--out: cannot write precious.txt"),
     ("experiment tasks --only smollm2", 2, "--only 'smollm2': not one of smollm2-135m"),
     ("experiment tasks --out precious.txt", 2, "--out: cannot write precious.txt"),
-    ("experiment findings --out precious.txt", 2, "output: cannot write precious.txt/"),
+    ("experiment findings --out precious.txt", 2, "--out: cannot write precious.txt"),
 ]
 
 EVALUATE = [

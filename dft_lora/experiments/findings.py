@@ -80,10 +80,10 @@ def run(out: Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[s
             raise RequestError(f"--only {name!r}: no such finding{did_you_mean(name, FINDINGS)}")
     file, runs = out / "findings.json", Runs(STUDY, out, seeds)
     before = _recorded(file) if only else {}
-    make_writable(out, "--out")
     if only and (made_with := before["settings"].get("seed_list", [0, 1, 2])) != list(seeds):
         raise RequestError(f"--seeds: {file} was made with seeds {', '.join(map(str, made_with))}")
     made = certificate(base=base_fingerprint(runs.recipe("main", "dft", STUDY.rates[0], seeds[0]).model))
+    make_writable(out, "--out")
     lines = before.get("lines", {})
     for name, find in FINDINGS.items():
         if not only or name in only:

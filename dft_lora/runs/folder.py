@@ -123,7 +123,7 @@ class RunFolder:
         if int(os.environ.get("RANK", 0)):
             yield
             return
-        new, lock = not self.path.exists(), FileLock(self.path / ".lock", thread_local=False)
+        new, lock = not os.path.exists(self.path), FileLock(self.path / ".lock", thread_local=False)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(blocking=False)

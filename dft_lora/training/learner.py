@@ -139,7 +139,7 @@ class Learner:
         Costs one forward pass over the step, without gradients and without dropout.
         """
         examples = examples_of(groups)
-        nll_E = torch.stack([-logp_T.double().mean() for logp_T, _ in self.example_logps(examples, step)])
+        nll_E = torch.stack([-logp_T.mean() for logp_T, _ in self.example_logps(examples, step)])
         made = {name: values_E.tolist() for name, values_E in make(nll_E).items()}
         marked = iter(
             replace(
