@@ -202,8 +202,9 @@ def rl() -> None:
                     kind, (seconds, share), (4, 3), textcoords="offset points", fontsize=7, color=colour
                 )
             axis.set_xscale("log")
-            axis.margins(x=0.3, y=0.12)
-            axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+            axis.margins(x=0.45, y=0.12)
+            for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+                ticks(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "125" else "")
             axis.set_title(f"{name}, {'greedy' if suffix else 'T = 1'}; dashed: the base", fontsize=10)
             axis.set_xlabel("processor seconds of training, sampling included (log scale)")
             axis.set_ylabel("percent correct, mean of the test sets")
