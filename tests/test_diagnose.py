@@ -81,6 +81,11 @@ def test_a_weight_of_the_end_alone_is_enough_if_it_is_large(end, own):
     assert learns_to_end(objective("dft", end=end), torch.full((3,), 1e-4)) is own
 
 
+def test_a_wrong_objective_is_refused_by_name():
+    with pytest.raises(RecipeError, match=r"objective\.bogus: 'dft' has no such number"):
+        diagnose(load_recipe("tiny_dft", ["objective.bogus=1"]))
+
+
 def test_pairs_are_refused_by_name(tmp_path):
     rows = [{"problem": "1 + 1?", "chosen": "2", "rejected": "3"}]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -87,6 +87,7 @@ def test_an_answer_ends_where_the_models_positions_do(fresh, monkeypatch):
     monkeypatch.setattr("dft_lora.evaluation.evaluate.positions", lambda config: 20)
     with pytest.raises(RequestError, match="tokens, and the model 20 positions"):
         evaluate([fresh[0]], ["arithmetic"], limit=3, changes=["samples=1"], overwrite=True)
+    assert read_attempts(fresh[0] / "evaluation/arithmetic.jsonl") == given, "nothing was overwritten"
 
 
 def command(*arguments, launcher=()):

@@ -19,7 +19,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,11 +34,9 @@ from ..loss.objectives import STARVED, Dft, Sft, starves
 from ..model.load import load_base, load_tokenizer
 from ..runs.provenance import certificate
 from ..tasks.base import Problem
+from ..training.plan import Plan, objective_of
 from .token_table import TokenTable
 from .tokens import score
-
-if TYPE_CHECKING:
-    from ..training.plan import Plan
 
 FAVOURS_DFT, FAVOURS_SFT = 0.65, 0.30
 LOW, HIGH = 0.1, 0.9
@@ -62,7 +60,7 @@ def diagnose(recipe: Recipe, examples: int = EXAMPLES) -> dict[str, Any]:
 
     Raises a RequestError before a model is loaded when the recipe or the data cannot be used.
     """
-    wanted = objective(recipe.objective.name, **recipe.objective.numbers)
+    wanted = objective_of(recipe)
     if wanted.learns_from == "pairs" and recipe.rollouts is None:
         raise RecipeError(f"objective.name: diagnose reads solutions, and {wanted.name!r} learns from pairs")
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)

@@ -126,18 +126,19 @@ def _complete(
 ) -> None:
     """Load the model, give the missing answers, and score the reference solutions token by token."""
     shard = next(iter(work.values())).shard
+    room = positions(load_model_config(recipe.model)) or UNLIMITED
+    prompts = {title: _prompts(its, room) for title, its in asked.items() if not its.task.by_likelihood}
     adapters = {name: folder.adapter for name, folder in folders.items() if folder.has_adapter}
     engine = ENGINES[recipe.evaluate.engine](recipe, adapters, renderer)
     for answers in work.values():
         answers.begin(certificate(**engine.provenance))
     shard.wait()  # no process adds answers before the old ones are deleted
-    room = positions(load_model_config(recipe.model)) or UNLIMITED
     for title, its in asked.items():
         mine = {name: answers for (t, name), answers in work.items() if t == title}
         if its.task.by_likelihood:
             choose(engine.model, its, mine)
         else:
-            _answer(engine, its, mine, recipe.evaluate, room)
+            _answer(engine, its, mine, recipe.evaluate, prompts[title], room)
     if shard.is_main and engine.scores_tokens:
         score_references(engine.model, renderer, folders, asked, base)
     for answers in work.values() if shard.is_main else ():
@@ -155,8 +156,23 @@ def before(text: str, stop: Collection[str]) -> str:
     return text[: min((place for stop_ in stop if (place := text.find(stop_)) >= 0), default=len(text))]
 
 
+def _prompts(asked: Asked, room: int) -> dict[str, tuple[int, ...]]:
+    """Problem -> its prompt's ids. Raises RequestError for a prompt that fills all `room` positions."""
+    judged = [problem for problem in asked.problems if asked.task.judges(problem)]
+    prompts = {problem.id: tuple(asked.renderer.prompt_ids(problem.messages)) for problem in judged}
+    for name, prompt in prompts.items():
+        if len(prompt) >= room:
+            raise RequestError(f"{name}: its prompt has {len(prompt)} tokens, and the model {room} positions")
+    return prompts
+
+
 def _answer(
-    engine: Engine, asked: Asked, work: Mapping[str, Answers], settings: EvaluateConfig, room: int
+    engine: Engine,
+    asked: Asked,
+    work: Mapping[str, Answers],
+    settings: EvaluateConfig,
+    prompts: Mapping[str, tuple[int, ...]],
+    room: int,
 ) -> None:
     """Generate, judge and write the missing answers of all runs to one task, in batches across runs.
 
@@ -165,19 +181,12 @@ def _answer(
     from tqdm import tqdm
 
     task, renderer = asked.task, asked.renderer
-    prompts: dict[str, tuple[int, ...]] = {}
     jobs: list[tuple[str, Problem, int]] = []
     for name, answers in work.items():
         jobs += [(name, problem, sample) for problem, sample in answers.missing()]
     if not jobs:
         return
-    for _, problem, _ in jobs:
-        if problem.id not in prompts:
-            prompts[problem.id] = tuple(renderer.prompt_ids(problem.messages))
     limit = next(iter(work.values())).protocol.max_new_tokens
-    for name, prompt in prompts.items():
-        if len(prompt) >= room:
-            raise RequestError(f"{name}: its prompt has {len(prompt)} tokens, and the model {room} positions")
     requests = [
         Request(
             prompt_ids=prompts[problem.id],

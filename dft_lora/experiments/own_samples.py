@@ -23,7 +23,7 @@ from ..data.templates import Renderer
 from ..errors import DataError, RequestError, RunError
 from ..model.fingerprint import base_fingerprint
 from ..model.head import check_head
-from ..model.limits import positions
+from ..model.limits import refuse_long_answers
 from ..model.load import load_adapters, load_base, load_model_config, load_tokenizer
 from ..runs.folder import RunFolder, read_json, write_json, write_text
 from ..runs.provenance import certificate
@@ -83,7 +83,9 @@ def own_samples(
             "name others"
         )
     judge = judge_of(recipe.data.source).allowed(recipe.evaluate.allow_code)
-    _refuse_long_answers(recipe, renderer, problems, config)
+    longest = max(len(renderer.prompt_ids(problem.messages)) for problem in problems)
+    name = recipe.model.name
+    refuse_long_answers(longest, config.max_new_tokens, load_model_config(recipe.model), name)
     model, _ = load_base(recipe.model, for_answers=True)
     check_head(model)
     adapter = None if run is None else "run"
@@ -120,19 +122,6 @@ def own_samples(
     made = {"how": how, "sha256": _sha256(written), "counts": counts, "provenance": certificate()}
     write_json(record, made)
     return out
-
-
-def _refuse_long_answers(
-    recipe: Recipe, renderer: Renderer, problems: list[Problem], config: RolloutConfig
-) -> None:
-    """Raises RequestError if the model has too few positions for a prompt with its longest answer."""
-    most = positions(load_model_config(recipe.model))
-    longest = max(len(renderer.prompt_ids(problem.messages)) for problem in problems) + config.max_new_tokens
-    if most is not None and longest > most:
-        raise RequestError(
-            f"rollouts.max_new_tokens {config.max_new_tokens}: the longest prompt and answer have {longest} "
-            f"tokens, and {recipe.model.name!r} has {most} positions"
-        )
 
 
 def _sha256(files: Iterable[Path]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..errors import ModelError
+from ..errors import DataError, ModelError
 
 UNLIMITED = 10**9
 """Positions of a model without a limit."""
@@ -38,6 +38,16 @@ def positions(config: Any) -> int | None:
         (part.get("factor") or 1) * (part.get("original_max_position_embeddings") or stated) for part in kinds
     ]
     return int(max(stated, *stretched))
+
+
+def refuse_long_answers(longest: int, most_new: int, config: Any, name: str) -> None:
+    """Raises DataError if the model has too few positions for the `longest` prompt with `most_new` tokens."""
+    most = positions(config)
+    if most is not None and longest + most_new > most:
+        raise DataError(
+            f"rollouts.max_new_tokens {most_new}: the longest prompt and answer have {longest + most_new} "
+            f"tokens, and {name!r} has {most} positions"
+        )
 
 
 def refuse_unknown_tokens(ids: Iterable[int], config: Any, tokenizer: Any) -> None:

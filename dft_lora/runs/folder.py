@@ -247,7 +247,7 @@ def step_name(step: int) -> str:
 def steps_in(folder: Path) -> dict[int, Path]:
     """Step -> its folder in `checkpoints/` or `steps/`, in order of steps."""
     names = (path.name for path in folder.glob("step-*"))
-    steps = sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{6,}", name))
+    steps = sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d{6,}", name))
     return {step: folder / step_name(step) for step in steps}
 
 

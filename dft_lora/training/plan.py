@@ -16,7 +16,7 @@ from ..errors import DataError, RecipeError
 from ..loss import REFERENCE_NEEDS, ObjectiveError, objective
 from ..model.accelerator import default_device
 from ..model.fingerprint import base_fingerprint
-from ..model.limits import caps_logits, positions, refuse_unknown_tokens
+from ..model.limits import caps_logits, positions, refuse_long_answers, refuse_unknown_tokens
 from ..model.load import held_on, load_model_config, load_tokenizer
 from ..model.starts import CHANGES_BASE
 from ..runs.folder import RunFolder
@@ -146,7 +146,7 @@ def make_plan(recipe: Recipe) -> Plan:
     plan = Plan(
         recipe, renderer, chosen, examples, counts, findings, _steps(recipe, kind, len(examples)), problems
     )
-    _refuse_long_rows(plan, positions(base))
+    _refuse_long_rows(plan, base)
     return plan
 
 
@@ -248,16 +248,13 @@ def _check_rollouts(recipe: Recipe, chosen: Any) -> None:
         )
 
 
-def _refuse_long_rows(plan: Plan, most: int | None) -> None:
+def _refuse_long_rows(plan: Plan, base: Any) -> None:
     """Raises DataError if the model has too few positions for a row, or a prompt with its longest answer."""
-    recipe = plan.recipe
-    longest = max(len(example.ids) for example in plan.sized)
-    if most is not None and longest > most:
-        if plan.problems:
-            raise DataError(
-                f"rollouts.max_new_tokens {plan.rollouts.max_new_tokens}: the longest prompt and answer have "
-                f"{longest} tokens, and {recipe.model.name!r} has {most} positions"
-            )
+    recipe, most = plan.recipe, positions(base)
+    longest = max(len(example.ids) for example in plan.examples)
+    if plan.problems:
+        refuse_long_answers(longest, plan.rollouts.max_new_tokens, base, recipe.model.name)
+    elif most is not None and longest > most:
         raise DataError(
             f"data.max_length {recipe.data.max_length}: a row has {longest} tokens, and "
             f"{recipe.model.name!r} has {most} positions; data.max_length: {most} leaves out longer rows"

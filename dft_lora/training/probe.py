@@ -305,7 +305,7 @@ def longest_batch(learner: Learner, groups: Sequence[Group], rows: int) -> Batch
     """
     lengths = [[len(example.ids) for example in group] for group in groups]
     size, found = learner.recipe.train.batch_size, []
-    for sizes in (list(map(max, lengths)), list(map(sum, lengths))):
+    for sizes in {tuple(map(max, lengths)), tuple(map(sum, lengths))}:  # the same for single examples
         order = sorted(range(len(groups)), key=sizes.__getitem__, reverse=True)
         found += learner.arrange([groups[i] for i in order[:size]], rows, learner.pad_id)
     return max(found, key=lambda batch: batch.positions)
