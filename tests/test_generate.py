@@ -7,6 +7,7 @@ from itertools import islice
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BitsAndBytesConfig,
@@ -20,6 +21,7 @@ from transformers import (
 from dft_lora.bench.decode import random_adapters
 from dft_lora.config import ModelConfig
 from dft_lora.errors import ModelError, RequestError, RunError
+from dft_lora.model import attention
 from dft_lora.model.adapters import adapter_layers, mixed
 from dft_lora.model.cache import RaggedCache
 from dft_lora.model.generate import Request, draw, generate, shared_prefix, stream
@@ -201,6 +203,38 @@ def test_greedy_equals_transformers_generate(model, adapter):
         ours = run(model, [Request(prompt(length), adapter, seed=0, temperature=0, max_new_tokens=25)])[0]
         assert ours.ids == [token for token in theirs if token not in STOPS]
         assert ours.finished == (theirs[-1] in STOPS)
+
+
+@pytest.mark.parametrize("lengths", [(9, 9, 9), (9, 5, 7)])
+def test_attention_over_one_token_is_that_of_transformers(model, monkeypatch, lengths):
+    """With rows of equal length, which need no mask, the query heads of a key head become its rows."""
+    core = bare(model)
+    requests = [
+        Request(prompt(length, seed=i), "sft", seed=0, temperature=0, max_new_tokens=20)
+        for i, length in enumerate(lengths)
+    ]
+    shapes = []
+
+    def spy(query, *args, **kwargs):
+        shapes.append(tuple(query.shape))
+        return scaled_dot_product_attention(query, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", spy)
+    theirs = run(model, requests, stop_ids=())
+    assert shapes == []
+    attention.use_one_token(model)
+    try:
+        assert run(model, requests, stop_ids=()) == theirs
+    finally:
+        core.set_attn_implementation("sdpa")
+    layers_and_steps = 2 * 19
+    assert shapes == ([(3, 2, 2, 16)] * layers_and_steps if len(set(lengths)) == 1 else [])
+
+
+def test_attention_with_a_soft_cap_is_left_to_transformers():
+    query, past = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 3, 8)
+    with pytest.raises(ValueError, match="softcap"):
+        attention._one_token(torch.nn.Identity(), query, past, past, None, softcap=30.0)
 
 
 @pytest.mark.parametrize("shared", [0, 70])

@@ -8,7 +8,7 @@ import torch
 from bitsandbytes import functional
 from click.testing import CliRunner
 
-from dft_lora.bench.memory import _trace
+from dft_lora.bench.memory import _trace, longest_below
 from dft_lora.cli import main
 from dft_lora.config import parse_recipe
 from dft_lora.data.batches import ungrouped
@@ -197,3 +197,16 @@ def test_preflight_for_a_gpu_that_is_not_here_reads_no_weights(qwen_dir, tmp_pat
     assert found["proposal"]["predicted_peak"] < found["available"] == 8 * 2**30
     text = preflight_table(found)
     assert "traced tensors" in text and "per step" not in text
+
+
+@pytest.mark.parametrize("limit", [7_000, 30_000, 100_000, 10**7])
+def test_the_longest_row_is_found_in_few_traces(limit):
+    def peak(tokens):
+        return 5_000 + 2 * tokens + max(0, tokens - 20_000)
+
+    tried = {0: peak(0), 4096: peak(4096), 8192: peak(8192)}
+    known = len(tried)
+    found = longest_below(limit, peak, tried, grain=512, most=2**16)
+    fits = [tokens for tokens in range(0, 2**16 + 1, 512) if peak(tokens) <= limit]
+    assert found == max(fits)
+    assert len(tried) - known <= 5

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ..config import ModelConfig
 from ..errors import RequestError
@@ -92,11 +92,17 @@ def ours(model: Any, requests: Sequence[Request]) -> list[Ticks]:
 
 
 def theirs(model: Any, requests: Sequence[Request]) -> list[Ticks]:
-    """A run of `model.generate` for each adapter."""
-    return [
-        _generated(model, [r for r in requests if r.adapter == name], name)
-        for name in dict.fromkeys(r.adapter for r in requests)
-    ]
+    """A run of `model.generate` for each adapter, with transformers' own attention."""
+    core = bare(model)
+    ours = core.config._attn_implementation
+    core.set_attn_implementation("sdpa")
+    try:
+        return [
+            _generated(model, [r for r in requests if r.adapter == name], name)
+            for name in dict.fromkeys(r.adapter for r in requests)
+        ]
+    finally:
+        core.set_attn_implementation(ours)
 
 
 def theirs_mended(model: Any, requests: Sequence[Request]) -> list[Ticks]:
@@ -155,6 +161,23 @@ def floor_seconds(model: Any, rows: int, repeats: int = 5) -> tuple[float, float
             ticks.append(tick())
     steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(ticks[1:])]
     return statistics.median(s for s, _ in steps), statistics.median(c for _, c in steps)
+
+
+def attention_seconds(model: Any, rows: int, columns: int, repeats: int = 5) -> float:
+    """Wall seconds of a decoding step's attention over `columns` of the cache; the floor leaves it out."""
+    config = model.get_decoder().config
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    query = torch.randn(rows, kv_heads, heads // kv_heads, size, dtype=model.dtype, device=model.device)
+    past = torch.randn(2, rows, kv_heads, columns, size, dtype=model.dtype, device=model.device)
+    ticks = [tick()]
+    with torch.no_grad():
+        for _ in range(repeats + 1):
+            for _ in range(config.num_hidden_layers):
+                scaled_dot_product_attention(query, *past)
+            ticks.append(tick())
+    return statistics.median(b[0] - a[0] for a, b in pairwise(ticks[1:]))
 
 
 def figures(runs: list[Ticks], case: Case) -> dict[str, float]:
@@ -229,7 +252,13 @@ def measure(
         wall, busy = floors[case.rows]
         cases.append(
             asdict(case)
-            | {"sides": medians, "stated_mb": stated, "floor_seconds": wall, "floor_cpu_seconds": busy}
+            | {
+                "sides": medians,
+                "stated_mb": stated,
+                "floor_seconds": wall,
+                "floor_cpu_seconds": busy,
+                "attention_seconds": attention_seconds(plain, case.rows, case.prompt + tokens // 2),
+            }
         )
         yield {
             "kind": "generation",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,8 @@ def _trace(recipe: Recipe, folder: str, gpus: Sequence[int], processes: int) -> 
 
 
 LENGTHS = (4096, 8192)
+MOST_TOKENS = 65536
+"""The longest row that is tried: a tiled MLP takes minutes to trace at more."""
 LONGEST_GPUS = (8, 12, 16, 24)
 LONG_MODELS = (
     "Qwen/Qwen2.5-Math-1.5B",
@@ -147,8 +149,7 @@ def measure_longest(
 ) -> Iterator[dict[str, Any]]:
     """Peaks of a step with one row of LENGTHS tokens, and the longest row that fits each GPU, in bytes.
 
-    Yields the result so far after each model and technique, since all of them take half an hour. The longest
-    row is extrapolated from the two peaks, then traced itself, and shortened until it fits.
+    Yields the result so far after each model and technique, since all of them take half an hour.
     """
     found: list[dict[str, Any]] = []
     for model in models:
@@ -160,10 +161,16 @@ def measure_longest(
                     rows = _longest_rows(learner, gpus)
             found.append({"model": model, "option": option, **rows})
             print(model, option, rows["longest"], file=sys.stderr, flush=True)
-            yield {"kind": "longest", "lengths": LENGTHS, "rows": found, "provenance": certificate()}
+            yield {
+                "kind": "longest",
+                "lengths": LENGTHS,
+                "most": MOST_TOKENS,
+                "rows": found,
+                "provenance": certificate(),
+            }
 
 
-def _longest_rows(learner: Learner, gpus: Sequence[int], grain: int = 512) -> dict[str, Any]:
+def _longest_rows(learner: Learner, gpus: Sequence[int]) -> dict[str, Any]:
     def peak(tokens: int) -> int:
         row = [(Example("0", tuple(range(tokens)), PROMPT),)]
         return resident + probe(learner, longest_batch(learner, row, 1)).peak
@@ -173,15 +180,33 @@ def _longest_rows(learner: Learner, gpus: Sequence[int], grain: int = 512) -> di
     learner.update(0.0)  # makes the optimizer's states
     peak(PROMPT * 2)  # makes the gradients, which count as resident
     resident = sum(resident_bytes(learner).values())
-    (short, low), (long, high) = measured = [(tokens, peak(tokens)) for tokens in LENGTHS]
+    peaks = {0: resident} | {tokens: peak(tokens) for tokens in LENGTHS}
     longest = {}
     for gb in gpus:
         limit = usable_bytes(gb * GB, learner.ranks.device, gb * GB)
-        tokens = int((limit - low) / (high - low) * (long - short) + short) // grain * grain
-        while tokens >= grain and peak(tokens) > limit:
-            tokens -= grain
-        longest[gb] = max(0, tokens)
-    return {"peaks": dict(measured), "longest": longest, "weights": resident_bytes(learner)["weights"]}
+        longest[gb] = longest_below(limit, peak, peaks) if resident <= limit else 0
+    measured = {tokens: peaks[tokens] for tokens in LENGTHS}
+    return {"peaks": measured, "longest": longest, "weights": resident_bytes(learner)["weights"]}
+
+
+def longest_below(
+    limit: int, peak: Callable[[int], int], peaks: dict[int, int], grain: int = 512, most: int = MOST_TOKENS
+) -> int:
+    """The largest multiple of `grain` up to `most` whose peak, which grows with it, does not exceed `limit`.
+
+    `peaks` has 0 and two more lengths at least; each length that is tried joins it.
+    """
+    while True:
+        low = max(tokens for tokens, size in peaks.items() if size <= limit)
+        above = [tokens for tokens, size in peaks.items() if size > limit]
+        if low >= most or (above and min(above) - low <= grain):
+            return min(low, most)
+        # Between the two, or beyond the two longest: where a line through them reaches the limit.
+        short, long = (low, min(above)) if above else sorted(peaks)[-2:]
+        slope = (peaks[long] - peaks[short]) / (long - short)
+        tokens = int(short + (limit - peaks[short]) / slope) // grain * grain
+        tokens = max(low + grain, min(tokens, min(above) - grain if above else most))
+        peaks[tokens] = peak(tokens)
 
 
 @contextmanager

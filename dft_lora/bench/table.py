@@ -95,6 +95,8 @@ def generation_table(result: dict[str, Any]) -> str:
     """One result of `bench generation` as Markdown: one line per case, two columns per side."""
     made = result["provenance"]
     sides = list(result["cases"][0]["sides"])
+    with_attention = all("attention_seconds" in case for case in result["cases"])
+    floors = ["step / floor", "step / (floor + attention)"][: 1 + with_attention]
     rounds = "one round" if result["rounds"] == 1 else f"medians of {result['rounds']} rounds"
     lines = [
         f"{result['model']}, {result['dtype']}, {result['tokens']} tokens decoded per row, "
@@ -103,8 +105,8 @@ def generation_table(result: dict[str, Any]) -> str:
         "second, in brackets prompt tokens per second of the prefill. The floor is the step's bare matrix "
         "products; memory is what our unpacked side takes beside the weights, and the bound stated before.",
         "",
-        f"| rows | prompt | adapters | T | {' | '.join(sides)} | step / floor | MB (stated) |",
-        "|---:|---:|---:|---:|" + "---:|" * (len(sides) + 2),
+        f"| rows | prompt | adapters | T | {' | '.join(sides + floors)} | MB (stated) |",
+        "|---:|---:|---:|---:|" + "---:|" * (len(sides + floors) + 1),
     ]
     for case in result["cases"]:
         cells = [
@@ -112,10 +114,12 @@ def generation_table(result: dict[str, Any]) -> str:
             for side in case["sides"].values()
         ]
         first = case["sides"][sides[0]]
+        floor = case["floor_seconds"]
+        for least in (floor, floor + case["attention_seconds"]) if with_attention else (floor,):
+            cells.append(f"{first['step_seconds'] / least:.2f}")
         lines.append(
             f"| {case['rows']} | {case['prompt']} | {case['adapters']} | {case['temperature']:g} | "
-            f"{' | '.join(cells)} | {first['step_seconds'] / case['floor_seconds']:.2f} | "
-            f"{first['peak_mb']:,.0f} ({case['stated_mb']:,.0f}) |"
+            f"{' | '.join(cells)} | {first['peak_mb']:,.0f} ({case['stated_mb']:,.0f}) |"
         )
     return "\n".join(lines)
 
@@ -277,7 +281,7 @@ def longest_table(result: dict[str, Any]) -> str:
     lines = [f"| model | | {' | '.join(head)} |", "|---|---|" + "---:|" * len(head)]
     for row in result["rows"]:
         cells = [f"{size / GB:.1f}" for size in row["peaks"].values()]
-        cells += [f"{tokens:,}" if tokens else "none" for tokens in row["longest"].values()]
+        cells += [_at_most(tokens, result["most"]) for tokens in row["longest"].values()]
         lines.append(f"| {row['model']} | {row['option']} | {' | '.join(cells)} |")
     return "\n".join(
         [
@@ -290,6 +294,10 @@ def longest_table(result: dict[str, Any]) -> str:
             f"{made['commit']}.",
         ]
     )
+
+
+def _at_most(tokens: int, most: int) -> str:
+    return "none" if not tokens else f"{tokens:,} or more" if tokens == most else f"{tokens:,}"
 
 
 TABLES = {

@@ -23,6 +23,7 @@ from ..hub import unreachable
 from ..runs.atomic import MANIFEST, damage
 from . import gguf
 from .accelerator import accelerator
+from .attention import use_one_token
 from .hardware import Hardware, choose, dtype_name
 from .head import bare
 from .known import KNOWN, known_file, unpacked_base
@@ -205,6 +206,7 @@ def load_base(
     except (OSError, ValueError) as error:
         raise _not_found(config, "no weights of", error) from None
     keep_differentiable(model)
+    use_one_token(model)
     if for_answers and _wants_unpacked(model, config.unpack):
         _unpack_layers(model)
     model.requires_grad_(False)

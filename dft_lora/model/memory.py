@@ -93,7 +93,8 @@ class LiveTensors(TorchDispatchMode):
         # A view, or a tensor written in place, shares the storage of an input: nothing new.
         known = {_address(tensor) for tensor in tree_iter((arguments, keywords)) if self._counts(tensor)}
         for tensor in tree_iter(results):
-            if self._counts(tensor) and _address(tensor) not in known | self._alive:
+            new = self._counts(tensor) and (address := _address(tensor)) not in known
+            if new and address not in self._alive:
                 self._add(tensor.untyped_storage())
         return results
 
