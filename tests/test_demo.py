@@ -134,12 +134,25 @@ def test_what_was_added_to_a_finished_demo_is_not_removed(tmp_path):
     (tmp_path / "sft" / "steps" / "step-000003" / "run.json").touch()  # as the page's Steps tab does
     (tmp_path / "sft" / "plots").mkdir()
     (tmp_path / "sft" / "plots" / "gsm8k.png").touch()  # as evaluate does, from the answers
+    (tmp_path / "sft" / ".lock").touch()  # as a killed evaluation does
     (tmp_path / "sft" / "gsm8k.jsonl").touch()
     with pytest.raises(RequestError, match=r"did not write \(sft/gsm8k\.jsonl\); move them"):
         clear(tmp_path)
     (tmp_path / "sft" / "gsm8k.jsonl").unlink()
     clear(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["demo.json"]
+
+
+def test_a_run_in_training_is_not_removed(tmp_path):
+    run = RunFolder(tmp_path / "sft")
+    run.path.mkdir()
+    (run.path / "run.json").write_text("{}")
+    keep_mark(tmp_path)
+    with run.held(), pytest.raises(RequestError, match="another process is training"):
+        clear(tmp_path)
+    assert run.begun
+    clear(tmp_path)
+    assert not run.path.exists()
 
 
 def test_a_demo_refused_for_its_seed_leaves_the_last_one(tmp_path):

@@ -231,6 +231,12 @@ def test_attention_over_one_token_is_that_of_transformers(model, monkeypatch, le
     assert shapes == ([(3, 2, 2, 16)] * layers_and_steps if len(set(lengths)) == 1 else [])
 
 
+def test_a_model_that_chooses_its_mask_by_the_name_of_its_attention_keeps_it(model, monkeypatch):
+    monkeypatch.setattr(bare(model).config, "model_type", "deepseek_v32")
+    attention.use_one_token(model)
+    assert bare(model).config._attn_implementation == "sdpa"
+
+
 def test_attention_with_a_soft_cap_is_left_to_transformers():
     query, past = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 3, 8)
     with pytest.raises(ValueError, match="softcap"):

@@ -18,7 +18,7 @@ from dft_lora.errors import RequestError
 from dft_lora.evaluation.evaluate import evaluate
 from dft_lora.runs.folder import RunFolder
 from dft_lora.training.loop import train
-from dft_lora.training.resume_guard import ANSWERS, refuse_differences
+from dft_lora.training.resume_guard import ANSWERS, ROUND, refuse_differences
 
 STEPS = 9
 ADAPTER = "adapter_model.safetensors"
@@ -293,6 +293,11 @@ def test_a_field_that_an_earlier_version_did_not_have_counts_as_its_default():
         refuse_differences({"steps": 3}, now | {"train.optimizer": "adamw8bit"}, extend=False)
     rollouts = {"rollouts.samples": 4, "rollouts.rows": 64}
     refuse_differences({"steps": 3, "rollouts.samples": 4}, {"steps": 3} | rollouts, extend=False)
+    unset = {"steps": 3, "rollouts": None, ROUND: 1}
+    written_out = {"steps": 3, "rollouts.samples": 8, ROUND: 1}
+    refuse_differences(unset, written_out, extend=False)
+    with pytest.raises(RequestError, match=r"rollouts\.samples was 8, is 4"):
+        refuse_differences(unset, written_out | {"rollouts.samples": 4}, extend=False)
 
 
 def test_a_field_that_no_longer_counts_may_differ():
@@ -316,3 +321,12 @@ def test_two_processes_never_write_to_one_run(whole, recipe, tmp_path):
     with RunFolder(other).held(), pytest.raises(RequestError, match=busy):
         evaluate([other], ["arithmetic"])
     assert not (other / "evaluation").exists()
+
+
+def test_a_file_that_marks_a_lock_is_no_lock(tmp_path):
+    """It stays behind when a process is killed; where a file system cannot lock, a run is not held."""
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    (folder.path / ".lock").write_text("1234\nanother-host\n")
+    with folder.held():
+        pass

@@ -53,6 +53,10 @@ class Packed:
             parts = [[[example for row in rows for example in row]] for rows in parts]
         return [collate_packed(rows, pad_id, padded=not self.flat) for rows in parts]
 
+    def most_rows(self, groups: Sequence[Group]) -> int:
+        """Rows of the longest group."""
+        return sum(map(len, fill([max(groups, key=_tokens)], self.capacity)))
+
 
 @dataclass(frozen=True)
 class CheapestPacking:

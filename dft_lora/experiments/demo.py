@@ -109,6 +109,10 @@ def clear(out: Path) -> None:
             "move them, or name another folder"
         )
     for path in entries:
+        if RunFolder(path).begun:
+            with RunFolder(path).held():  # refuses a run that another demo is training
+                pass
+    for path in entries:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != MARK:
@@ -124,7 +128,7 @@ def keep_mark(out: Path, finished: bool = False) -> None:
 
 def _files(out: Path) -> list[str]:
     """The files below `out`, without plots, and without the copies of checkpoints that the page makes."""
-    files = (path.relative_to(out) for path in out.rglob("*") if path.is_file())
+    files = (path.relative_to(out) for path in out.rglob("*") if path.is_file() and path.name != ".lock")
     kept = (file for file in files if "plots" not in file.parts)
     return sorted(str(file) for file in kept if "steps" not in file.parts or "evaluation" in file.parts)
 

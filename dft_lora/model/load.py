@@ -206,7 +206,8 @@ def load_base(
     except (OSError, ValueError) as error:
         raise _not_found(config, "no weights of", error) from None
     keep_differentiable(model)
-    use_one_token(model)
+    if hardware.device.type == "cpu":
+        use_one_token(model)
     if for_answers and _wants_unpacked(model, config.unpack):
         _unpack_layers(model)
     model.requires_grad_(False)

@@ -26,7 +26,7 @@ from typing import Any
 
 from ..config import Recipe, parse_recipe
 from ..errors import DataError, RequestError, RunError, one_line
-from .atomic import damage
+from .atomic import damage, write_folder
 from .files_hash import files_hash
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -123,7 +123,9 @@ class RunFolder:
         if int(os.environ.get("RANK", 0)):
             yield
             return
-        new, lock = not os.path.exists(self.path), FileLock(self.path / ".lock", thread_local=False)
+        new = not os.path.exists(self.path)
+        # No soft lock where the file system has none: its file stays when the process is killed.
+        lock = FileLock(self.path / ".lock", thread_local=False, fallback_to_soft=False)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(blocking=False)
@@ -155,7 +157,8 @@ class RunFolder:
             kept = ", ".join(path.name for path in steps_in(self.checkpoints).values()) or "none"
             raise RequestError(f"{checkpoint}: no complete checkpoint there ({why}); available: {kept}")
         with writing(run.path, "try again"):
-            shutil.copytree(checkpoint / "adapter", run.adapter, dirs_exist_ok=True)
+            files = sorted((checkpoint / "adapter").iterdir())
+            write_folder(run.adapter, ((file.name, file.read_bytes()) for file in files))
         metadata = self.run()
         recipe = metadata["recipe"] | {"name": name, "output": str(run.path)}
         step = int(name.removeprefix("step-"))
@@ -292,8 +295,8 @@ def writing(path: Path, then: str = "continue with --resume") -> Iterator[None]:
     """Turn an OSError, such as a full disk, into a RunError that names `path` and the remedy."""
     try:
         yield
-    except (OSError, shutil.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+    except OSError as error:
+        reason = error.strerror or one_line(error)
         raise RunError(
             f"{path} could not be written ({reason}); what was there before is unchanged; "
             f"free some space and {then}"
@@ -392,7 +395,8 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        error.filename = error.filename or str(path)  # a full disk does not name the file
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # a full disk does not name the file
         raise

@@ -138,9 +138,9 @@ class MicroBatches:
 
 def largest_micro_batch(learner: Learner, groups: Sequence[Group]) -> MicroBatches:
     """The choices of a run whose steps draw from `groups`."""
-    one = longest_batch(learner, groups, 1)
-    rows = isinstance(learner.arrange, Packed)  # counts rows, the other arrangements examples
-    each = len(one.input_ids_BL) if rows else len(one.ids)
+    one, arrange = longest_batch(learner, groups, 1), learner.arrange
+    # A group counts as the rows that it takes, or as its examples.
+    each = arrange.most_rows(groups) if isinstance(arrange, Packed) else len(one.ids)
     return MicroBatches(one.positions, one.supervised, each, min(MOST_ROWS, learner.recipe.train.batch_size))
 
 

@@ -68,7 +68,7 @@ def refuse_differences(before: Mapping[str, Any], now: Mapping[str, Any], extend
 
     A recipe field that an earlier version did not have counts as its default: so the run was made.
     """
-    sampled = any(name.startswith("rollouts.") for name in before)
+    sampled = before.get(ROUND) is not None or any(name.startswith("rollouts.") for name in before)
     defaults = _flat(Recipe(rollouts=RolloutConfig() if sampled else None).as_dict())
     defaults = {name: value for name, value in defaults.items() if name in now}
     defaults |= {name: now.get(name) for name in (ROUND, ANSWERS)}  # nor did it record these
