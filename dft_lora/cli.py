@@ -618,12 +618,12 @@ def export(run_dir, target, merged, out, quantize, llama_cpp) -> None:
         return
     if merged is None:
         raise RequestError(f"--merged: {target} needs a merged model; dft-lora merge {run_dir} OUT makes one")
-    file = Path(out) if out else Path(merged) / f"{run.name}.gguf"
+    file = Path(out) if out else Path(merged) / f"{run.full_name}.gguf"
     if file.exists():
         raise RequestError(f"--out: {file} exists; name another file")
     file = to_gguf(Path(merged), file, Path(llama_cpp) if llama_cpp else None, quantize)
     if target == "ollama":
-        to_ollama(file, run.name.lower())
+        to_ollama(file, run.full_name.lower())
     click.echo(file)
 
 

@@ -149,7 +149,7 @@ def card(
     from .loss import objective
 
     metadata, recipe = run.run(), run.recipe()
-    base, name, held = recipe.model.name, run.name, recipe.model.quantization
+    base, name, held = recipe.model.name, run.full_name, recipe.model.quantization
     quantized = held != "none"
     over = f"a base in {held}" if quantized else "a base that was not quantized"
     header: dict[str, Any] = {
@@ -214,7 +214,7 @@ def _usage(run: RunFolder, merged: bool, repository: str | None) -> list[str]:
     """The prompt that the model was trained with, in Python, and a command that serves it."""
     from .data.templates import TEMPLATES, own_template, shown
 
-    recipe, name = run.recipe(), repository or run.name
+    recipe, name = run.recipe(), repository or run.full_name
     given = run.run()["template"]
     template = TEMPLATES.get(given) or own_template(given)
     if template.text is not None:
@@ -240,9 +240,10 @@ def _usage(run: RunFolder, merged: bool, repository: str | None) -> list[str]:
         "print(tokenizer.decode(answer, skip_special_tokens=True))"
     )
     if recipe.adapter.dora and not merged:  # vLLM does not serve DoRA
-        command = f"dft-lora merge {name} {name}-merged && vllm serve {name}-merged"
+        folder, whole = shlex.quote(name), shlex.quote(f"{name}-merged")
+        command = f"dft-lora merge {folder} {whole} && vllm serve {whole}"
     else:
-        command = f"vllm serve {name}" if merged else vllm_command(run, adapter=repository)
+        command = f"vllm serve {shlex.quote(name)}" if merged else vllm_command(run, adapter=repository)
     lines = [f"Prompt template: {shown(given)}. Another prompt gives worse answers."]
     if "/" not in recipe.model.name and not merged:
         lines.append(f"`{recipe.model.name}` is a base of dft-lora: `dft-lora chat RUN_DIR` loads both.")
@@ -289,7 +290,7 @@ def vllm_command(run: RunFolder, base: str | None = None, adapter: str | None = 
 
     refuse_unfinished(run)
     recipe, rank = run.recipe(), lora_rank([vllm_rank(run.adapter)])
-    served, module = base or recipe.model.name, f"{run.name}={adapter or run.adapter}"
+    served, module = base or recipe.model.name, f"{run.full_name}={adapter or run.adapter}"
     return (
         f"vllm serve {shlex.quote(served)} --enable-lora --max-lora-rank {rank} "
         f"--lora-modules {shlex.quote(module)}"
@@ -334,16 +335,21 @@ def to_gguf(merged: Path, out: Path, llama_cpp: Path | None = None, quantize: st
         )
     if not (merged / "config.json").is_file():
         raise RequestError(f"{merged}: no merged model; make one with dft-lora merge RUN_DIR {merged}")
-    whole = out if quantize is None else out.with_suffix(".bf16.gguf")
-    if quantize and whole.exists():
+    convert = (sys.executable, str(converter), str(merged), "--outtype", "bf16", "--outfile")
+    if quantize is None:
+        _call(*convert, str(out))
+        return out
+    tool = shutil.which("llama-quantize") or shutil.which("llama-quantize", path=str(home / "build/bin"))
+    if tool is None:
+        raise MissingPart(f"llama-quantize was not found: build llama.cpp in {home}, or put it on PATH")
+    whole = out.with_suffix(".bf16.gguf")
+    if whole.exists():
         raise RequestError(f"{whole} exists; name another file with --out")
-    _call(sys.executable, str(converter), str(merged), "--outfile", str(whole), "--outtype", "bf16")
-    if quantize:
-        tool = shutil.which("llama-quantize") or shutil.which("llama-quantize", path=str(home / "build/bin"))
-        if tool is None:
-            raise MissingPart(f"llama-quantize was not found: build llama.cpp in {home}, or put it on PATH")
+    try:
+        _call(*convert, str(whole))
         _call(tool, str(whole), str(out), quantize)
-        whole.unlink()
+    finally:
+        whole.unlink(missing_ok=True)
     return out
 
 

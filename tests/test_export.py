@@ -195,13 +195,21 @@ def test_llama_cpp_is_named_where_it_is_missing_and_called_where_it_is(run, merg
         to_gguf(merged[0], tmp_path / "x.gguf")
     home = tmp_path / "llama.cpp"
     (home / "build/bin").mkdir(parents=True)
-    note = "import sys, pathlib; pathlib.Path(sys.argv[3]).write_text(' '.join(sys.argv[1:]))"
+    note = "import sys, pathlib; pathlib.Path(sys.argv[-1]).write_text(' '.join(sys.argv[1:]))"
     (home / "convert_hf_to_gguf.py").write_text(note)
     out = to_gguf(merged[0], tmp_path / "x.gguf", home)
-    assert out.read_text() == f"{merged[0]} --outfile {out} --outtype bf16"
+    assert out.read_text() == f"{merged[0]} --outtype bf16 --outfile {out}"
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(MissingPart, match="llama-quantize"):
+        to_gguf(merged[0], tmp_path / "q.gguf", home, "Q4_K_M")
     quantize = home / "build/bin/llama-quantize"
-    quantize.write_text('#!/bin/sh\necho "$3" > "$2"\n')
-    quantize.chmod(quantize.stat().st_mode | stat.S_IXUSR)
+    for script in ("#!/bin/sh\nexit 1\n", '#!/bin/sh\necho "$3" > "$2"\n'):
+        assert not (tmp_path / "q.bf16.gguf").exists()  # so that the next attempt can make it
+        quantize.write_text(script)
+        quantize.chmod(quantize.stat().st_mode | stat.S_IXUSR)
+        if "exit" in script:
+            with pytest.raises(RunError, match="exit code 1"):
+                to_gguf(merged[0], tmp_path / "q.gguf", home, "Q4_K_M")
     out = to_gguf(merged[0], tmp_path / "q.gguf", home, "Q4_K_M")
     assert out.read_text() == "Q4_K_M\n" and not (tmp_path / "q.bf16.gguf").exists()
     (home / "convert_hf_to_gguf.py").write_text("raise SystemExit(3)")

@@ -250,6 +250,21 @@ BAD = {
 }
 
 
+def test_a_null_prompt_beside_turns_counts_as_missing(tmp_path):
+    """A table has all columns in every row."""
+    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    source = write(tmp_path / "a.jsonl", [{"problem": None, "solution": None, "messages": turns}])
+    (problem,) = load_problems(DataConfig(source=source)).problems
+    assert problem.solution == "2"
+
+
+def test_a_problem_without_a_solution_may_have_turns_besides(tmp_path):
+    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    source = write(tmp_path / "a.jsonl", [{"problem": "1 + 2?", "answer": "3", "messages": turns}])
+    (problem,) = load_problems(DataConfig(source=source), 0, "prompts").problems
+    assert problem.answer == "3"
+
+
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_row_is_refused_by_number_and_skipped_when_allowed(tmp_path, kind):
     row, reason = BAD[kind]

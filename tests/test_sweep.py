@@ -78,10 +78,9 @@ def test_it_goes_on_and_trains_nothing_twice(made):
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        (
-            {"model.quantization": ["nf4", "none"]},
-            "the runs of a sweep share a base",
-        ),
+        ({"model.quantization": ["nf4", "none"]}, "the runs of a sweep share a base"),
+        ({"model.dtype": ["bfloat16", "float32"]}, "the runs of a sweep share a base"),
+        ({"data": [{"source": "arithmetic"}]}, "see the same data"),
         ({"objective.name": ["dft", "sft"], "objective.floor": [0.1]}, "'sft' has no such number"),
     ],
 )

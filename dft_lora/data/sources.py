@@ -267,16 +267,13 @@ def _pair(number: int, row: Any, data: DataConfig) -> list[Problem]:
 
 
 def _asked(number: int, row: Any, data: DataConfig) -> list[Problem]:
-    """The problems of a row that may lack a solution, or have turns that end with the question.
-
-    Rows of a table have all columns, and null for what they lack.
-    """
-    _check_row(row)
-    optional = (data.prompt, data.completion, "messages")
-    row = {name: value for name, value in row.items() if value is not None or name not in optional}
+    """The problems of a row that may lack a solution, or have turns that end with the question."""
+    row = _without_nulls(row, data)
     if data.prompt not in row and _ends_with_user(row.get("messages")):
         asked = tuple(_turns(row["messages"], last="user"))
-    elif "messages" in row or row.get(data.completion, "") != "":  # where the answer may be
+    elif ("messages" in row and data.prompt not in row) or row.get(
+        data.completion, ""
+    ) != "":  # where the answer may be
         return _problems(number, row, data)
     else:
         asked = _prompt(row, data.prompt)
@@ -318,9 +315,16 @@ def _check_row(row: Any) -> None:
         raise _Unusable(f"a row must be an object of named fields, not a {type(row).__name__}")
 
 
+def _without_nulls(row: Any, data: DataConfig) -> dict[str, Any]:
+    """A row without its nulls: rows of a table have all columns, and null for what they lack."""
+    _check_row(row)
+    optional = [data.completion, "messages", *([data.prompt] if row.get("messages") else [])]
+    return {name: value for name, value in row.items() if value is not None or name not in optional}
+
+
 def _problems(number: int, row: Any, data: DataConfig) -> list[Problem]:
     """The problems of one row: one, or one for each assistant turn of a `messages` row."""
-    _check_row(row)
+    row = _without_nulls(row, data)
     identity = f"row-{number}"
     answer = _own_answer(row, data)
     if "messages" in row and data.prompt not in row:

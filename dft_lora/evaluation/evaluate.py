@@ -162,7 +162,10 @@ def _prompts(asked: Asked, room: int) -> dict[str, tuple[int, ...]]:
     prompts = {problem.id: tuple(asked.renderer.prompt_ids(problem.messages)) for problem in judged}
     for name, prompt in prompts.items():
         if len(prompt) >= room:
-            raise RequestError(f"{name}: its prompt has {len(prompt)} tokens, and the model {room} positions")
+            where = f"{asked.task.name}, {name}"
+            raise RequestError(
+                f"{where}: its prompt has {len(prompt)} tokens, and the model {room} positions"
+            )
     return prompts
 
 

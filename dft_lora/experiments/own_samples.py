@@ -65,7 +65,8 @@ def own_samples(
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
     how: dict[str, Any] = {
         "model": recipe.model.model_dump(mode="json"),
-        "template": renderer.template.name,
+        "base": base_fingerprint(recipe.model),
+        "template": renderer.fingerprint,
         "problems": digest([[p.id, _asked(p), p.answer] for p in problems]),
         "rollouts": config.model_dump(mode="json", exclude={"rounds", "updates"}),
         "seed": recipe.train.seed,

@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from ..evaluation.task_results import TaskResults
 
 
-OF_THE_BASE = ("model.name", "model.gguf", "model.revision", "model.quantization")
-
-
 class Sweep(Part):
     """A sweep file."""
 
@@ -68,15 +65,16 @@ class Sweep(Part):
         for field, values in self.grid.items():
             if not values:
                 raise RecipeError(f"grid.{field}: no values; give at least one")
-            if field.startswith("data.") or field == "train.seed":
+            section = field.partition(".")[0]
+            if section == "data" or field in ("train", "train.seed"):
                 raise RecipeError(
                     f"grid.{field}: the runs of a sweep see the same data in the same order; remove the field"
                 )
-            if field.startswith("evaluate."):
+            if section == "evaluate":
                 raise RecipeError(
                     f"grid.{field}: the runs of a sweep are evaluated alike; put it under 'set'"
                 )
-            if field in OF_THE_BASE:
+            if section == "model" and field != "model.unpack":
                 raise RecipeError(
                     f"grid.{field}: the runs of a sweep share a base, so that they can be compared; put it "
                     "under 'set'"

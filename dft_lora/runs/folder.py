@@ -50,6 +50,16 @@ class RunFolder:
         return self.path.resolve().name
 
     @property
+    def whole(self) -> RunFolder:
+        """The run that a checkpoint's run folder belongs to; a whole run itself."""
+        return RunFolder(self.path.parent.parent) if self.path.parent.name == "steps" else self
+
+    @property
+    def full_name(self) -> str:
+        """The name of a run; a checkpoint's follows that of its run."""
+        return self.name if self.whole is self else f"{self.whole.name}-{self.name}"
+
+    @property
     def begun(self) -> bool:
         return (self.path / "run.json").is_file()
 

@@ -17,7 +17,7 @@ from ..errors import RequestError
 from ..evaluation.tokens import score
 from ..runs.folder import RunFolder, step_name, steps_in
 from ..tasks import get_task
-from .session import Answer, Question, Session, Token, whole_run
+from .session import Answer, Question, Session, Token
 
 KEPT = 12  # adapters of checkpoints in memory
 PROBLEMS = 24  # reference solutions whose tokens the histogram counts: enough for 0.1 % steps to show
@@ -40,7 +40,7 @@ class Film:
     @property
     def runs(self) -> dict[str, RunFolder]:
         """The page's runs and those trained on it, by column, that kept checkpoints of two steps or more."""
-        added = {name: whole_run(folder) for name, folder in self.session.added.items()}
+        added = {name: folder.whole for name, folder in self.session.added.items()}
         return {name: f for name, f in {**self.session.folders, **added}.items() if len(kept(f)) > 1}
 
     def steps(self, runs: Sequence[str]) -> list[int]:

@@ -237,7 +237,7 @@ class Session:
             raise RequestError(
                 f"the page holds {MAX_ADDED} more runs; see it with dft-lora app {folder.path}"
             )
-        run = whole_run(folder).path.resolve()
+        run = folder.whole.path.resolve()
         wanted = f"{run.name}-{run.parent.name}".replace(".", "_")
         names = (wanted, *(f"{wanted}-{i}" for i in range(2, 2 + MAX_ADDED)))
         name = next(name for name in names if name not in self.adapters)
@@ -401,11 +401,6 @@ class Session:
                 top = tuple((name(i), value) for i, value in zip(indices, values, strict=True))
                 scored.append(Token(text, p, top))
         return scored
-
-
-def whole_run(folder: RunFolder) -> RunFolder:
-    """The run that a checkpoint's run folder belongs to; a whole run itself."""
-    return RunFolder(folder.path.parent.parent) if folder.path.parent.name == "steps" else folder
 
 
 def _judge(answers: Sequence[Answer], problem: Problem, judge: Judge) -> None:
