@@ -218,8 +218,8 @@ def sample(
     """Sample answers to the training problems of RECIPE, and write the correct ones as training data.
 
     Train on the file with data.source=OUT; its columns are problem, solution and answer, so for a recipe with
-    other columns also set data.prompt=problem and data.completion=solution. For own.jsonl, own.made.json
-    records how it was made; files made with the same settings are reused.
+    other columns also set data.prompt=problem, data.completion=solution and data.answer=answer. For
+    own.jsonl, own.made.json records how it was made; files made with the same settings are reused.
 
     Example: dft-lora sample tiny_dft --out own.jsonl --pairs pairs.jsonl
     """

@@ -49,6 +49,19 @@ def test_own_data_is_sampled_by_the_answer_column(tmp_path):
     assert rows and {row["problem"] for row in rows} <= {p.question for p in tasks}
 
 
+def test_prompts_that_exceed_max_length_are_left_out_and_counted(tmp_path, caplog):
+    tasks = load_problems(load_recipe("tiny_dft", ["data.sample=12"]).data).problems
+    rows = [{"problem": p.question, "answer": p.answer} for p in tasks]
+    rows.append({"problem": "and so on " * 100, "answer": "5"})
+    source = tmp_path / "mine.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mine = [f"data.source={source}", "data.max_length=100"]
+    read(own_samples(load_recipe("tiny_dft", mine), tmp_path / "own.jsonl", samples=2, max_new_tokens=96))
+    assert "1 of 13 prompts are longer than data.max_length 100: left out" in caplog.text
+    with pytest.raises(DataError, match=r"data\.max_length 3: all prompts are longer"):
+        own_samples(load_recipe("tiny_dft", [*mine, "data.max_length=3"]), tmp_path / "other.jsonl")
+
+
 def sample(*arguments):
     return CliRunner().invoke(main, ["sample", "tiny_dft", "--set", "data.sample=24", *map(str, arguments)])
 

@@ -11,6 +11,7 @@ The file is read back exactly as it was written: a row with its answer in a sepa
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from contextlib import suppress
 from hashlib import sha256
@@ -30,6 +31,8 @@ from ..runs.provenance import certificate
 from ..tasks import judge_of
 from ..tasks.base import Problem
 from ..training.rollouts import correct_ones, pairs_of, refuse_all_truncated, sample_answers
+
+log = logging.getLogger(__name__)
 
 
 def own_samples(
@@ -51,8 +54,9 @@ def own_samples(
     reused.
 
     Raises RequestError when `run` has another base or a file exists that was made in another way, unless
-    `overwrite` is set, DataError when no row has a reference answer, RunError
-    when none of the answers was correct, when all were cut, or when `pairs` would be empty.
+    `overwrite` is set, DataError when no row has a reference answer and a prompt of at most `data.max_length`
+    tokens, or when the model has too few positions, RunError when none of the answers was correct, when all
+    were cut, or when `pairs` would be empty.
     """
     if run is not None and not run.has_adapter:
         raise RequestError(f"--run: {run.path} has no adapter; without --run the base answers")
@@ -63,6 +67,7 @@ def own_samples(
     given = {"samples": samples, "max_new_tokens": max_new_tokens}
     config = config.model_copy(update={name: value for name, value in given.items() if value is not None})
     renderer = Renderer(load_tokenizer(recipe.model), recipe.data.template)
+    problems, longest = _fitting(problems, renderer, recipe.data.max_length)
     how: dict[str, Any] = {
         "model": recipe.model.model_dump(mode="json"),
         "base": base_fingerprint(recipe.model),
@@ -84,7 +89,6 @@ def own_samples(
             "name others"
         )
     judge = judge_of(recipe.data.source).allowed(recipe.evaluate.allow_code)
-    longest = max(len(renderer.prompt_ids(problem.messages)) for problem in problems)
     name = recipe.model.name
     refuse_long_answers(longest, config.max_new_tokens, load_model_config(recipe.model), name)
     model, _ = load_base(recipe.model, for_answers=True)
@@ -123,6 +127,19 @@ def own_samples(
     made = {"how": how, "sha256": _sha256(written), "counts": counts, "provenance": certificate()}
     write_json(record, made)
     return out
+
+
+def _fitting(problems: list[Problem], renderer: Renderer, limit: int) -> tuple[list[Problem], int]:
+    """The problems whose prompts have at most `limit` tokens, and the tokens of the longest of these."""
+    lengths = {problem.id: len(renderer.prompt_ids(problem.messages)) for problem in problems}
+    fitting = [problem for problem in problems if lengths[problem.id] <= limit]
+    if not fitting:
+        raise DataError(f"data.max_length {limit}: all prompts are longer")
+    if over := len(problems) - len(fitting):
+        log.warning(
+            "%d of %d prompts are longer than data.max_length %d: left out", over, len(lengths), limit
+        )
+    return fitting, max(lengths[problem.id] for problem in fitting)
 
 
 def _sha256(files: Iterable[Path]) -> list[str]:
