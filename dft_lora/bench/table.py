@@ -281,7 +281,7 @@ def longest_table(result: dict[str, Any]) -> str:
     lines = [f"| model | | {' | '.join(head)} |", "|---|---|" + "---:|" * len(head)]
     for row in result["rows"]:
         cells = [f"{size / GB:.1f}" for size in row["peaks"].values()]
-        cells += [_at_most(tokens, result["most"]) for tokens in row["longest"].values()]
+        cells += [_longest_cell(tokens, result["most"]) for tokens in row["longest"].values()]
         lines.append(f"| {row['model']} | {row['option']} | {' | '.join(cells)} |")
     return "\n".join(
         [
@@ -296,7 +296,7 @@ def longest_table(result: dict[str, Any]) -> str:
     )
 
 
-def _at_most(tokens: int, most: int) -> str:
+def _longest_cell(tokens: int, most: int) -> str:
     return "none" if not tokens else f"{tokens:,} or more" if tokens == most else f"{tokens:,}"
 
 

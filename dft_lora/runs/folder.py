@@ -52,7 +52,8 @@ class RunFolder:
     @property
     def whole(self) -> RunFolder:
         """The run that a checkpoint's run folder belongs to; a whole run itself."""
-        return RunFolder(self.path.parent.parent) if self.path.parent.name == "steps" else self
+        above = RunFolder(self.path.parent.parent)
+        return above if self.path.parent.name == "steps" and above.begun else self
 
     @property
     def full_name(self) -> str:
