@@ -219,6 +219,14 @@ def test_llama_cpp_is_named_where_it_is_missing_and_called_where_it_is(run, merg
         to_gguf(tmp_path, tmp_path / "x.gguf", home)
 
 
+def test_a_checkpoint_is_exported_under_the_name_of_its_run_too(run):
+    """Checkpoints of two runs share their names: an engine would replace one by the other."""
+    (checkpoint,) = [one for one in run.checkpoint_runs() if one.name == "step-000003"]
+    assert f"tiny-run-step-000003={checkpoint.adapter}" in vllm_command(checkpoint)
+    assert f"tiny-run={run.adapter}" in vllm_command(run)
+    assert RunFolder("steps/mine").full_name == "mine"  # a folder of the user's own
+
+
 def test_the_commands(run, merged):
     def call(*arguments):
         return CliRunner().invoke(main, [str(argument) for argument in arguments])

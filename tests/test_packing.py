@@ -140,6 +140,13 @@ def test_an_answer_that_exceeds_the_longest_prompt_has_room(flat):
     assert Packed(9, flat)([], 1, PAD) == []  # a rank without rows
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_pair_that_exceeds_a_row_counts_as_two(flat):
+    long, short = ([Example(name, (1,) * n, 1) for name in "ab"] for n in (9, 5))
+    assert Packed(10, flat).most_rows([short, long]) == 2
+    assert Packed(10, flat).most_rows([short]) == 1
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_padding_waste_on_gsm8k_is_under_three_percent(data_dir, size):
     """Steps of 256 examples, rows of 2048 tokens, over the whole training set in Qwen's tokenizer."""

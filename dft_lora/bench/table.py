@@ -97,13 +97,15 @@ def generation_table(result: dict[str, Any]) -> str:
     sides = list(result["cases"][0]["sides"])
     with_attention = all("attention_seconds" in case for case in result["cases"])
     floors = ["step / floor", "step / (floor + attention)"][: 1 + with_attention]
+    added = "; the column after it adds the attention kernel" if with_attention else ""
     rounds = "one round" if result["rounds"] == 1 else f"medians of {result['rounds']} rounds"
     lines = [
         f"{result['model']}, {result['dtype']}, {result['tokens']} tokens decoded per row, "
         f"{rounds}; {result['device']}, {result['threads']} thread(s); torch "
         f"{made['versions']['torch']}, {made['date'][:10]}, commit {made['commit']}. Decoded tokens per "
         "second, in brackets prompt tokens per second of the prefill. The floor is the step's bare matrix "
-        "products; memory is what our unpacked side takes beside the weights, and the bound stated before.",
+        f"products{added}; memory is what our unpacked side takes beside the weights, and the bound stated "
+        "before.",
         "",
         f"| rows | prompt | adapters | T | {' | '.join(sides + floors)} | MB (stated) |",
         "|---:|---:|---:|---:|" + "---:|" * (len(sides + floors) + 1),

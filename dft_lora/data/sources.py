@@ -269,11 +269,10 @@ def _pair(number: int, row: Any, data: DataConfig) -> list[Problem]:
 def _asked(number: int, row: Any, data: DataConfig) -> list[Problem]:
     """The problems of a row that may lack a solution, or have turns that end with the question."""
     row = _without_nulls(row, data)
-    if data.prompt not in row and _ends_with_user(row.get("messages")):
+    turns = "messages" in row and data.prompt not in row
+    if turns and _ends_with_user(row["messages"]):
         asked = tuple(_turns(row["messages"], last="user"))
-    elif ("messages" in row and data.prompt not in row) or row.get(
-        data.completion, ""
-    ) != "":  # where the answer may be
+    elif turns or row.get(data.completion, "") != "":  # where the answer may be
         return _problems(number, row, data)
     else:
         asked = _prompt(row, data.prompt)

@@ -590,8 +590,8 @@ def objective(name: str | Callable[[TokenScores], Tensor], **numbers: Any) -> Ob
     for key, value in numbers.items():
         if key not in known:
             owners = [other for other, k in _REGISTRY.items() if key in (f.name for f in fields(k))]
-            known_there = f" ({', '.join(owners)} {'does' if len(owners) == 1 else 'do'})" if owners else ""
-            hint = _did_you_mean(key, known) or known_there
+            does = "does" if len(owners) == 1 else "do"
+            hint = _did_you_mean(key, known) or (f" ({', '.join(owners)} {does})" if owners else "")
             raise ObjectiveError(f"objective.{key}: {name!r} has no such number{hint}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
             raise ObjectiveError(f"objective.{key}: must be a finite number, got {value!r}")
