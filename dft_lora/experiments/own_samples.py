@@ -134,7 +134,7 @@ def _fitting(problems: list[Problem], renderer: Renderer, limit: int) -> tuple[l
     lengths = {problem.id: len(renderer.prompt_ids(problem.messages)) for problem in problems}
     fitting = [problem for problem in problems if lengths[problem.id] <= limit]
     if not fitting:
-        raise DataError(f"data.max_length {limit}: all prompts are longer")
+        raise DataError(f"data.max_length {limit}: all prompts are longer; set a larger one")
     if over := len(problems) - len(fitting):
         log.warning(
             "%d of %d prompts are longer than data.max_length %d: left out", over, len(lengths), limit
