@@ -62,6 +62,7 @@ def own_samples(
         raise RequestError(f"--run: {run.path} has no adapter; without --run the base answers")
     if run is not None and run.base_fingerprint not in (None, base_fingerprint(recipe.model)):
         raise RequestError(f"--run: {run.path} was trained on another base than {recipe.model.name!r}")
+    judge = judge_of(recipe.data.source).allowed(recipe.evaluate.allow_code)
     problems = judgeable(load_problems(recipe.data, recipe.train.seed, "prompts"), recipe.data)
     config = recipe.rollouts or RolloutConfig()
     given = {"samples": samples, "max_new_tokens": max_new_tokens}
@@ -88,7 +89,6 @@ def own_samples(
             f"{there[0]} exists, and these files were not all made with these settings; add --overwrite, or "
             "name others"
         )
-    judge = judge_of(recipe.data.source).allowed(recipe.evaluate.allow_code)
     name = recipe.model.name
     refuse_long_answers(longest, config.max_new_tokens, load_model_config(recipe.model), name)
     model, _ = load_base(recipe.model, for_answers=True)

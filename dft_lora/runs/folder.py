@@ -146,6 +146,8 @@ class RunFolder:
             ) from None
         except (OSError, NotImplementedError):
             pass
+        if lock.is_locked:
+            self._remove_leftovers()
         try:
             yield
         finally:
@@ -155,6 +157,13 @@ class RunFolder:
                 if new and not self.begun:
                     self.path.rmdir()
             lock.release()
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a process left that was killed in `write_text`; only for the holder of the run."""
+        for pattern in (".*.tmp", "evaluation/.*.tmp"):
+            for leftover in self.path.glob(pattern):
+                with suppress(OSError):
+                    leftover.unlink()
 
     def checkpoint_run(self, name: str) -> RunFolder:
         """The run folder `steps/NAME` of a checkpoint, with a copy of its adapter, ready to be evaluated.
