@@ -393,6 +393,16 @@ def test_an_engine_that_cannot_score_is_refused(runs, local, tmp_path):
         evaluate([path], ["openbookqa"], changes=["engine=vllm"])
 
 
+def test_choices_longer_than_the_models_positions_are_refused(runs, local, tmp_path, monkeypatch):
+    path = shutil.copytree(runs[0], tmp_path / "base")
+    monkeypatch.setattr("dft_lora.evaluation.evaluate.positions", lambda config: 20)
+    with pytest.raises(
+        RequestError, match=r"openbookqa, .*: prompt and choice have \d+ tokens, .* 20 positions"
+    ):
+        evaluate([path], ["openbookqa"], limit=2)
+    assert not (path / "evaluation").exists()
+
+
 # --- against published figures ---------------------------------------------------------------------
 
 

@@ -76,9 +76,12 @@ def test_a_limit_above_the_tasks_own_is_obeyed(fresh):
         assert answer_limit(get_task("gsm8k"), changed.evaluate) == tokens
 
 
-def test_an_answer_ends_where_the_models_positions_do(fresh, monkeypatch):
+def test_an_answer_ends_where_the_models_positions_do(fresh, monkeypatch, caplog):
     monkeypatch.setattr("dft_lora.evaluation.evaluate.positions", lambda config: 60)
     evaluate([fresh[0]], ["arithmetic"], limit=3, changes=["samples=1"])
+    assert re.search(
+        "arithmetic: [123] of 3 reference solutions are longer than .* 60 positions", caplog.text
+    )
     renderer = Renderer(load_tokenizer(ModelConfig(name="tiny")), "auto")
     prompts = {p.id: len(renderer.prompt_ids(p.messages)) for p in get_task("arithmetic").problems()[:3]}
     given = read_attempts(fresh[0] / "evaluation/arithmetic.jsonl")

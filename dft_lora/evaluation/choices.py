@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..data.batches import IGNORE
 from ..data.templates import Example, Renderer, spaced
+from ..errors import RequestError
 from ..loss import Head, token_logps
 from ..model.adapters import AdaptedLayer, adapter_layers, mixed
 from ..model.generation_memory import PREFILL_TOKENS
@@ -35,12 +36,16 @@ from .protocol import GREEDY
 from .run_set import Asked
 
 
-def choose(model: Any, asked: Asked, work: Mapping[str, Answers]) -> None:
-    """Score, judge and write the missing answers of all runs to one task, in batches across runs."""
+def choose(
+    model: Any, asked: Asked, work: Mapping[str, Answers], texts: Mapping[str, Sequence[Example]]
+) -> None:
+    """Score, judge and write the missing answers of all runs to one task, in batches across runs.
+
+    `texts` are those of `choice_texts`.
+    """
     from tqdm import tqdm
 
     jobs = [(name, problem) for name, answers in work.items() for problem, _ in answers.missing()]
-    texts = {problem.id: choice_examples(asked.renderer, problem) for _, problem in jobs}
     sets = [
         Texts(texts[problem.id], name if work[name].folder.has_adapter else None) for name, problem in jobs
     ]
@@ -54,6 +59,21 @@ def choose(model: Any, asked: Asked, work: Mapping[str, Answers]) -> None:
                 attempt = Attempt(problem.id, GREEDY, text, example.supervised, False, verdict, tuple(scores))
                 work[name].add([attempt])
             bar.update(len(places))
+
+
+def choice_texts(asked: Asked, room: int) -> dict[str, list[Example]]:
+    """Problem -> its choices (see `choice_examples`).
+
+    Raises RequestError for a choice that does not fit in `room` tokens, the positions of the model.
+    """
+    texts = {problem.id: choice_examples(asked.renderer, problem) for problem in asked.problems}
+    for name, examples in texts.items():
+        if (longest := max(len(example.ids) for example in examples)) > room:
+            raise RequestError(
+                f"{asked.task.name}, {name}: prompt and choice have {longest} tokens, and the model {room} "
+                "positions"
+            )
+    return texts
 
 
 def choice_examples(renderer: Renderer, problem: Problem) -> list[Example]:

@@ -30,7 +30,7 @@ from ..runs.folder import RunFolder, open_runs
 from ..runs.provenance import certificate
 from ..tasks.base import Attempt, Problem
 from .attempts import Answers
-from .choices import choose
+from .choices import choice_texts, choose
 from .engines import ENGINES, Engine
 from .protocol import GREEDY, Protocol
 from .references import references_scored, score_references
@@ -127,7 +127,12 @@ def _complete(
     """Load the model, give the missing answers, and score the reference solutions token by token."""
     shard = next(iter(work.values())).shard
     room = positions(load_model_config(recipe.model)) or UNLIMITED
-    prompts = {title: _prompts(its, room) for title, its in asked.items() if not its.task.by_likelihood}
+    prompts, texts = {}, {}
+    for title, its in asked.items():
+        if its.task.by_likelihood:
+            texts[title] = choice_texts(its, room)
+        else:
+            prompts[title] = _prompts(its, room)
     adapters = {name: folder.adapter for name, folder in folders.items() if folder.has_adapter}
     engine = ENGINES[recipe.evaluate.engine](recipe, adapters, renderer)
     for answers in work.values():
@@ -136,11 +141,11 @@ def _complete(
     for title, its in asked.items():
         mine = {name: answers for (t, name), answers in work.items() if t == title}
         if its.task.by_likelihood:
-            choose(engine.model, its, mine)
+            choose(engine.model, its, mine, texts[title])
         else:
             _answer(engine, its, mine, recipe.evaluate, prompts[title], room)
     if shard.is_main and engine.scores_tokens:
-        score_references(engine.model, renderer, folders, asked, base)
+        score_references(engine.model, renderer, folders, asked, base, room)
     for answers in work.values() if shard.is_main else ():
         answers.add(())  # a file, even if nothing was sampled
 
