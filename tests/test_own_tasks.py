@@ -15,6 +15,7 @@ from dft_lora.data.sources import load_problems
 from dft_lora.errors import DataError, RequestError
 from dft_lora.evaluation.evaluate import evaluate
 from dft_lora.evaluation.report import build, write_own_report, write_report
+from dft_lora.evaluation.run_set import asked_problems, renderer_of
 from dft_lora.evaluation.token_table import TokenTable, tokens_file
 from dft_lora.experiments.shipped import shipped_runs
 from dft_lora.runs.folder import RunFolder, read_json
@@ -65,6 +66,15 @@ def test_only_rows_with_an_answer_are_sampled_and_judged(runs):
         assert run["texts"]["texts"]["rows"] == 1
     assert {e["task"] for e in report["paired"]} == {"mine"}
     assert [e["task"] for e in report["paired_texts"]] == ["mine", "texts"]
+
+
+def test_rows_without_an_answer_are_counted(runs, tmp_path, caplog):
+    recipe = runs[0].recipe()
+    for name, rows, said in (("some", ROWS, "3 of 5"), ("none", ROWS[2:3], "1 of 1"), ("all", ROWS[:2], "")):
+        file = write(tmp_path / f"{name}.jsonl", rows)
+        asked_problems([file], recipe, renderer_of(runs[:1], [recipe]))
+        assert (f"{said} problems have no reference answer" in caplog.text) == bool(said), name
+        caplog.clear()
 
 
 def test_text_metrics_are_those_of_the_rows_without_an_answer(runs):

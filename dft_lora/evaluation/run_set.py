@@ -71,18 +71,21 @@ def asked_problems(
         problems = task.problems()[:limit]
         if not problems:
             raise RequestError(f"--task {name}: the task has no problems")
-        if not all(map(task.judges, problems)):
+        unjudged = sum(not task.judges(problem) for problem in problems)
+        if unjudged:
             _needs_plain(name, "solutions of rows without a reference answer", settings.engine)
         own = task.template if settings.template == "same" else None
         its = Renderer(renderer.tokenizer, own) if own else renderer
         asked[task.name] = Asked(task, problems, its.after(shots_for(task, recipe)))
         if task.file is not None:
             _check_prompts(name, asked[task.name])
-            if not any(map(task.judges, problems)):
+            if unjudged:
                 log.warning(
-                    "%s: no row has a reference answer (data.answer names its column); the solutions are "
-                    "scored, and nothing is sampled",
+                    "%s: %d of %d problems have no reference answer (data.answer names its column); their "
+                    "solutions are scored, and nothing is sampled for them",
                     name,
+                    unjudged,
+                    len(problems),
                 )
     return asked
 

@@ -7,7 +7,7 @@ Legend: Q labels (objectives) of a regime, W regimes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ from scipy.stats import rankdata
 
 from ..evaluation import statistics as st
 from .advice import MEASURED
-from .lab import CORE, MODES, REGIMES
+from .lab import CANDIDATES, CORE, MODES, REGIMES
 
 LEVEL = 0.05
 RESAMPLES = 10_000
@@ -36,9 +36,9 @@ def lines_of(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def complete(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """`lines_of` the regimes in which every objective of CORE was tested: those that are ranked."""
-    return {regime: some for regime, some in lines_of(result).items() if set(some) >= {*CORE}}
+def complete(result: Mapping[str, Any], labels: Collection[str] = CORE) -> dict[str, dict[str, Any]]:
+    """`lines_of` the regimes in which each of `labels` was tested: those that are ranked."""
+    return {regime: some for regime, some in lines_of(result).items() if set(some) >= {*labels}}
 
 
 def _order(regime: str, part: str) -> int:
@@ -199,6 +199,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     ]
     if full := complete(result):
         blocks.append("### Ranks over the regimes that are complete\n\n" + rank_table(full))
+    if every := complete(result, CANDIDATES):
+        title = f"### Ranks of all {len(CANDIDATES)} objectives over the regimes that tested them"
+        blocks.append(f"{title}\n\n{rank_table(every)}")
     found = advice(result)
     if found["regimes"]:
         blocks.append("### Was the advice right?\n\n" + advice_text(found))
