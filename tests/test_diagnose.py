@@ -130,14 +130,22 @@ def test_rows_are_drawn_before_they_are_tokenized(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("p", "favoured"), [(0.8, "dft"), (0.5, "either"), (0.1, "sft")])
 def test_advice_at_the_anchors_of_the_literature(p, favoured):
-    assert advice(p)[0] == favoured
+    assert advice(p, p)[0] == favoured
     assert metrics(table([p] * 50))["favours"] == favoured
 
 
 def test_advice_turns_once():
     order = {"sft": 0, "either": 1, "dft": 2}
-    said = [order[advice(p)[0]] for p in np.linspace(0, 1, 101)]
-    assert said == sorted(said)
+    for first in (0.0, 1.0):
+        said = [order[advice(p, first)[0]] for p in np.linspace(0, 1, 101)]
+        assert said == sorted(said)
+
+
+@pytest.mark.parametrize(
+    ("p", "first", "favoured"), [(0.36, 0.12, "sft"), (0.47, 0.38, "either"), (0.9, 0.1, "dft")]
+)
+def test_where_the_mean_names_neither_an_unknown_first_token_favours_sft(p, first, favoured):
+    assert advice(p, first)[0] == favoured
 
 
 def test_shares_and_effective_tokens():

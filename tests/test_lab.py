@@ -166,5 +166,6 @@ def test_the_advice_is_right_where_it_names_the_winner():
     }
     found = lab_report.advice(recorded({name: shares(name, dft) for name, dft in p.items()}))
     assert [row["winner"] for row in found["regimes"].values()].count("dft") == 3
-    assert found["now"] == pytest.approx(3 / 5) and found["majority"] == pytest.approx(3 / 5)
+    assert found["then"] == pytest.approx(3 / 5) and found["majority"] == pytest.approx(3 / 5)
+    assert found["now"] == found["left_out"] == pytest.approx(4 / 5)
     assert found["by_quantity"]["mean_probability"] == 1.0

@@ -45,7 +45,7 @@ def recorded(tmp_path_factory):
 def test_each_remedy_is_compared_with_sft_and_with_plain_dft(recorded):
     out, _, _ = recorded
     parts = json.loads((out / "real.json").read_text())["bases"]["tiny"]
-    assert set(parts) == {"rates/sft", "rates/dft", "remedies"}
+    assert set(parts) == {"diagnosis", "rates/sft", "rates/dft", "remedies"}
     found = parts["remedies"]["found"]
     assert list(found) == ["sft", *FEW]
     for kind, line in found.items():
@@ -57,7 +57,7 @@ def test_each_remedy_is_compared_with_sft_and_with_plain_dft(recorded):
 
 def test_finished_parts_are_kept(recorded):
     _, first, again = recorded
-    assert first == again and len(first) == 3
+    assert first == again and len(first) == 4
 
 
 def test_a_part_of_other_seeds_is_made_again(recorded):

@@ -98,7 +98,13 @@ def test_the_table_has_the_advice_and_what_came_out(recorded, tmp_path):
     ],
 )
 def test_advice_is_judged_by_the_interval(favours, ci95, verdict):
-    assert Case("", "", "", "", 0.5, favours, sum(ci95) / 2, ci95).verdict == verdict
+    assert Case("", "", "", "", 0.5, favours, sum(ci95) / 2, ci95).verdict(favours) == verdict
+
+
+def test_the_present_rule_reads_the_recorded_first_token():
+    lost = Case("", "", "", "", 0.4, "either", -0.2, (-0.3, -0.1), p_first=0.01)
+    assert (lost.now, lost.verdict(lost.now), lost.verdict(lost.favours)) == ("sft", "right", "undecided")
+    assert replace(lost, p_first=None).now == "either"
 
 
 def test_the_held_out_questions_are_not_trained_on(rows, monkeypatch):

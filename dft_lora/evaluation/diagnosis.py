@@ -4,7 +4,7 @@ DFT weights each token by its probability. This helps where the base already fin
 (mathematics). Where it does not (new facts, other languages), almost no gradient is left. Beyond Log
 Likelihood (arXiv 2510.00526, table 5) measured the turning point: DFT wins at a mean target probability of
 about 0.8, neither wins at 0.5, and plain NLL wins near 0.1. The thresholds below lie halfway between these
-points.
+points. Between them, a base that does not begin its answers as the solutions do favours SFT (docs/lab.md).
 
 A mean hides single tokens. DFT hardly learns one that the base finds improbable, and the end token of an
 unknown format is one: DFT's answers then never end. So the first token, the end token and the tokens that
@@ -39,6 +39,7 @@ from .token_table import TokenTable
 from .tokens import score
 
 FAVOURS_DFT, FAVOURS_SFT = 0.65, 0.30
+UNKNOWN_START = 0.2  # p(first token): 0.01 to 0.12 where SFT won, 0.36 and more elsewhere (docs/lab.md)
 LOW, HIGH = 0.1, 0.9
 COMMON = 0.5  # a token of the format: it occurs in at least this share of the solutions
 REMEDIES = (
@@ -96,7 +97,7 @@ def metrics(table: TokenTable) -> dict[str, Any]:
     p_M = table.p_M
     mean = float(p_M.mean())
     dft_pull_M = p_M * table.pull_M
-    favoured, verdict = advice(mean)
+    favoured, verdict = advice(mean, float(table.first_E.mean()))
     return {
         "mean_probability": mean,
         "median_probability": float(np.median(p_M)),
@@ -181,13 +182,19 @@ def effective(weight_M: np.ndarray) -> float:
     return float(weight_M.sum() ** 2 / np.square(weight_M).sum())
 
 
-def advice(mean_probability: float) -> tuple[str, str]:
-    """The objective that a mean target probability favours (dft, sft or either), and why, in one sentence."""
+def advice(mean_probability: float, p_first: float) -> tuple[str, str]:
+    """The objective that is favoured (dft, sft or either), and why, in one sentence.
+
+    `mean_probability` is that of all target tokens, `p_first` that of the solutions' first tokens.
+    """
     lead = f"The base gives your target tokens a probability of {mean_probability:.2f} on average"
     if mean_probability >= FAVOURS_DFT:
         return "dft", f"{lead}: it already writes most of these solutions, which favours DFT."
     if mean_probability <= FAVOURS_SFT:
         return "sft", f"{lead}: much of this is new to it, and DFT would learn little of it; use SFT."
+    if p_first < UNKNOWN_START:
+        start = f"and the first token of a solution {p_first:.2f}"
+        return "sft", f"{lead}, {start}: it begins its own answers differently, which favours SFT."
     return "either", f"{lead}: neither objective is expected to win; train both and compare."
 
 

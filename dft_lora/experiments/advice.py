@@ -14,13 +14,13 @@ The advice that DFT will not learn to end its answers is right where plain DFT e
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import Recipe
-from ..evaluation.diagnosis import diagnose
+from ..evaluation.diagnosis import advice, diagnose
 
 MEASURED = ("mean_probability", "share_below_0.1", "share_above_0.9", "nll", "p_end", "p_first")
 ENDED = 0.5
@@ -29,7 +29,10 @@ VERDICTS = ("right", "wrong", "open", "undecided")
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison; `ends`: (whether it was said to end its answers, the share that it ended)."""
+    """One comparison; `favours`: what `diagnose` advised when it was recorded.
+
+    `ends`: (whether it was said to end its answers, the share that it ended).
+    """
 
     experiment: str
     base: str
@@ -39,18 +42,23 @@ class Case:
     favours: str
     difference: float
     ci95: tuple[float, float]
+    p_first: float | None = None
     ends: tuple[bool, float] | None = None
+
+    @property
+    def now(self) -> str:
+        """What `diagnose` advises of the same measurements today."""
+        return self.favours if self.p_first is None else advice(self.mean_probability, self.p_first)[0]
 
     @property
     def outcome(self) -> str:
         low, high = self.ci95
         return "dft" if low > 0 else "sft" if high < 0 else "either"
 
-    @property
-    def verdict(self) -> str:
-        if self.favours == self.outcome:
+    def verdict(self, said: str) -> str:
+        if said == self.outcome:
             return "right"
-        if self.favours == "either":
+        if said == "either":
             return "undecided"
         return "open" if self.outcome == "either" else "wrong"
 
@@ -85,18 +93,25 @@ def advice_table(results: Path) -> str:
     """Advice against outcome as Markdown, and how often it was right."""
     found = cases(results)
     lines = [
-        "| experiment, base | trained on | mean p | advice | compared | points (interval) | advice was |",
-        "|---|---|---:|---|---|---:|---|",
+        "| experiment, base | trained on | mean p | advice | compared | points (interval) | advice was "
+        "| present rule |",
+        "|---|---|---:|---|---|---:|---|---|",
     ]
     for case in found:
         low, high = (100 * bound for bound in case.ci95)
         cells = [f"{case.experiment}, {case.base}", case.trained_on, f"{case.mean_probability:.2f}"]
         cells += [case.favours, case.compared, f"{100 * case.difference:+.1f} ({low:+.1f} to {high:+.1f})"]
         ends = f"; on the end: {case.end_verdict}" if case.ends else ""
-        lines.append(f"| {' | '.join(cells)} | {case.verdict}{ends} |")
-    counts = {verdict: [case.verdict for case in found].count(verdict) for verdict in VERDICTS}
-    said = ", ".join(f"{verdict} {count}" for verdict, count in counts.items())
-    return "\n".join([*lines, "", f"{len(found)} cases: {said}. Intervals are paired, 95 %."])
+        now = f"{case.now}: {case.verdict(case.now)}" if case.now != case.favours else "the same"
+        lines.append(f"| {' | '.join(cells)} | {case.verdict(case.favours)}{ends} | {now} |")
+    then = _counts([case.verdict(case.favours) for case in found])
+    now = _counts([case.verdict(case.now) for case in found])
+    said = f"{len(found)} cases. Advice then: {then}; present rule: {now}. Intervals are paired, 95 %."
+    return "\n".join([*lines, "", said])
+
+
+def _counts(verdicts: Sequence[str]) -> str:
+    return ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in VERDICTS)
 
 
 def _findings(result: Mapping[str, Any]) -> Iterator[Case]:
@@ -113,10 +128,10 @@ def _real(result: Mapping[str, Any]) -> Iterator[Case]:
         }
         if {"new-facts", "above-sft"} <= set(claims):
             yield from _claims("real", base, claims, "DFT with floor 0.1 - SFT")
-            if "remedies" in parts:
-                task, said = next(iter(claims["new-facts"]["diagnosis"].items()))
-                plain = parts["remedies"]["found"]["plain dft"]
-                yield _case("real", base, task, "plain DFT - SFT", said, plain["against_sft"])
+        if {"diagnosis", "remedies"} <= set(parts):
+            said, plain = parts["diagnosis"]["found"], parts["remedies"]["found"]["plain dft"]
+            ends = _ends(said, plain)
+            yield _case("real", base, "its own", "plain DFT - SFT", said, plain["against_sft"], ends)
 
 
 def _claims(experiment: str, base: str, lines: Mapping[str, Any], compared: str) -> Iterator[Case]:
@@ -175,5 +190,6 @@ def _case(
         said["favours"],
         part["difference"],
         (low, high),
+        said.get("p_first"),
         ends,
     )

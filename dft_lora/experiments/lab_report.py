@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
+from ..evaluation import diagnosis
 from ..evaluation import statistics as st
 from .advice import MEASURED
 from .lab import CANDIDATES, CORE, MODES, REGIMES
@@ -164,25 +165,52 @@ def left_out(values: Sequence[float], winners: Sequence[str]) -> float:
     return float(np.mean(hits))
 
 
+def _share_right(said: Sequence[str], winners: Sequence[str]) -> float | None:
+    return float(np.mean([a == b for a, b in zip(said, winners, strict=True)])) if winners else None
+
+
+def _revised_left_out(p_mean: Sequence[float], p_first: Sequence[float], winners: Sequence[str]) -> list[str]:
+    """What the present rule says of each regime if its threshold on p(first token) came from the others.
+
+    As in the rule, p(first token) speaks only where the mean probability names neither, and only for SFT.
+    """
+    said = []
+    for i, mean in enumerate(p_mean):
+        others = [j for j in range(len(p_mean)) if j != i]
+        found = stump([p_first[j] for j in others], [winners[j] for j in others])
+        starts_differently = _said(found, p_first[i]) == "sft"
+        said.append(diagnosis.advice(mean, 0.0 if starts_differently else 1.0)[0])
+    return said
+
+
 def advice(result: Mapping[str, Any]) -> dict[str, Any]:
     """How well what `diagnose` measured predicts the winner of SFT and DFT; see docs/lab.md.
 
-    `now`: accuracy of the advice as it is given. `majority`: of always naming the most frequent winner.
-    `by_quantity`: leave-one-regime-out accuracy of one threshold on each measured quantity.
+    `then`: accuracy of the advice as it was given before the runs. `now`: of the present rule on the same
+    measurements. `left_out`: of the present rule with its threshold on p(first token) read off the other
+    regimes. `majority`: of always naming the most frequent winner. `by_quantity`: leave-one-regime-out
+    accuracy of one threshold on each measured quantity.
     """
     lines = {r: some for r, some in lines_of(result).items() if {"sft", "dft"} <= set(some)}
     said = {regime: result["bases"][regime]["diagnosis"]["found"] for regime in lines}
     winners = [winner(some) for some in lines.values()]
+    p_mean, p_first = ([said[r][key] for r in lines] for key in ("mean_probability", "p_first"))
+    rule = [diagnosis.advice(p, first)[0] for p, first in zip(p_mean, p_first, strict=True)]
     most = max((winners.count(name) for name in set(winners)), default=0)
     enough = len(lines) > 2
     return {
         "regimes": {
-            regime: {"advised": said[regime]["favours"], "winner": won, "p": said[regime]["mean_probability"]}
-            for regime, won in zip(lines, winners, strict=True)
+            regime: {
+                "advised": said[regime]["favours"],
+                "now": now,
+                "winner": won,
+                **{key: said[regime][key] for key in ("mean_probability", "p_first")},
+            }
+            for regime, won, now in zip(lines, winners, rule, strict=True)
         },
-        "now": float(np.mean([said[r]["favours"] == w for r, w in zip(lines, winners, strict=True)]))
-        if lines
-        else None,
+        "then": _share_right([said[regime]["favours"] for regime in lines], winners),
+        "now": _share_right(rule, winners),
+        "left_out": _share_right(_revised_left_out(p_mean, p_first, winners), winners) if enough else None,
         "majority": most / len(lines) if lines else None,
         "by_quantity": {
             key: left_out([said[regime][key] for regime in lines], winners) for key in MEASURED if enough
@@ -241,15 +269,17 @@ def rank_table(lines: Mapping[str, Mapping[str, Any]]) -> str:
 
 def advice_text(found: Mapping[str, Any]) -> str:
     """The advice analysis in a table and a sentence."""
-    table = ["| regime | mean p | advised | won at T = 1 |", "|---|---:|---|---|"]
-    table += [
-        f"| {regime} | {row['p']:.2f} | {row['advised']} | {row['winner']} |"
-        for regime, row in found["regimes"].items()
-    ]
+    table = ["| regime | mean p | p(first token) | advised then | present rule | won at T = 1 |"]
+    table += ["|---|---:|---:|---|---|---|"]
+    for regime, row in found["regimes"].items():
+        p = f"{row['mean_probability']:.2f} | {row['p_first']:.3f}"
+        table.append(f"| {regime} | {p} | {row['advised']} | {row['now']} | {row['winner']} |")
     quantities = ", ".join(f"{key} {share:.2f}" for key, share in found["by_quantity"].items())
-    said = f"The advice as given was right in {found['now']:.2f} of the regimes; always naming the most "
-    said += f"frequent winner in {found['majority']:.2f}."
+    said = f"The advice given before the runs was right in {found['then']:.2f} of the regimes, the present "
+    said += f"rule in {found['now']:.2f}; always naming the most frequent winner in {found['majority']:.2f}."
     if quantities:
+        said += " With its threshold read off the other regimes the present rule is right in "
+        said += f"{found['left_out']:.2f}."
         said += (
             f" One threshold on a measured quantity, leaving out the regime that it predicts: {quantities}."
         )

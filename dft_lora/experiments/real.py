@@ -23,6 +23,7 @@ from ..evaluation.task_results import TaskResults
 from ..evaluation.token_table import TokenTable, tokens_file
 from ..runs.folder import RunFolder
 from ..tasks import available
+from .advice import before_training
 from .claims import FINDINGS, RIVALS, accuracy, contrast, greedy, kinds, sampled
 from .findings import STUDY as EMBEDDED
 from .parts import in_parts
@@ -124,7 +125,9 @@ def other_text_nll(folders: Sequence[RunFolder]) -> float:
 
 
 def parts_of(name: str, runs: Runs) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What is found out about a base, in the order of its cost."""
+    """The advice before any run; then what is found out about a base, in the order of its cost."""
+    first = runs.study.rates[0]
+    yield "diagnosis", lambda: before_training(runs.recipe("main", "sft", first, runs.seeds[0]))
     yield "remedies", lambda: remedies(runs)
     for kind in runs.study.swept:
         yield f"rates/{kind}", lambda kind=kind: by_rate(runs.tried(kind))  # type: ignore[misc]
