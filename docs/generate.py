@@ -161,7 +161,7 @@ def cli() -> str:
     from dft_lora.cli import main
 
     def walk(command: click.Command, path: list[str]) -> list[str]:
-        context = click.Context(command, info_name=" ".join(path), max_content_width=100)
+        context = click.Context(command, info_name=" ".join(path), **main.context_settings)
         text = [f"## {' '.join(path)}\n\n```\n{command.get_help(context)}\n```"]
         for name, sub in sorted(getattr(command, "commands", {}).items()):
             text += walk(sub, [*path, name])
