@@ -423,7 +423,7 @@ def diagnose(recipe: str, changes: tuple[str, ...], examples: int, as_json: bool
 def app(run_dirs, **options) -> None:
     """Open the page: compare the runs' answers side by side, token by token.
 
-    Without RUN_DIR it shows the runs of make real, else of dft-lora demo, else those of the package.
+    Without RUN_DIR it shows the runs of make real, or else of dft-lora demo, or else the shipped ones.
 
     Example: dft-lora app runs/demo/base runs/demo/sft runs/demo/dft
     """
@@ -539,7 +539,7 @@ run_argument = click.argument("run_dir", type=UserPath())
     default="bfloat16",
     type=click.Choice(["bfloat16", "float16"]),
     show_default=True,
-    help="Of the merged weights.",
+    help="Data type of the merged weights.",
 )
 @json_option
 def merge(run_dir: str, out: str, dtype: str, as_json: bool) -> None:

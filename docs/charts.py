@@ -11,6 +11,7 @@ rl.png          accuracy against cost of SFT, DFT and RL methods (docs/results/r
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.transforms import Bbox
 
 DOCS = Path(__file__).resolve().parent
 CHARTS, RESULTS, BENCH = DOCS / "charts", DOCS / "results", DOCS.parent / "dft_lora" / "bench" / "results"
@@ -186,10 +188,12 @@ def rl() -> None:
     figure, axes = plt.subplots(
         len(bases), 2, figsize=(9, 3.6 * len(bases)), squeeze=False, layout="constrained"
     )
+    found: list[tuple[plt.Axes, list[tuple[str, float, float, str]]]] = []
     for (name, base), row in zip(bases.items(), axes, strict=True):
         lines = {kind: part["found"] for kind, part in base["table"].items()}
         for axis, suffix in zip(row, ("", " greedy"), strict=True):
             columns = [task + suffix for task in base["settings"]["tasks"]]
+            points: list[tuple[str, float, float, str]] = []
             for kind, line in lines.items():
                 share = 100 * np.mean([line["accuracy"][column] for column in columns])
                 if line["cost"] is None:
@@ -198,9 +202,7 @@ def rl() -> None:
                 seconds = np.mean([run["processor_seconds"] for run in line["cost"]])
                 colour = OURS if kind.startswith("dft") else COLOURS["sft"] if kind == "sft" else "#374151"
                 axis.plot(seconds, share, "o", color=colour, markersize=5)
-                axis.annotate(
-                    kind, (seconds, share), (4, 3), textcoords="offset points", fontsize=7, color=colour
-                )
+                points.append((kind, seconds, share, colour))
             axis.set_xscale("log")
             axis.margins(x=0.45, y=0.12)
             for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
@@ -210,7 +212,31 @@ def rl() -> None:
             axis.set_ylabel("percent correct, mean of the test sets")
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(alpha=0.2)
+            found.append((axis, points))
+    figure.canvas.draw()  # labels are placed where the points have come to lie
+    for axis, points in found:
+        name_points(axis, points)
     save(figure, "rl.png")
+
+
+def name_points(axis: plt.Axes, points: Sequence[tuple[str, float, float, str]]) -> None:
+    """Write each name beside its point, at the first of eight places where it covers nothing."""
+    places = [(5, 3, "left"), (-5, 3, "right"), (5, -9, "left"), (-5, -9, "right")]
+    places += [(5, 12, "left"), (-5, 12, "right"), (5, -18, "left"), (-5, -18, "right")]
+    dots = [axis.transData.transform((x, y)) for _, x, y, _ in points]
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in dots]
+    for (name, x, y, colour), own in zip(points, list(taken), strict=True):
+        for dx, dy, side in places:
+            text = axis.annotate(
+                name, (x, y), (dx, dy), textcoords="offset points", fontsize=7, color=colour, ha=side
+            )
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken if other is not own):
+                break
+            text.remove()
+        else:
+            text = axis.annotate(name, (x, y), (5, 3), textcoords="offset points", fontsize=7, color=colour)
+        taken.append(text.get_window_extent())
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def real_demo() -> str:
                 low, high = found["ci95" if key == "avg" else "greedy_ci95"]
                 cells.append(f"{100 * found[key]:.1f} ({100 * low:.0f} to {100 * high:.0f})")
             cells.append(f"{100 * (1 - found['truncated']):.0f} %")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {shown(name)} | {' | '.join(cells)} |")
     leads = [f"{lead(report, task, key)} | " for task in tasks for key in ("avg", "greedy")]
     lines.append(
         "| DFT - SFT | " + "".join(f"{a}{b}| " for a, b in zip(leads[::2], leads[1::2], strict=True))
@@ -350,8 +350,9 @@ def real() -> str:
         lines += [
             "",
             f"Percent correct on `{first}`, {recorded['problems']} problems with 4 samples each; the last "
-            f"column is over all {tasks} sets. {seeds}; differences in points with "
-            f"paired 95 % intervals. Recorded on {recorded['date'][:10]}, commit {recorded['commit']}.",
+            f"column is over all {tasks} sets. {seeds}; rows of one seed are compared with SFT's run of "
+            f"that seed. Differences in points with paired 95 % intervals. "
+            f"Recorded on {recorded['date'][:10]}, commit {recorded['commit']}.",
         ]
     return "\n".join(lines)
 
@@ -359,7 +360,12 @@ def real() -> str:
 def seeds_of(kind: str, recorded: dict[str, Any]) -> str:
     """The kind, and how many seeds it has where they are fewer than the experiment's."""
     seeds = recorded["found"][kind]["seeds"]
-    return kind if seeds == len(recorded["seeds"]) else f"{kind} ({plural(seeds, 'seed')})"
+    return shown(kind) if seeds == len(recorded["seeds"]) else f"{shown(kind)} ({plural(seeds, 'seed')})"
+
+
+def shown(kind: str) -> str:
+    """A kind of run by its objective: on real bases `dft` is DFT with a floor, beside `plain dft`."""
+    return "dft with a floor" if kind == "dft" else kind
 
 
 def plural(number: int, word: str) -> str:
@@ -385,7 +391,7 @@ def rates() -> str:
                     f"{rate}: {', '.join(f'{100 * share:.1f}' for share in by_seed)}"
                     for rate, by_seed in recorded["found"].items()
                 )
-                lines.append(f"| {base} | {part.removeprefix('rates/')} | {said} |")
+                lines.append(f"| {base} | {shown(part.removeprefix('rates/'))} | {said} |")
     head = ["| base | | learning rate: percent correct at T = 1, by seed |", "|---|---|---|"]
     return "\n".join(head + lines) if lines else NOT_YET
 
@@ -416,7 +422,7 @@ def commonsense() -> str:
             trained = kind not in ("base", "sft")
             against = [difference(found[name]) if trained else "" for name in AGAINST_SFT]
             cells = [
-                kind,
+                shown(kind),
                 f"{found['learning_rate']:g}" if kind != "base" else "",
                 *(f"{100 * found['accuracy'][column]:.1f}" for column in written),
                 *against[:2],

@@ -397,7 +397,7 @@ def test_choices_longer_than_the_models_positions_are_refused(runs, local, tmp_p
     path = shutil.copytree(runs[0], tmp_path / "base")
     monkeypatch.setattr("dft_lora.evaluation.evaluate.positions", lambda config: 20)
     with pytest.raises(
-        RequestError, match=r"openbookqa, .*: prompt and choice have \d+ tokens, .* 20 positions"
+        RequestError, match=r"openbookqa, .*: prompt and choice have \d+ tokens, but .* 20 positions"
     ):
         evaluate([path], ["openbookqa"], limit=2)
     assert not (path / "evaluation").exists()

@@ -88,7 +88,7 @@ def test_an_answer_ends_where_the_models_positions_do(fresh, monkeypatch, caplog
     assert all(prompts[one.problem] + one.tokens <= 60 for one in given)
     assert any(prompts[one.problem] + one.tokens == 60 and one.truncated for one in given)
     monkeypatch.setattr("dft_lora.evaluation.evaluate.positions", lambda config: 20)
-    with pytest.raises(RequestError, match="tokens, and the model 20 positions"):
+    with pytest.raises(RequestError, match="tokens, but the model has only 20 positions"):
         evaluate([fresh[0]], ["arithmetic"], limit=3, changes=["samples=1"], overwrite=True)
     assert read_attempts(fresh[0] / "evaluation/arithmetic.jsonl") == given, "nothing was overwritten"
 

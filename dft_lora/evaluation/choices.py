@@ -70,8 +70,8 @@ def choice_texts(asked: Asked, room: int) -> dict[str, list[Example]]:
     for name, examples in texts.items():
         if (longest := max(len(example.ids) for example in examples)) > room:
             raise RequestError(
-                f"{asked.task.name}, {name}: prompt and choice have {longest} tokens, and the model {room} "
-                "positions"
+                f"{asked.task.name}, {name}: prompt and choice have {longest} tokens, but the model has only "
+                f"{room} positions; leave the problem out, or lower evaluate.shots"
             )
     return texts
 

@@ -169,7 +169,8 @@ def _prompts(asked: Asked, room: int) -> dict[str, tuple[int, ...]]:
         if len(prompt) >= room:
             where = f"{asked.task.name}, {name}"
             raise RequestError(
-                f"{where}: its prompt has {len(prompt)} tokens, and the model {room} positions"
+                f"{where}: its prompt has {len(prompt)} tokens, but the model has only {room} positions; "
+                "leave the problem out, or lower evaluate.shots"
             )
     return prompts
 

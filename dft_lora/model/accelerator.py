@@ -221,7 +221,9 @@ def default_device() -> torch.device:
     """
     if wanted := os.environ.get("DFT_LORA_DEVICE"):
         if wanted != "cpu":
-            raise RequestError(f"DFT_LORA_DEVICE={wanted}: only cpu; without it the accelerator is found")
+            raise RequestError(
+                f"DFT_LORA_DEVICE={wanted}: only 'cpu' is accepted; unset it to use an accelerator"
+            )
         return torch.device("cpu")
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None:

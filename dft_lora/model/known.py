@@ -200,7 +200,7 @@ def accept(name: str, terms: Terms) -> None:
     except OSError as error:
         raise RequestError(
             f"the cache {cache_folder()} cannot be written ({error.strerror}); "
-            "DFT_LORA_CACHE names another folder"
+            "set DFT_LORA_CACHE to another folder"
         ) from None
 
 

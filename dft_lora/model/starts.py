@@ -124,7 +124,9 @@ def start_of(model: Any, config: AdapterConfig) -> Weights | None:
         rank = weight.shape[0 if "lora_A" in name else 1]
         if rank != config.r:
             layer = name.rsplit(".lora_", 1)[0].removeprefix("base_model.model.")
-            raise ModelError(f"adapter.r: {config.r} is more than {layer} has with {config.init}, {rank}")
+            raise ModelError(
+                f"adapter.r {config.r}: {config.init} allows at most {rank} for {layer}; lower it"
+            )
     return {name: weight.detach().float().clone() for name, weight in first.items()}
 
 

@@ -146,7 +146,7 @@ def refuse_all_truncated(answers: Iterable[Sequence[Answer]], config: RolloutCon
     if all(cut):
         raise RunError(
             f"{what}: all {len(cut)} answers were cut at rollouts.max_new_tokens {config.max_new_tokens}, so "
-            "there is nothing to learn from; raise it"
+            "there is nothing to learn from; raise that limit"
         )
 
 

@@ -235,7 +235,8 @@ class Session:
         same_base(folders, [one.recipe() for one in folders])
         if len(self.added) == MAX_ADDED:
             raise RequestError(
-                f"the page holds {MAX_ADDED} more runs; see it with dft-lora app {folder.path}"
+                f"{MAX_ADDED} runs were added to this page already; open this one with dft-lora app "
+                f"{folder.path}"
             )
         run = folder.whole.path.resolve()
         wanted = f"{run.name}-{run.parent.name}".replace(".", "_")
@@ -333,7 +334,9 @@ class Session:
         runs = self.runs if runs is None else runs
         sets = [Texts(examples, self._adapter(run)) for run in runs]
         if sets[0].longest > self.positions:
-            raise RequestError(f"problem: its {sets[0].longest} tokens exceed the model's {self.positions}")
+            raise RequestError(
+                f"problem: its {sets[0].longest} tokens exceed the model's {self.positions} positions"
+            )
         found: dict[str, list[float]] = {}
         with self.lock:
             for places, logps in score_texts(self.model, sets, pad_id=renderer.pad_id):
