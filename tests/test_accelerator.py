@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig
 
 from dft_lora.config import load_recipe
 from dft_lora.errors import RecipeError, RequestError
 from dft_lora.model.accelerator import KINDS, Accelerator, Cpu, Mps, accelerator, default_device
 from dft_lora.model.generate import Request, _choose, _Row, random_stream
 from dft_lora.model.hardware import choose
+from dft_lora.model.limits import overflows_float16
 from dft_lora.training.faults import is_out_of_memory
 from dft_lora.training.loop import train
 
@@ -37,9 +39,10 @@ class TorchModule(SimpleNamespace):
             "get_device_name": "an accelerator",
             "get_device_properties": SimpleNamespace(total_memory=2**33, has_fp64=False),
             "recommended_max_memory": 2**33,
-            "driver_allocated_memory": 2**32,
+            "current_allocated_memory": 2**32,
             "mem_get_info": (2**32, 2**33),
             "memory_allocated": 2**20,
+            "memory_reserved": 2**20 + 2**19,
             "max_memory_allocated": 2**21,
         }
 
@@ -87,7 +90,8 @@ def test_a_resumed_run_takes_up_the_devices_own_generator(fake, tmp_path):
 
 def test_memory_is_what_the_device_says(fake):
     device = accelerator(CPU)
-    assert (device.total_memory, device.free_memory) == (2**33, 2**32)
+    kept = 2**19 if device.counts_memory else 0  # by the allocator, for reuse
+    assert (device.total_memory, device.free_memory) == (2**33, 2**32 + kept)
     if device.counts_memory:
         assert (device.allocated(), device.peak()) == (2**20, 2**21)
 
@@ -117,6 +121,15 @@ def test_the_dtype_follows_what_the_device_computes(fake, monkeypatch):
     assert choose(parameters=10**9, device=CPU).dtype == torch.float32
 
 
+def test_gemma_is_not_computed_in_float16(monkeypatch):
+    gemma, qwen = (AutoConfig.for_model(kind) for kind in ("gemma3_text", "qwen2"))
+    monkeypatch.setitem(KINDS, "cuda", type("T4", (Accelerator,), {"name": "T4", "computes_bfloat16": False}))
+    for config, dtype in ((gemma, torch.float32), (qwen, torch.float16)):
+        chosen = choose("auto", 10**9, torch.device("cuda", 0), overflows_float16(config))
+        assert chosen.dtype == dtype and chosen.scales_loss == (dtype == torch.float16)
+    assert choose("float16", 10**9, torch.device("cuda", 0), overflows=True).dtype == torch.float16
+
+
 def test_without_4_bits_the_base_stays_in_16_and_the_run_says_so(fake, monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(KINDS["cpu"], "quantizes", False)
     with caplog.at_level(logging.WARNING):
@@ -134,11 +147,13 @@ def test_without_4_bits_the_base_stays_in_16_and_the_run_says_so(fake, monkeypat
 def test_an_accelerator_that_torch_finds_is_taken(monkeypatch, kind):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(kind))
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert default_device() == torch.device(kind, 1)
+    for count, index in ((2, 1), (1, 0)):  # SLURM may show each process one device only
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda count=count: count)
+        assert default_device() == torch.device(kind, index)
     monkeypatch.setenv("DFT_LORA_DEVICE", "cpu")
     assert default_device() == CPU
     monkeypatch.setenv("DFT_LORA_DEVICE", "gpu")
-    with pytest.raises(RequestError, match="DFT_LORA_DEVICE=gpu: only cpu"):
+    with pytest.raises(RequestError, match="DFT_LORA_DEVICE=gpu: only 'cpu'"):
         default_device()
 
 

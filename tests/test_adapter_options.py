@@ -7,10 +7,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from loss_cases import distance
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dft_lora.cli import main
-from dft_lora.config import load_recipe, parse_recipe
+from dft_lora.config import ModelConfig, load_recipe, parse_recipe
 from dft_lora.data.batches import epoch_order
 from dft_lora.errors import ModelError, RecipeError, RequestError
 from dft_lora.export import card, merge, to_llama_cpp, vllm_command
@@ -18,6 +20,7 @@ from dft_lora.model import backends
 from dft_lora.model.adapters import adapter_layers, mixed
 from dft_lora.model.backends import build
 from dft_lora.model.load import add_lora, load_adapters, load_base, weights_of
+from dft_lora.model.lora_inputs import keep_inputs_narrow
 from dft_lora.model.starts import follow_inputs
 from dft_lora.training.checkpoints import Checkpoints, write_adapter
 from dft_lora.training.loop import train
@@ -285,6 +288,29 @@ def test_rows_of_an_int8_base_do_not_depend_on_their_batch(tmp_path):
     with torch.no_grad():
         together = base(input_ids=torch.tensor([one, other])).logits
     assert distance(together[0], logits(base, one)) < 1e-5
+
+
+def test_an_8_bit_layer_with_a_bias_is_trained(tmp_path):
+    """bitsandbytes returns a view from a Function of its own there, as on CUDA without a bias."""
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    base = load_base(ModelConfig(name=str(tmp_path), quantization="int8"), CPU)[0]
+    peft = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    ids_BL = torch.arange(5, 29).view(2, 12)
+
+    def gradients():
+        peft.zero_grad()
+        peft(input_ids=ids_BL).logits.square().mean().backward()
+        return {name: p.grad.clone() for name, p in peft.named_parameters() if p.grad is not None}
+
+    theirs = gradients()
+    keep_inputs_narrow(peft)
+    ours = gradients()
+    assert len(ours) == 2
+    assert all(distance(ours[name], theirs[name]) < 1e-5 for name in theirs)
 
 
 def test_several_adapters_in_one_batch(trained):

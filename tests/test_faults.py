@@ -384,6 +384,10 @@ def test_layouts_shrink_to_one_row_of_one_example_and_no_further():
 
 
 def test_other_errors_pass_through(make_trainer):
+    for said in ("CUDA error: out of memory", "Triton Error [CUDA]: out of memory"):
+        assert is_out_of_memory(RuntimeError(said))
+    handle = "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+    assert is_out_of_memory(RuntimeError(handle))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     trainer = make_trainer()
     first_layer(trainer).register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("other")))

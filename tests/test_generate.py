@@ -222,7 +222,7 @@ def test_attention_over_one_token_is_that_of_transformers(model, monkeypatch, le
     monkeypatch.setattr(attention, "scaled_dot_product_attention", spy)
     theirs = run(model, requests, stop_ids=())
     assert shapes == []
-    attention.use_one_token(model)
+    attention.use_packed_heads(model)
     try:
         assert run(model, requests, stop_ids=()) == theirs
     finally:
@@ -233,14 +233,32 @@ def test_attention_over_one_token_is_that_of_transformers(model, monkeypatch, le
 
 def test_a_model_that_chooses_its_mask_by_the_name_of_its_attention_keeps_it(model, monkeypatch):
     monkeypatch.setattr(bare(model).config, "model_type", "deepseek_v32")
-    attention.use_one_token(model)
+    attention.use_packed_heads(model)
     assert bare(model).config._attn_implementation == "sdpa"
 
 
 def test_attention_with_a_soft_cap_is_left_to_transformers():
     query, past = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 3, 8)
     with pytest.raises(ValueError, match="softcap"):
-        attention._one_token(torch.nn.Identity(), query, past, past, None, softcap=30.0)
+        attention._packed_heads(torch.nn.Identity(), query, past, past, None, softcap=30.0)
+
+
+def test_an_older_gpu_gets_keys_and_values_repeated(monkeypatch):
+    query, past = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
+    layer = torch.nn.Identity()
+    layer.num_key_value_groups, layer.is_causal = 2, True
+    shared, _ = attention._packed_heads(layer, query, past, past, None)
+    monkeypatch.setattr(attention, "lacks_shared_heads", lambda device: True)
+    heads = []
+
+    def spy(query, key, value, **kwargs):
+        heads.append((query.shape[1], key.shape[1], value.shape[1]))
+        return scaled_dot_product_attention(query, key, value, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    repeated, _ = attention._packed_heads(layer, query, past, past, None)
+    torch.testing.assert_close(repeated, shared)
+    assert heads == [(4, 4, 4)]
 
 
 @pytest.mark.parametrize("shared", [0, 70])

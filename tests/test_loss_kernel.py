@@ -15,6 +15,14 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 needs_gpu = pytest.mark.skipif(bool(kernel_missing()), reason=kernel_missing() or "runs")
 
 
+@needs_triton
+def test_where_triton_does_not_start_torch_operations_run(monkeypatch, caplog):
+    """As on a machine without a C compiler; here it finds no driver."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "triton does not start" in kernel_missing.__wrapped__()
+    assert "the loss runs in torch operations" in caplog.text
+
+
 def run(script: str, **environment: str) -> str:
     """The script in a process of its own: Triton reads TRITON_INTERPRET once, when it is imported."""
     command = [sys.executable, "-W", "ignore", "-c", script]

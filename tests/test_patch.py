@@ -396,6 +396,12 @@ def test_a_soft_capped_head_is_served(batch):
         assert distance(capped(**batch).loss, truth) < 1e-5
 
 
+def test_copies_for_several_gpus_are_refused(model, batch):
+    with patch(model), pytest.raises(RequestError, match="accelerate launch"):
+        bare(model)._replicate_for_data_parallel()
+    bare(model)._replicate_for_data_parallel()
+
+
 def test_refused_by_name(model, batch):
     with pytest.raises(RequestError, match=r"cadft.*optimizer step"):
         patch(model, "cadft")

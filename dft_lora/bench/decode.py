@@ -27,7 +27,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..model.accelerator import accelerator, default_device
-from ..model.attention import ONE_TOKEN
+from ..model.attention import PACKED_HEADS
 from ..model.generate import Request, stream
 from ..model.generation_memory import Bound
 from ..model.head import bare, check_head
@@ -96,7 +96,7 @@ def theirs(model: Any, requests: Sequence[Request]) -> list[Ticks]:
     """A run of `model.generate` for each adapter, with transformers' own attention."""
     core = bare(model)
     ours = core.config._attn_implementation
-    core.set_attn_implementation("sdpa" if ours == ONE_TOKEN else ours)
+    core.set_attn_implementation("sdpa" if ours == PACKED_HEADS else ours)
     try:
         return [
             _generated(model, [r for r in requests if r.adapter == name], name)

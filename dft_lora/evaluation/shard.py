@@ -19,9 +19,9 @@ class Shard:
             return cls()
         from accelerate import PartialState
 
-        from ..model.accelerator import default_device
+        from ..model.accelerator import LONGEST_WAIT, default_device
 
-        state = PartialState(cpu=default_device().type == "cpu")
+        state = PartialState(cpu=default_device().type == "cpu", timeout=LONGEST_WAIT)
         return cls(state.process_index, state.num_processes)
 
     @property

@@ -13,6 +13,7 @@ width, V vocabulary, K entries of a top-k.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -22,8 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import one_line
 from .head import Head, Target, accumulator
 from .row_statistics import HALF_GAIN, TOP_K, RowSums, row_sums_shapes, torch_row_sums_
+
+log = logging.getLogger(__name__)
 
 
 class OtherEntries(NamedTuple):
@@ -157,7 +161,17 @@ def kernel_missing() -> str:
     """Why the row pass runs in torch operations, not in the Triton kernel; empty where the kernel runs."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return "" if find_spec("triton") else "triton is not installed"
+    if not find_spec("triton"):
+        return "triton is not installed"
+    try:  # its first launch compiles a host module, which needs a C compiler and Python's headers
+        from triton.runtime import driver
+
+        driver.active.get_current_device()
+    except Exception as error:
+        why = f"triton does not start ({type(error).__name__}: {one_line(error)})"
+        log.warning("%s: the loss runs in torch operations, which are slower", why)
+        return why
+    return ""
 
 
 def _jacobian(head: Head, e_CV: Tensor, row_CD: Tensor, q_C: Tensor, gain_C: Tensor) -> Tensor:

@@ -74,9 +74,11 @@ def row_sums_(
     C, V = u_CV.shape
     max_C, sum_C, dot_C, square_C = u_CV.new_empty(4, C, dtype=torch.float32)
     bias_V = None if head.bias_V is None else head.logit_scale * head.bias_V.float()
-    _rows[(C,)](
-        u_CV, u_CV.stride(0), y_C, shift_C, head.cap(shift_C.float()), max_C if bias_V is None else bias_V,
-        max_C, sum_C, dot_C, square_C, V, float(head.softcap or 1.0), HALF_GAIN, BIAS=bias_V is not None,
-        CAP=head.softcap is not None, WRITE=write, GAIN=u_CV.dtype == torch.float16, BLOCK=BLOCK, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(u_CV):  # Triton launches on the current device, wherever the tensors are
+        _rows[(C,)](
+            u_CV, u_CV.stride(0), y_C, shift_C, head.cap(shift_C.float()),
+            max_C if bias_V is None else bias_V, max_C, sum_C, dot_C, square_C, V, float(head.softcap or 1.0),
+            HALF_GAIN, BIAS=bias_V is not None, CAP=head.softcap is not None, WRITE=write,
+            GAIN=u_CV.dtype == torch.float16, BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
     return RowSums(max_C, sum_C, dot_C, square_C if "sum_p_squared" in needs else None, None)

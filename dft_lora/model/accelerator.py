@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,9 @@ from typing import Any, Literal
 import torch
 
 from ..errors import RequestError
+
+LONGEST_WAIT = timedelta(days=7)
+"""Of one process for another, which may answer or sample for hours. NCCL's default is ten minutes."""
 
 
 class Accelerator:
@@ -65,8 +69,9 @@ class Accelerator:
 
     @property
     def free_memory(self) -> int:
-        """Bytes that new tensors may take now."""
-        return self._torch.mem_get_info(self.device)[0]
+        """Bytes for new tensors now: the device's free ones, and those that torch keeps for reuse."""
+        kept = self._torch.memory_reserved(self.device) - self._torch.memory_allocated(self.device)
+        return self._torch.mem_get_info(self.device)[0] + kept
 
     def allocated(self) -> int:
         """Bytes of tensors now, after all work that was queued."""
@@ -190,7 +195,7 @@ class Mps(Cpu):
 
     @property
     def free_memory(self) -> int:
-        return self.total_memory - self._torch.driver_allocated_memory()
+        return self.total_memory - self._torch.current_allocated_memory()
 
     def synchronize(self) -> None:
         self._torch.synchronize()
@@ -215,7 +220,7 @@ def accelerator(device: torch.device) -> Accelerator:
 
 
 def default_device() -> torch.device:
-    """The process's own accelerator (LOCAL_RANK under a launcher), else the CPU.
+    """The process's own accelerator (LOCAL_RANK under a launcher, modulo those it sees), else the CPU.
 
     The environment variable DFT_LORA_DEVICE=cpu leaves an accelerator alone. Raises RequestError for another.
     """
@@ -228,4 +233,4 @@ def default_device() -> torch.device:
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None:
         return torch.device("cpu")
-    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count())

@@ -1,4 +1,4 @@
-"""Attention: the kind that packed rows use, whether their examples stay apart, and one token on a CPU."""
+"""Attention: the kind that packed rows use, whether their examples stay apart, and heads that share keys."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..config import DataConfig
 from ..data.batches import micro_batches
 from ..data.packing import Arrange, CheapestPacking, Packed
 from ..errors import ModelError
+from .accelerator import accelerator
 from .head import bare, hidden_states
 
 CPU_ATTENTION = 3.5
@@ -21,17 +22,23 @@ Half of their rate was measured (rows of 100 to 800 tokens), and a backward pass
 stands against 1: frozen weights have no gradient.
 """
 
-ONE_TOKEN = "sdpa_one_token"
-"""The name under which transformers knows `_one_token`."""
+PACKED_HEADS = "sdpa_packed_heads"
+"""The name under which transformers knows `_packed_heads`."""
 PLAIN = {"llama", "mistral", "qwen2", "qwen3", "gemma3_text"}
 """Kinds of model that may use it. Others choose their masks by the name `sdpa`, sparse ones for example."""
 
 
-def use_one_token(model: Any) -> None:
-    """Let a decoding step on a CPU read each key and value once for all heads that share them.
+def lacks_shared_heads(device: torch.device) -> bool:
+    """Whether torch has no fused kernel there for heads that share keys: CUDA GPUs older than Ampere."""
+    return device.type == "cuda" and not accelerator(device).computes_bfloat16
 
-    transformers does so only where the rows differ in length. Otherwise it leaves the sharing to torch, whose
-    CPU kernel reads them once per head: 2.5 to 4 times as slow with 3 heads per key-value head.
+
+def use_packed_heads(model: Any) -> None:
+    """Let the heads that share keys and values read them together, on a CPU or on an older GPU.
+
+    Where all rows of a batch are equally long, transformers leaves the sharing to torch. For one token its
+    CPU kernel reads keys and values once per query head: 2.5 to 4 times as slow with 3 heads per key-value
+    head. On an older GPU (T4) only torch's math kernel shares heads, and it stores all attention scores.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -39,12 +46,12 @@ def use_one_token(model: Any) -> None:
     core = bare(model)
     if core.config._attn_implementation != "sdpa" or core.config.model_type not in PLAIN:
         return
-    AttentionInterface.register(ONE_TOKEN, _one_token)
-    AttentionMaskInterface.register(ONE_TOKEN, sdpa_mask)
-    core.set_attn_implementation(ONE_TOKEN)
+    AttentionInterface.register(PACKED_HEADS, _packed_heads)
+    AttentionMaskInterface.register(PACKED_HEADS, sdpa_mask)
+    core.set_attn_implementation(PACKED_HEADS)
 
 
-def _one_token(
+def _packed_heads(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -54,15 +61,22 @@ def _one_token(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' `sdpa`, but a token's heads that share keys and values are the rows of one query."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    """transformers' `sdpa`, but a token's heads that share keys and values are the rows of one query.
+
+    For several tokens keys and values are repeated, where the device cannot share them.
+    """
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
     other = any(more.get(name) is not None for name in ("softcap", "position_bias", "cache"))
-    if other or attention_mask is not None or query.shape[2] > 1 or query.shape[1] == key.shape[1]:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
-    grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3])
-    out = scaled_dot_product_attention(grouped, key, value, dropout_p=dropout, scale=scaling)
-    return out.reshape(len(query), 1, query.shape[1], value.shape[3]), None
+    heads = query.shape[1] // key.shape[1]
+    if not other and attention_mask is None and heads > 1:
+        if query.shape[2] == 1:
+            grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+            out = scaled_dot_product_attention(grouped, key, value, dropout_p=dropout, scale=scaling)
+            return out.reshape(len(query), 1, query.shape[1], value.shape[3]), None
+        if lacks_shared_heads(query.device) and key.shape[3] <= 256:  # wider ones transformers repeats itself
+            key, value = repeat_kv(key, heads), repeat_kv(value, heads)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
 
 
 def use_varlen(model: Any) -> bool:
@@ -71,6 +85,8 @@ def use_varlen(model: Any) -> bool:
 
     core = bare(model)
     if core.device.type != "cuda" or core.dtype == torch.float32 or not is_flash_attn_2_available():
+        return False
+    if not accelerator(core.device).computes_bfloat16:  # flash attention 2 needs Ampere
         return False
     try:
         core.set_attn_implementation("flash_attention_2")

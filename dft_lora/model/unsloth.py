@@ -20,11 +20,18 @@ from typing import Any
 import torch
 
 from ..config import Recipe
+from ..data.batches import rounded
 from ..errors import MissingPart, ModelError, one_line
 from .built import Built
-from .hardware import choose
 from .head import bare, check_head, head_of, hidden_states
-from .load import CHECKPOINTING_FROM, count_parameters, keep_differentiable, load_model_config, resolve
+from .load import (
+    CHECKPOINTING_FROM,
+    count_parameters,
+    hardware_of,
+    keep_differentiable,
+    load_model_config,
+    resolve,
+)
 from .lora_inputs import keep_inputs_narrow
 
 LEAST = (2026, 10, 9)
@@ -59,14 +66,14 @@ def build_with_unsloth(recipe: Recipe, device: torch.device) -> Built:
     language_model = import_unsloth().FastLanguageModel
     config, adapter = recipe.model, recipe.adapter
     parameters = count_parameters(load_model_config(config))
-    hardware = choose(config.dtype, parameters, device)
+    hardware = hardware_of(config, device)
     wanted = recipe.train.gradient_checkpointing
     checkpointing = (
         device.type == "cuda" and parameters >= CHECKPOINTING_FROM if wanted == "auto" else bool(wanted)
     )
     base, _ = language_model.from_pretrained(
         resolve(config),
-        max_seq_length=recipe.data.max_length,
+        max_seq_length=rounded(recipe.data.max_length),  # a padded row is not longer
         dtype=hardware.dtype,
         load_in_4bit=config.quantization == "nf4",
         use_exact_model_name=True,  # the weights of the recipe, not unsloth's own 4-bit copy of them

@@ -20,8 +20,8 @@ from ..data.templates import Renderer
 from ..errors import MissingPart, RequestError
 from ..runs.folder import read_json
 from .generate import Completion, Request, random_stream
-from .hardware import choose, dtype_name
-from .load import count_parameters, load_model_config, resolve, unpack
+from .hardware import dtype_name
+from .load import hardware_of, resolve, unpack
 
 AT_ONCE = 1024  # requests per call: what is lost if the process is killed
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM accepts for max_lora_rank
@@ -51,7 +51,7 @@ class Vllm:
         from vllm.lora.request import LoRARequest
 
         config = recipe.model
-        hardware = choose(config.dtype, count_parameters(load_model_config(config)))
+        hardware = hardware_of(config)
         dtype = dtype_name(hardware.dtype)
         self.provenance: dict[str, Any] = {"device": hardware.name, "dtype": dtype, "engine": "vllm"}
         self.stop_ids, self.stop = sorted(renderer.stop_ids), list(recipe.evaluate.stop)

@@ -160,11 +160,14 @@ def ran_out_of_memory(work: Callable[[], Any]) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch's own error, Python's, or the messages of its allocators and of cuBLAS."""
+    """torch's own error, Python's, or the messages of its allocators, of the CUDA driver and of cuBLAS."""
     texts = (
         "DefaultCPUAllocator: can't allocate memory",
         "CUDA out of memory",
+        "CUDA error: out of memory",
+        "Triton Error [CUDA]: out of memory",
         "CUBLAS_STATUS_ALLOC_FAILED",
+        "when calling `cublasCreate",
         "MPS backend out of memory",
     )
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(t in str(error) for t in texts)

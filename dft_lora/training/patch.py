@@ -224,7 +224,14 @@ def _wrapping(kind: Any) -> type:
             value = Forward(value, self.__dict__["forward"].patch)
         kind.__setattr__(self, name, value)
 
-    return type(kind.__name__, (kind,), {"__setattr__": set_attribute, "__module__": kind.__module__})
+    def refuse_replicas(self: Any) -> None:
+        raise RequestError(
+            "a patched model cannot be copied to several GPUs by torch.nn.DataParallel, which transformers "
+            "uses where it sees more than one: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0"
+        )
+
+    own = {"__setattr__": set_attribute, "_replicate_for_data_parallel": refuse_replicas}
+    return type(kind.__name__, (kind,), {**own, "__module__": kind.__module__})
 
 
 def _documents(position_ids: torch.Tensor | None, h_BLD: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,8 @@ import torch
 
 from ..config import Recipe
 from ..errors import RequestError, RunError
-from ..model.accelerator import accelerator
-from ..model.hardware import choose
+from ..model.accelerator import LONGEST_WAIT, accelerator
+from ..model.load import hardware_of
 from ..model.memory import DeviceMemory, Memory
 from .faults import is_out_of_memory
 from .trackers import check_trackers
@@ -28,13 +28,14 @@ class Ranks:
     """
 
     def __init__(self, recipe: Recipe):
-        from accelerate import Accelerator
+        from accelerate import Accelerator, InitProcessGroupKwargs
 
-        hardware = choose(recipe.model.dtype)
+        hardware = hardware_of(recipe.model)
         # Without `cpu`, accelerate treats two CPU processes of torchrun as two separate runs.
         self.accelerator = Accelerator(
             cpu=hardware.device.type == "cpu",
             mixed_precision="no",  # no autocast: LoRA stays in float32
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
             log_with=check_trackers(recipe.train.trackers),
             project_dir=str(recipe.output_dir),
         )

@@ -10,8 +10,8 @@ import torch
 from ..config import Recipe, RolloutConfig, digest
 from ..errors import RequestError
 from ..model.fingerprint import base_fingerprint
-from ..model.hardware import choose, dtype_name
-from ..model.load import count_parameters, load_model_config
+from ..model.hardware import dtype_name
+from ..model.load import hardware_of
 from ..runs.folder import RunFolder
 from .plan import Plan
 
@@ -42,7 +42,7 @@ def guarded_fields(plan: Plan, device: torch.device, processes: int) -> dict[str
     The dtype is the resolved one: `auto` differs between GPUs.
     """
     config = plan.recipe.model
-    hardware = choose(config.dtype, count_parameters(load_model_config(config)), device)
+    hardware = hardware_of(config, device)
     fields = {
         name: value
         for name, value in _flat(plan.recipe.as_dict()).items()

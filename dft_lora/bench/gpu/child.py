@@ -43,7 +43,8 @@ def results(name: str, folder: Path, device: str, small: bool) -> Iterator[tuple
     from .stages import STAGES
 
     (stage,) = (stage for stage in STAGES if stage.name == name)
-    yield from stage.work(Lab(folder, torch.device(device), small))
+    chosen = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    yield from stage.work(Lab(folder, chosen, small))
 
 
 def main(name: str, folder: str, device: str, small: str) -> None:

@@ -21,7 +21,10 @@ LOSS, NORM = 0.01, 0.05
 BEFORE, RUN = 3, 12
 """Checkpoints before the kill, and steps of the whole run."""
 TRAIN = """import torch; torch.use_deterministic_algorithms(True, warn_only=True)
-from dft_lora.cli import main; main()"""
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from dft_lora.cli import main
+with sdpa_kernel(SDPBackend.MATH):  # the fused kernels' backward adds in any order, with a warning only
+    main()"""
 
 
 def changes(folder: Path, steps: int, rows: int = 4, dtype: str = "auto") -> list[str]:
