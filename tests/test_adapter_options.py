@@ -408,7 +408,7 @@ def test_an_objective_that_needs_the_base_refuses_a_start_that_changes_it(tmp_pa
 
 
 def test_a_rank_beyond_a_layers_width(tmp_path):
-    with pytest.raises(ModelError, match=r"adapter.r: 4000 is more than model.layers.0"):
+    with pytest.raises(ModelError, match=r"adapter.r 4000: pissa allows at most 128 for model.layers.0"):
         build(recipe(tmp_path, "pissa", adapter={"init": "pissa", "r": 4000}), CPU)
 
 

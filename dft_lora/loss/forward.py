@@ -23,7 +23,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import one_line
 from .head import Head, Target, accumulator
 from .row_statistics import HALF_GAIN, TOP_K, RowSums, row_sums_shapes, torch_row_sums_
 
@@ -168,7 +167,7 @@ def kernel_missing() -> str:
 
         driver.active.get_current_device()
     except Exception as error:
-        why = f"triton does not start ({type(error).__name__}: {one_line(error)})"
+        why = f"triton does not start ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
         log.warning("%s: the loss runs in torch operations, which are slower", why)
         return why
     return ""
