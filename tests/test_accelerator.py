@@ -2,8 +2,10 @@
 
 import json
 import logging
+from datetime import timedelta
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,12 +14,14 @@ from transformers import AutoConfig
 
 from dft_lora.config import load_recipe
 from dft_lora.errors import RecipeError, RequestError
+from dft_lora.evaluation.shard import Shard
 from dft_lora.model.accelerator import KINDS, Accelerator, Cpu, Mps, accelerator, default_device
 from dft_lora.model.generate import Request, _choose, _Row, random_stream
 from dft_lora.model.hardware import choose
 from dft_lora.model.limits import overflows_float16
 from dft_lora.training.faults import is_out_of_memory
 from dft_lora.training.loop import train
+from dft_lora.training.ranks import Ranks
 
 CPU = torch.device("cpu")
 STEPS = [
@@ -119,6 +123,27 @@ def test_the_dtype_follows_what_the_device_computes(fake, monkeypatch):
     assert choose(parameters=10**9, device=CPU).dtype == torch.bfloat16
     monkeypatch.setattr(KINDS["cpu"], "computes_bfloat16", False)
     assert choose(parameters=10**9, device=CPU).dtype == torch.float32
+
+
+def test_processes_wait_for_each_other_longer_than_ten_minutes(monkeypatch):
+    """NCCL's default, after which one that is done would kill the others, which still answer or sample."""
+    asked = {}
+    accelerated = accelerate.Accelerator
+
+    def spy(**options):
+        asked["training"] = options["kwargs_handlers"][0].timeout
+        return accelerated(**options)
+
+    def state(cpu, timeout):
+        asked["evaluation"] = timeout
+        return SimpleNamespace(process_index=1, num_processes=2)
+
+    monkeypatch.setattr(accelerate, "Accelerator", spy)
+    monkeypatch.setattr(accelerate, "PartialState", state)
+    Ranks(load_recipe("tiny_dft"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert Shard.of_this_process() == Shard(1, 2)
+    assert len(asked) == 2 and min(asked.values()) > timedelta(days=1)
 
 
 def test_gemma_is_not_computed_in_float16(monkeypatch):

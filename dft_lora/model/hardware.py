@@ -37,7 +37,11 @@ def _on(*kinds: str, bfloat16: bool = True) -> Callable[[Accelerator, int, bool]
 
 RULES = (  # the first that applies
     Rule("CUDA, compute capability >= 8", torch.bfloat16, _on("cuda")),
-    Rule("CUDA, older, and a Gemma", torch.float32, lambda on, _, overflows: on.kind == "cuda" and overflows),
+    Rule(
+        "CUDA, older: Gemma, which overflows float16",
+        torch.float32,
+        lambda on, _, overflows: on.kind == "cuda" and overflows,
+    ),
     Rule("CUDA, older (T4: 7.5)", torch.float16, _on("cuda", bfloat16=False)),
     Rule("XPU, or MPS from macOS 14 on", torch.bfloat16, _on("xpu", "mps")),
     Rule(
