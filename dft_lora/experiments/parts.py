@@ -6,7 +6,7 @@ OUT/NAME.json                all of them: base -> part -> finding
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,7 @@ def in_parts(
 
     Raises RequestError for an unknown study, or where `out` cannot be written.
     """
-    for name in only:
-        if name not in studies:
-            raise RequestError(f"--only {name!r}: not one of {', '.join(studies)}")
-    make_writable(out, "--out")
+    check_request(out, only, studies)
     for name in only or studies:
         study = studies[name]()
         runs = runs_of(study, out / name.replace(", ", "-").replace(" ", "-"), seeds)
@@ -48,6 +45,14 @@ def in_parts(
                 write_json(file, {**made, "found": find(), **certificate(fingerprint=base)})
                 write_together(out, report)
             yield f"{name:22} {part:24} {_verdict(read_json(file)['found'])}"
+
+
+def check_request(out: Path, only: Sequence[str], studies: Collection[str]) -> None:
+    """Raises RequestError for a name in `only` that is no study, or where `out` cannot be written."""
+    for name in only:
+        if name not in studies:
+            raise RequestError(f"--only {name!r}: not one of {', '.join(map(repr, studies))}")
+    make_writable(out, "--out")
 
 
 def write_together(out: Path, report: str) -> None:

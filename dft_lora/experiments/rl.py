@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import RequestError
 from ..evaluation.token_table import TokenTable, tokens_file
 from ..model.fingerprint import base_fingerprint
-from ..runs.folder import RunFolder, make_writable, read_json, write_json
+from ..runs.folder import RunFolder, read_json, write_json
 from ..runs.provenance import certificate
 from .claims import accuracy, any_of_four, contrast, finding, greedy, judged, sampled
 from .findings import STUDY as EMBEDDED
+from .parts import check_request
 from .real import real_study
 from .study import Fields, Runs, Study
 
@@ -197,10 +197,7 @@ def run(out: Path, seeds: Sequence[int], only: Sequence[str] = ()) -> Iterator[s
 
     Raises RequestError for an unknown part.
     """
-    for name in only:
-        if name not in STUDIES:
-            raise RequestError(f"--only {name!r}: not one of {', '.join(STUDIES)}")
-    make_writable(out, "--out")
+    check_request(out, only, STUDIES)
     for name in only or STUDIES:
         study = STUDIES[name]()
         for count in range(1, len(seeds) + 1):
