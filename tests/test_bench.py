@@ -106,7 +106,7 @@ def test_what_is_missing_is_said():
 
 
 @pytest.mark.slow
-def test_generation_measures_the_same_work_on_every_side():
+def test_generation_measures_the_same_work_on_every_side(monkeypatch):
     """The embedded base: each side decodes as many tokens; a case that is too large is named, not run."""
     base, _ = load_base(ModelConfig(unpack=True), for_answers=True)
     model = random_adapters(base, decode.RANKS)
@@ -116,10 +116,19 @@ def test_generation_measures_the_same_work_on_every_side():
     assert [len(ticks) for ticks in decode.theirs_mended(model, requests)] == [5, 5, 5]
     assert not bare(model).get_output_embeddings()._forward_pre_hooks
 
+    floors, floor_seconds = [], decode.floor_seconds
+
+    def spy(weights, rows):
+        floors.append(len(weights))
+        return floor_seconds(weights, rows)
+
+    monkeypatch.setattr(decode, "floor_seconds", spy)
     *_, result = decode.measure(
         "tiny", rows=(1, 6), prompts=(5, 50), tokens=4, rounds=1, most_prompt_tokens=100
     )
     assert len(result["cases"]) == 2 + 4 + 2 and len(result["left_out"]) == 2 + 2 + 4
+    matrices = 7 * base.config.num_hidden_layers + 1
+    assert floors == [matrices] * len(result["cases"]), "the floor has no adapters in it"
     for measured in result["cases"]:
         assert measured["floor_seconds"] > 0
         for side in measured["sides"].values():

@@ -149,10 +149,14 @@ def dense_head(model: Any) -> Iterator[None]:
         hook.remove()
 
 
-def floor_seconds(model: Any, rows: int, repeats: int = 5) -> tuple[float, float]:
-    """(wall, processor) seconds of a decoding step's matrix products; `model` is unpacked."""
+def weights_of_a_step(model: Any) -> list[torch.Tensor]:
+    """The matrices of a decoding step; `model` is unpacked and has no adapters yet."""
     layers = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
-    weights = [layer.weight for layer in layers] + [model.get_output_embeddings().weight]
+    return [layer.weight for layer in layers] + [model.get_output_embeddings().weight]
+
+
+def floor_seconds(weights: Sequence[torch.Tensor], rows: int, repeats: int = 5) -> tuple[float, float]:
+    """(wall, processor) seconds of the bare products of a decoding step's `weights`."""
     inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype, device=w.device) for w in weights}
     ticks = [tick()]
     with torch.no_grad():
@@ -226,6 +230,7 @@ def measure(
         packed, hardware = load_base(ModelConfig(name=name))
         plain, _ = load_base(ModelConfig(name=name, unpack=True), for_answers=True)
     vocabulary = check_head(plain).weight_VD.shape[0]
+    weights = weights_of_a_step(plain)
     nf4, unpacked = (random_adapters(base, RANKS) for base in (packed, plain))
     sides: dict[str, Callable[[list[Request]], list[Ticks]]] = {
         "ours, unpacked": lambda requests: ours(unpacked, requests),
@@ -249,7 +254,7 @@ def measure(
                 found[side].append(result | {"peak_mb": (memory.peak() - before) / MIB})
         medians = {side: _median(results) for side, results in found.items()}
         stated = Bound(unpacked)(case.rows, case.prompt + tokens) / MIB
-        wall, busy = floor_seconds(plain, case.rows)  # beside the case: a busy machine slows both
+        wall, busy = floor_seconds(weights, case.rows)  # beside the case: a busy machine slows both
         cases.append(
             asdict(case)
             | {
