@@ -116,9 +116,9 @@ def generation_table(result: dict[str, Any]) -> str:
             for side in case["sides"].values()
         ]
         first = case["sides"][sides[0]]
-        for extra in (0.0, case["attention_seconds"]) if with_attention else (0.0,):
-            floor = case["floor_seconds"]  # None: it was disturbed (docs/generation.md)
-            cells.append("" if floor is None else f"{first['step_seconds'] / (floor + extra):.2f}")
+        floor = case["floor_seconds"]
+        for least in (floor, floor + case["attention_seconds"]) if with_attention else (floor,):
+            cells.append(f"{first['step_seconds'] / least:.2f}")
         lines.append(
             f"| {case['rows']} | {case['prompt']} | {case['adapters']} | {case['temperature']:g} | "
             f"{' | '.join(cells)} | {first['peak_mb']:,.0f} ({case['stated_mb']:,.0f}) |"
