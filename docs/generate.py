@@ -2,7 +2,7 @@
 
 A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`; the function of that name
 below makes it, from the JSON beside the measurement or from the code itself. `--check` changes nothing
-and fails when a part is stale.
+and fails when a part is stale. The lab's summary for the page is made along with them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 NOT_YET = "Not recorded yet."
+LAB_ON_THE_PAGE = ROOT / "dft_lora" / "ui" / "lab.json"
 GPUS = ROOT / "docs" / "gpu"
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -465,6 +466,14 @@ def lab() -> str:
     return markdown(json.loads(file.read_text(encoding="utf-8")))
 
 
+def lab_on_the_page() -> str:
+    """The part of the recorded lab that the page shows."""
+    from dft_lora.experiments.lab_report import summary
+
+    recorded = json.loads((RESULTS / "lab.json").read_text(encoding="utf-8"))
+    return json.dumps(summary(recorded), indent=1, ensure_ascii=False) + "\n"
+
+
 def rl(file: Path = RESULTS / "rl.json") -> str:
     """For each base: the methods with their accuracy and cost, then the claims."""
     if not file.is_file():
@@ -568,9 +577,10 @@ def fill(text: str) -> str:
 
 def main(check: bool = False) -> int:
     stale = []
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
-        before = path.read_text(encoding="utf-8")
-        after = fill(before)
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    for path in (*documents, LAB_ON_THE_PAGE):
+        before = path.read_text(encoding="utf-8") if path.is_file() else ""
+        after = lab_on_the_page() if path == LAB_ON_THE_PAGE else fill(before)
         if after != before:
             stale.append(path.relative_to(ROOT))
             if not check:

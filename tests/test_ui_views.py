@@ -237,3 +237,22 @@ def test_a_results_only_page_loads_no_model():
     page = build(runs(), None, None)
     labels = [block.label for block in page.blocks.values() if isinstance(block, gradio.Tab)]
     assert labels == ["Results"]
+
+
+def test_the_results_tab_shows_every_objective_of_the_lab_against_sft():
+    """The recorded table: a line for each objective, the ranked ones twice, SFT's cells its accuracies."""
+    from dft_lora.experiments.lab import CANDIDATES, REGIMES
+    from dft_lora.ui.lab import FILE, lab_view
+
+    recorded, view = json.loads(FILE.read_text(encoding="utf-8")), lab_view()
+    assert set(recorded["objectives"]) == set(CANDIDATES) and list(recorded["regimes"]) == list(REGIMES)
+    for label in CANDIDATES:
+        lines = re.findall(rf'<td data-head="objective">{re.escape(label)}</td>', view)
+        assert len(lines) == (2 if label in recorded["ranks"] else 1), label
+    sft = re.search(r'<td data-head="objective">sft</td>(.*?)</tr>', view)[1]
+    share = recorded["objectives"]["sft"]["half-known"]["sampled"]["accuracy"]
+    assert f'data-head="half-known">{100 * share:.1f} %</td>' in sft
+    dft = re.search(r'<td data-head="objective">dft</td>(.*?)</tr>', view)[1]
+    lost = recorded["objectives"]["dft"]["half-known"]["sampled"]
+    assert lost["clear"] and lost["minus_sft"] < 0
+    assert f'style="--share: 100%"><b>−{-100 * lost["minus_sft"]:.1f}</b></span>' in dft

@@ -7,7 +7,7 @@ Legend: Q labels (objectives) of a regime, W regimes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -236,6 +236,44 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
+def summary(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows: the ranks, and each objective's accuracy and difference to SFT in each regime.
+
+    A difference is clear if its p, corrected by Holm's method, is below LEVEL.
+    """
+    lines = {regime: some for regime, some in lines_of(result).items() if some}
+    accuracy = {mode: scores_of(lines, mode) for mode in ("sampled", "greedy")}
+    shown: dict[str, dict[str, Any]] = {label: {} for label in CANDIDATES}
+    for regime, some in lines.items():
+        adjusted = {mode: corrected(some, "sft", mode) for mode in accuracy}
+        for label, line in some.items():
+            shown[label][regime] = {
+                mode: {"accuracy": round(shares[regime][label], 4)}
+                | (
+                    {
+                        "minus_sft": round(line["against"]["sft"][mode]["difference"], 4),
+                        "clear": adjusted[mode][label] < LEVEL,
+                    }
+                    if "sft" in line["against"]
+                    else {}
+                )
+                for mode, shares in accuracy.items()
+            }
+    return {
+        "regimes": {regime: REGIMES[regime].why for regime in lines},
+        "real": [regime for regime in lines if not REGIMES[regime].recipe.startswith("tiny_")],
+        "ranks": ranks(scores_of(complete(result))),
+        "objectives": {label: cells for label, cells in shown.items() if cells},
+        "made": _days(part for parts in result["bases"].values() for part in parts.values()),
+    }
+
+
+def _days(parts: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The first and the last day on which one of these was made; [] where none says."""
+    days = sorted(part["date"][:10] for part in parts if "date" in part)
+    return [days[0], days[-1]] if days else []
+
+
 def _made(result: Mapping[str, Any], lines: Mapping[str, Mapping[str, Any]]) -> str:
     """What was run, when, and what is missing."""
     parts = [part for regime in lines for part in result["bases"][regime].values()]
@@ -243,7 +281,7 @@ def _made(result: Mapping[str, Any], lines: Mapping[str, Mapping[str, Any]]) -> 
     missing = [regime for regime in REGIMES if regime not in lines]
     said = f"Recorded: {', '.join(short)}. "
     said += f"Not run: {', '.join(missing)}. " if missing else ""
-    if days := sorted({part["date"][:10] for part in parts if "date" in part}):
+    if days := _days(parts):
         commits = ", ".join(sorted({part["commit"] for part in parts if "commit" in part}))
         said += f"Made from {days[0]} to {days[-1]}, commit {commits}. "
     return (

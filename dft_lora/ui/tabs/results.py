@@ -1,4 +1,4 @@
-"""Results: the results recorded in the run folders. This tab needs no model."""
+"""Results: what the run folders and the recorded lab say. This tab needs no model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import gradio as gr
 
 from ...runs.folder import RunFolder
 from ..events import one_line_errors
+from ..lab import lab_view
 from ..results import results_view
 
 
@@ -17,6 +18,6 @@ def results_tab(folders: Sequence[RunFolder]) -> None:
 
     @one_line_errors
     def read() -> str:
-        return results_view(folders)
+        return results_view(folders) + lab_view()
 
     tab.select(read, None, view, show_progress="hidden", api_visibility="private")
