@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -209,28 +209,7 @@ def findings() -> str:
     """The lines of the findings with their contrasts, then the accuracy behind them."""
     result = json.loads((RESULTS / "findings.json").read_text(encoding="utf-8"))
     settings = result["settings"]
-
-    def points(share: float) -> str:
-        return f"{100 * share:+.1f}"
-
-    lines = [
-        "| | claim | verdict | rests on | points, 95 % interval | each seed |",
-        "|---|---|---|---|---|---|",
-    ]
-    for number, line in enumerate(result["lines"], start=1):
-        rows = [
-            (
-                part["what"],
-                f"{points(part['difference'])} ({points(part['ci95'][0])} to {points(part['ci95'][1])})",
-                ", ".join(points(seed) for seed in part["seeds"]),
-            )
-            for part in line["parts"]
-        ]
-        if "peak" in line:
-            rows = [(f"best step, {name}", "", ", ".join(map(str, p))) for name, p in line["peak"].items()]
-        for i, row in enumerate(rows):
-            head = (str(number), line["claim"], f"**{line['verdict']}**") if i == 0 else ("", "", "")
-            lines.append(f"| {' | '.join((*head, *row))} |")
+    lines = claim_table(result["lines"])
     named = {line["name"]: line for line in result["lines"]}
     said = named["new-facts"]["diagnosis"]
     kinds = result["accuracy"]
@@ -271,6 +250,83 @@ def findings() -> str:
             f"{provenance['versions']['torch']}, base {provenance['base'][:12]}." + "".join(later),
         ]
     )
+
+
+def claim_table(claims: Sequence[dict[str, Any]]) -> list[str]:
+    """The claims with their verdicts, and a row for each contrast that a verdict rests on."""
+    lines = [
+        "| | claim | verdict | rests on | points, 95 % interval | each seed |",
+        "|---|---|---|---|---|---|",
+    ]
+    for number, line in enumerate(claims, start=1):
+        rows = [
+            (part["what"], difference(part), ", ".join(f"{100 * seed:+.1f}" for seed in part["seeds"]))
+            for part in line["parts"]
+        ]
+        if "peak" in line:
+            rows = [(f"best step, {name}", "", ", ".join(map(str, p))) for name, p in line["peak"].items()]
+        for i, row in enumerate(rows):
+            head = (str(number), line["claim"], f"**{line['verdict']}**") if i == 0 else ("", "", "")
+            lines.append(f"| {' | '.join((*head, *row))} |")
+    return lines
+
+
+def claims_on_real_bases() -> dict[str, dict[str, Any]]:
+    """Base -> name of a claim -> the recorded part."""
+    bases = json.loads((RESULTS / "real.json").read_text(encoding="utf-8"))["bases"]
+    found = {
+        base: {
+            name.removeprefix("claims/"): part for name, part in parts.items() if name.startswith("claims/")
+        }
+        for base, parts in bases.items()
+    }
+    return {base: claims for base, claims in found.items() if claims}
+
+
+def verdicts() -> str:
+    """Each claim's verdict on the embedded base and on the real ones."""
+    embedded = json.loads((RESULTS / "findings.json").read_text(encoding="utf-8"))["lines"]
+    real = claims_on_real_bases()
+    head = ["", "claim", "embedded base", *real]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for number, line in enumerate(embedded, start=1):
+        said = [
+            claims[line["name"]]["found"]["verdict"] if line["name"] in claims else "not run"
+            for claims in real.values()
+        ]
+        cells = [str(number), line["claim"].replace("long set", "harder set"), line["verdict"], *said]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def real_claims() -> str:
+    """For each real base: the claims with their contrasts, then the accuracy behind them."""
+    bases = json.loads((RESULTS / "real.json").read_text(encoding="utf-8"))["bases"]
+    order = [line["name"] for line in json.loads((RESULTS / "findings.json").read_text())["lines"]]
+    blocks = []
+    for base, claims in claims_on_real_bases().items():
+        recorded = [claims[name] for name in order if name in claims]
+        tables = {n.removeprefix("table/"): p for n, p in bases[base].items() if n.startswith("table/")}
+        lines = [f"### {base}", "", *claim_table([part["found"] for part in recorded])]
+        if tables:
+            columns = list(next(iter(tables.values()))["found"]["accuracy"])
+            head = ["", *columns, "ended", "other text, NLL"]
+            lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+            for kind, part in tables.items():
+                found = part["found"]
+                cells = [shown(kind), *(f"{100 * found['accuracy'][c]:.1f}" for c in columns)]
+                cells += [", ".join(f"{100 * share:.0f} %" for share in found["ended"].values())]
+                cells.append(f"{found['other_text_nll']:.2f}")
+                lines.append(f"| {' | '.join(cells)} |")
+        days = sorted(part["date"][:10] for part in recorded)
+        lines += [
+            "",
+            f"{plural(len(recorded[0]['seeds']), 'seed')}, {recorded[0]['problems']} problems a set. Made "
+            f"from {days[0]} to {days[-1]}, commit {recorded[0]['commit']}, torch "
+            f"{recorded[0]['versions']['torch']}.",
+        ]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) or NOT_YET
 
 
 def remedies() -> str:
@@ -550,6 +606,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "real": real,
     "real-demo": real_demo,
     "remedies": remedies,
+    "verdicts": verdicts,
+    "real-claims": real_claims,
     "rates": rates,
     "rl": rl,
     "objectives": objectives,
