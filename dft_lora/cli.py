@@ -477,8 +477,8 @@ def list_recipes() -> None:
     for name, path in sorted(shipped_recipes().items(), key=lambda item: not item[0].startswith("lora_")):
         click.echo(f"{name:28} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
     click.echo(
-        "\nWhich objective? `dft-lora diagnose RECIPE` says whether SFT or DFT suits your base and data; where it\n"
-        "names neither, take lora_power. On small real bases SFT was hard to beat: docs/real.md, docs/lab.md."
+        "\nWhich objective? `dft-lora diagnose RECIPE` says whether SFT or DFT suits your base and data;\n"
+        "where it names neither, take lora_power. On small real bases SFT was hard to beat (docs/lab.md)."
     )
 
 
