@@ -69,7 +69,7 @@ GPUS = {
     "llama-3.1-8b_dft": (24,),
     "2x24gb_dft": (24,),
 }
-"""Recipes, and GB of the GPUs that they are traced for. Its twins `_sft` and `_power` take the same memory."""
+"""Recipes, and GB of the GPUs that they are traced for. Twins (`_sft`, `_power`) take the same memory."""
 PROCESSES = {"2x24gb_dft": 2}
 
 
