@@ -42,35 +42,49 @@ def save(figure: Any, name: str) -> None:
 
 
 def real() -> None:
-    """SFT, DFT and its remedies on a real base: sampled accuracy as bars, greedy as diamonds."""
-    found = read(RESULTS / "real.json")["bases"]["gemma-3-270m"]["remedies"]["found"]
-    tasks = list(found["sft"]["ended"])
-    figure, axes = plt.subplots(1, len(tasks), figsize=(10, 3.4), sharey=True, layout="constrained")
-    for axis, task in zip(axes, tasks, strict=True):
-        labels = []
-        for y, (kind, line) in enumerate(reversed(found.items())):
-            colour = COLOURS["sft"] if kind == "sft" else PEER if kind == "plain dft" else COLOURS["dft"]
-            axis.barh(y, 100 * line["accuracy"][task], color=colour, height=0.7)
-            axis.plot(
-                100 * line["accuracy"][f"{task} greedy"],
-                y,
-                "D",
-                color="white",
-                markeredgecolor="black",
-                markersize=6,
-            )
-            axis.text(101, y, f"{100 * line['ended'][task]:.0f} %", va="center", ha="right", fontsize=8)
-            labels.append("dft with a floor" if kind == "dft" else kind)
-        axis.set_yticks(range(len(labels)), labels)
-        axis.set_xlim(0, 102)
-        axis.set_title(task, fontsize=11)
+    """SFT, DFT and its remedies on the real bases: sampled accuracy as bars, greedy as diamonds."""
+    recorded = read(RESULTS / "real.json")["bases"]
+    bases = {
+        base: parts["remedies"]["found"]
+        for base, parts in recorded.items()
+        if "remedies" in parts and not base.startswith("tiny")
+    }
+    tasks = list(next(iter(bases.values()))["sft"]["ended"])
+    figure, rows = plt.subplots(
+        len(bases),
+        len(tasks),
+        figsize=(10, 2.8 * len(bases)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for (base, found), row in zip(bases.items(), rows, strict=True):
+        for axis, task in zip(row, tasks, strict=True):
+            remedies_of(axis, found, task)
+            axis.set_title(f"{base}: {task}" if len(bases) > 1 else task, fontsize=10)
+    for axis in rows[-1]:
         axis.set_xlabel("percent correct (right: ended)", fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="x", alpha=0.2)
-    axes[-1].plot([], [], "D", color="white", markeredgecolor="black", label="greedy")
-    axes[-1].bar([0], [0], color="#d1d5db", label="sampled at T = 1")
-    axes[-1].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(0.88, 0))
+    axis = rows[0][-1]
+    axis.plot([], [], "D", color="white", markeredgecolor="black", label="greedy")
+    axis.bar([0], [0], color="#d1d5db", label="sampled at T = 1")
+    axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(0.88, 0))
     save(figure, "real.png")
+
+
+def remedies_of(axis: plt.Axes, found: dict[str, Any], task: str) -> None:
+    """A bar, a diamond and the share of ended answers for each kind of run on one test set."""
+    labels = []
+    for y, (kind, line) in enumerate(reversed(found.items())):
+        colour = COLOURS["sft"] if kind == "sft" else PEER if kind == "plain dft" else COLOURS["dft"]
+        greedy = 100 * line["accuracy"][f"{task} greedy"]
+        axis.barh(y, 100 * line["accuracy"][task], color=colour, height=0.7)
+        axis.plot(greedy, y, "D", color="white", markeredgecolor="black", markersize=6)
+        axis.text(101, y, f"{100 * line['ended'][task]:.0f} %", va="center", ha="right", fontsize=8)
+        labels.append("dft with a floor" if kind == "dft" else kind)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_xlim(0, 102)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="x", alpha=0.2)
 
 
 def accuracy() -> None:

@@ -375,6 +375,9 @@ def remedies() -> str:
     return "\n\n".join(blocks)
 
 
+HEADLINE = ("sft", "plain dft", "dft")
+
+
 def real() -> str:
     """The headline of `remedies`, for the README: the set that resembles the training problems, then all."""
     if not (RESULTS / "real.json").is_file():
@@ -384,12 +387,14 @@ def real() -> str:
         "| base | | T = 1 | minus SFT | greedy | minus SFT | ended | all sets, T = 1, minus SFT |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
+    made = []
     for base, parts in bases.items():
         if base.startswith("tiny") or "remedies" not in parts:
             continue
         recorded = parts["remedies"]
-        first = next(iter(recorded["found"]["sft"]["ended"]))
-        for kind, found in recorded["found"].items():
+        first, *others = recorded["found"]["sft"]["ended"]
+        for kind in HEADLINE:
+            found = recorded["found"][kind]
             contrasts = (*found["first_set"].values(), found["against_sft"])
             sampled, greedy, everywhere = ("" if kind == "sft" else difference(part) for part in contrasts)
             cells = [
@@ -403,14 +408,14 @@ def real() -> str:
                 everywhere,
             ]
             lines.append(f"| {' | '.join(cells)} |")
-        tasks, seeds = len(recorded["found"]["sft"]["ended"]), plural(len(recorded["seeds"]), "seed")
-        lines += [
-            "",
-            f"Percent correct on `{first}`, {recorded['problems']} problems with 4 samples each; the last "
-            f"column is over all {tasks} sets. {seeds}; rows of one seed are compared with SFT's run of "
-            f"that seed. Differences in points with paired 95 % intervals. "
-            f"Recorded on {recorded['date'][:10]}, commit {recorded['commit']}.",
-        ]
+        made.append(f"{base} on {recorded['date'][:10]}, commit {recorded['commit']}")
+    seeds = plural(len(recorded["seeds"]), "seed")
+    lines += [
+        "",
+        f"Percent correct on `{first}`, {recorded['problems']} problems with 4 samples each; the last "
+        f"column is over all {1 + len(others)} sets. {seeds}; rows of one seed are compared with SFT's run "
+        f"of that seed. Differences in points with paired 95 % intervals. Recorded: {'; '.join(made)}.",
+    ]
     return "\n".join(lines)
 
 
