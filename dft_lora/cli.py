@@ -477,8 +477,9 @@ def list_recipes() -> None:
     for name, path in sorted(shipped_recipes().items(), key=lambda item: not item[0].startswith("lora_")):
         click.echo(f"{name:28} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
     click.echo(
-        "\nWhich objective? `dft-lora diagnose RECIPE` says whether SFT or DFT suits your base and data;\n"
-        "where it names neither, take lora_power. On small real bases SFT was hard to beat (docs/lab.md)."
+        "\nWhich objective? `dft-lora diagnose RECIPE` estimates whether SFT or DFT suits your base and\n"
+        "data. lora_power is a compromise between the two (docs/lab.md). On two small real bases nothing\n"
+        "was clearly better than SFT (docs/real.md)."
     )
 
 

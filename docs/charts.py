@@ -49,17 +49,15 @@ def real() -> None:
         for base, parts in recorded.items()
         if "remedies" in parts and not base.startswith("tiny")
     }
-    tasks = list(next(iter(bases.values()))["sft"]["ended"])
+    if not bases:
+        return
+    across = max(len(found["sft"]["ended"]) for found in bases.values())
+    size = (10, 2.8 * len(bases))
     figure, rows = plt.subplots(
-        len(bases),
-        len(tasks),
-        figsize=(10, 2.8 * len(bases)),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
+        len(bases), across, figsize=size, sharey="row", squeeze=False, layout="constrained"
     )
     for (base, found), row in zip(bases.items(), rows, strict=True):
-        for axis, task in zip(row, tasks, strict=True):
+        for axis, task in zip(row, found["sft"]["ended"], strict=False):  # a base may lack the last set
             remedies_of(axis, found, task)
             axis.set_title(f"{base}: {task}" if len(bases) > 1 else task, fontsize=10)
     for axis in rows[-1]:
@@ -67,7 +65,7 @@ def real() -> None:
     axis = rows[0][-1]
     axis.plot([], [], "D", color="white", markeredgecolor="black", label="greedy")
     axis.bar([0], [0], color="#d1d5db", label="sampled at T = 1")
-    axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(0.88, 0))
+    figure.legend(frameon=False, fontsize=9, loc="outside upper right", ncols=2)
     save(figure, "real.png")
 
 

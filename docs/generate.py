@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,7 @@ def findings() -> str:
     """The lines of the findings with their contrasts, then the accuracy behind them."""
     result = json.loads((RESULTS / "findings.json").read_text(encoding="utf-8"))
     settings = result["settings"]
-    lines = claim_table(result["lines"])
+    lines = claim_table(dict(enumerate(result["lines"], start=1)))
     named = {line["name"]: line for line in result["lines"]}
     said = named["new-facts"]["diagnosis"]
     kinds = result["accuracy"]
@@ -252,13 +252,13 @@ def findings() -> str:
     )
 
 
-def claim_table(claims: Sequence[dict[str, Any]]) -> list[str]:
-    """The claims with their verdicts, and a row for each contrast that a verdict rests on."""
+def claim_table(claims: dict[int, dict[str, Any]]) -> list[str]:
+    """The claims by number with their verdicts, and a row for each contrast that a verdict rests on."""
     lines = [
         "| | claim | verdict | rests on | points, 95 % interval | each seed |",
         "|---|---|---|---|---|---|",
     ]
-    for number, line in enumerate(claims, start=1):
+    for number, line in claims.items():
         rows = [
             (part["what"], difference(part), ", ".join(f"{100 * seed:+.1f}" for seed in part["seeds"]))
             for part in line["parts"]
@@ -273,6 +273,8 @@ def claim_table(claims: Sequence[dict[str, Any]]) -> list[str]:
 
 def claims_on_real_bases() -> dict[str, dict[str, Any]]:
     """Base -> name of a claim -> the recorded part."""
+    if not (RESULTS / "real.json").is_file():
+        return {}
     bases = json.loads((RESULTS / "real.json").read_text(encoding="utf-8"))["bases"]
     found = {
         base: {
@@ -290,40 +292,39 @@ def verdicts() -> str:
     head = ["", "claim", "embedded base", *real]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for number, line in enumerate(embedded, start=1):
-        said = [
-            claims[line["name"]]["found"]["verdict"] if line["name"] in claims else "not run"
-            for claims in real.values()
-        ]
-        cells = [str(number), line["claim"].replace("long set", "harder set"), line["verdict"], *said]
-        lines.append(f"| {' | '.join(cells)} |")
+        name, claim = line["name"], line["claim"].replace("long set", "harder set")
+        said = [claims[name]["found"]["verdict"] if name in claims else "not run" for claims in real.values()]
+        lines.append(f"| {' | '.join([str(number), claim, line['verdict'], *said])} |")
     return "\n".join(lines)
 
 
 def real_claims() -> str:
     """For each real base: the claims with their contrasts, then the accuracy behind them."""
-    bases = json.loads((RESULTS / "real.json").read_text(encoding="utf-8"))["bases"]
-    order = [line["name"] for line in json.loads((RESULTS / "findings.json").read_text())["lines"]]
+    names = [
+        line["name"] for line in json.loads((RESULTS / "findings.json").read_text(encoding="utf-8"))["lines"]
+    ]
     blocks = []
     for base, claims in claims_on_real_bases().items():
-        recorded = [claims[name] for name in order if name in claims]
-        tables = {n.removeprefix("table/"): p for n, p in bases[base].items() if n.startswith("table/")}
-        lines = [f"### {base}", "", *claim_table([part["found"] for part in recorded])]
+        parts = json.loads((RESULTS / "real.json").read_text(encoding="utf-8"))["bases"][base]
+        numbered = {n: claims[name]["found"] for n, name in enumerate(names, start=1) if name in claims}
+        lines = [f"### {base}", "", *claim_table(numbered)]
+        tables = {n.removeprefix("table/"): p["found"] for n, p in parts.items() if n.startswith("table/")}
         if tables:
-            columns = list(next(iter(tables.values()))["found"]["accuracy"])
+            columns = list(next(iter(tables.values()))["accuracy"])
             head = ["", *columns, "ended", "other text, NLL"]
             lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-            for kind, part in tables.items():
-                found = part["found"]
+            for kind, found in tables.items():
                 cells = [shown(kind), *(f"{100 * found['accuracy'][c]:.1f}" for c in columns)]
-                cells += [", ".join(f"{100 * share:.0f} %" for share in found["ended"].values())]
+                cells.append(", ".join(f"{100 * share:.0f} %" for share in found["ended"].values()))
                 cells.append(f"{found['other_text_nll']:.2f}")
                 lines.append(f"| {' | '.join(cells)} |")
-        days = sorted(part["date"][:10] for part in recorded)
+        days = sorted(part["date"][:10] for part in claims.values())
+        commits = ", ".join(sorted({part["commit"] for part in claims.values()}))
+        some = next(iter(claims.values()))
         lines += [
             "",
-            f"{plural(len(recorded[0]['seeds']), 'seed')}, {recorded[0]['problems']} problems a set. Made "
-            f"from {days[0]} to {days[-1]}, commit {recorded[0]['commit']}, torch "
-            f"{recorded[0]['versions']['torch']}.",
+            f"{plural(len(some['seeds']), 'seed')}, {some['problems']} problems a set. Made from {days[0]} "
+            f"to {days[-1]}, commit {commits}, torch {some['versions']['torch']}.",
         ]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) or NOT_YET
@@ -392,8 +393,8 @@ def real() -> str:
         if base.startswith("tiny") or "remedies" not in parts:
             continue
         recorded = parts["remedies"]
-        first, *others = recorded["found"]["sft"]["ended"]
-        for kind in HEADLINE:
+        first = next(iter(recorded["found"]["sft"]["ended"]))
+        for kind in (kind for kind in HEADLINE if kind in recorded["found"]):
             found = recorded["found"][kind]
             contrasts = (*found["first_set"].values(), found["against_sft"])
             sampled, greedy, everywhere = ("" if kind == "sft" else difference(part) for part in contrasts)
@@ -408,13 +409,15 @@ def real() -> str:
                 everywhere,
             ]
             lines.append(f"| {' | '.join(cells)} |")
-        made.append(f"{base} on {recorded['date'][:10]}, commit {recorded['commit']}")
-    seeds = plural(len(recorded["seeds"]), "seed")
+        made.append(
+            f"{base}: {plural(len(recorded['seeds']), 'seed')}, {recorded['problems']} problems a set with 4 "
+            f"samples each, {recorded['date'][:10]}, commit {recorded['commit']}"
+        )
     lines += [
         "",
-        f"Percent correct on `{first}`, {recorded['problems']} problems with 4 samples each; the last "
-        f"column is over all {1 + len(others)} sets. {seeds}; rows of one seed are compared with SFT's run "
-        f"of that seed. Differences in points with paired 95 % intervals. Recorded: {'; '.join(made)}.",
+        "Percent correct on `word-problems`; the last column is over all sets. Rows of one seed are compared "
+        "with SFT's run of that seed. Differences in points with paired 95 % intervals. "
+        f"{'; '.join(made)}.",
     ]
     return "\n".join(lines)
 
@@ -641,7 +644,7 @@ def fill(text: str) -> str:
 def main(check: bool = False) -> int:
     stale = []
     documents = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    for path in (*documents, LAB_ON_THE_PAGE):
+    for path in (*documents, *([LAB_ON_THE_PAGE] if (RESULTS / "lab.json").is_file() else [])):
         before = path.read_text(encoding="utf-8") if path.is_file() else ""
         after = lab_on_the_page() if path == LAB_ON_THE_PAGE else fill(before)
         if after != before:

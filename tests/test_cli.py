@@ -186,7 +186,7 @@ def test_a_run_named_twice_is_refused(tmp_path):
 def test_recipes_list_show_copy(tmp_path):
     listed = invoke("recipes", "list").output
     assert listed.startswith("lora_dft ") and "tiny_dft" in listed
-    assert "diagnose RECIPE" in listed.splitlines()[-2] and "lora_power" in listed.splitlines()[-1]
+    assert "diagnose RECIPE" in listed.splitlines()[-3] and "lora_power is" in listed.splitlines()[-2]
     shown = invoke("recipes", "show", "tiny_dft").output
     target = tmp_path / "mine.yaml"
     assert invoke("recipes", "copy", "tiny_dft", target).exit_code == 0

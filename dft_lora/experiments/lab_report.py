@@ -114,6 +114,18 @@ def ranks(scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     return dict(sorted(found.items(), key=lambda item: item[1]["mean_rank"]))
 
 
+def recommended(ranked: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The labels that docs/lab-protocol.md recommends: by mean rank and by distance from the best ahead of
+    both SFT and DFT.
+    """
+    rivals = [ranked[label] for label in ("sft", "dft") if label in ranked]
+    return [
+        label
+        for label, row in ranked.items()
+        if rivals and all(row[key] < rival[key] for rival in rivals for key in ("mean_rank", "worst_gap"))
+    ]
+
+
 def scores_of(lines: Mapping[str, Mapping[str, Any]], what: str = "sampled") -> dict[str, dict[str, float]]:
     """Regime -> label -> sampled or greedy accuracy, pass@4, or what was kept of other text (minus NLL)."""
 
@@ -248,10 +260,10 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
         adjusted = {mode: corrected(some, "sft", mode) for mode in accuracy}
         for label, line in some.items():
             shown[label][regime] = {
-                mode: {"accuracy": round(shares[regime][label], 4)}
+                mode: {"accuracy": shares[regime][label]}
                 | (
                     {
-                        "minus_sft": round(line["against"]["sft"][mode]["difference"], 4),
+                        "minus_sft": line["against"]["sft"][mode]["difference"],
                         "clear": adjusted[mode][label] < LEVEL,
                     }
                     if "sft" in line["against"]
@@ -259,10 +271,16 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
                 )
                 for mode, shares in accuracy.items()
             }
+    ranked = complete(result)
+    found = ranks(scores_of(ranked)) if ranked else {}
+    judged = advice(result)["regimes"].values()
     return {
         "regimes": {regime: REGIMES[regime].why for regime in lines},
+        "ranked": list(ranked),
+        "recommended": recommended(found),
+        "advice": {"right": sum(row["now"] == row["winner"] for row in judged), "of": len(judged)},
         "real": [regime for regime in lines if not REGIMES[regime].recipe.startswith("tiny_")],
-        "ranks": ranks(scores_of(complete(result))),
+        "ranks": found,
         "objectives": {label: cells for label, cells in shown.items() if cells},
         "made": _days(part for parts in result["bases"].values() for part in parts.values()),
     }

@@ -93,8 +93,11 @@ def html_table(
     rows: Sequence[Sequence[str]],
     numbers: Sequence[int] = (),
     stacked: bool = False,
+    name: str = "table",
 ) -> str:
     """A table of HTML cells with a head; the columns in `numbers` are right-aligned figures.
+
+    `name`: what a screen reader calls it.
 
     `stacked`: on a phone each row becomes a block, with the heads (plain text) before its cells.
     """
@@ -111,7 +114,7 @@ def html_table(
     top = f"<thead><tr>{line('th scope=col', head)}</tr></thead>"
     kind = ' class="stacked"' if stacked else ""
     table = f"<table{kind}>{top}<tbody>{body}</tbody></table>"
-    return f'<div class="scroll" tabindex="0" role="group" aria-label="table">{table}</div>'
+    return f'<div class="scroll" tabindex="0" role="group" aria-label="{name}">{table}</div>'
 
 
 def count(n: int, noun: str) -> str:
