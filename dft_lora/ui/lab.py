@@ -48,8 +48,8 @@ def _said(recorded: Mapping[str, Any]) -> str:
         row = recorded["ranks"][label]
         said.append(
             f"The lab’s rule recommends <b>{plain(label)}</b>, a compromise: "
-            f"mean rank {row['mean_rank']:.1f}, "
-            f"in {plain(row['worst_in'])} {100 * row['worst_gap']:.0f} points behind the best."
+            f"mean rank {row['mean_rank']:.1f}, at most {100 * row['worst_gap']:.0f} points behind the best "
+            f"({plain(row['worst_in'])})."
         )
     for regime in recorded["real"]:
         shares = {

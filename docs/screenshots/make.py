@@ -20,6 +20,7 @@ from dft_lora.ui.workshop import Workshop
 
 OUT = Path(__file__).parent
 SIZES = {1280: 900, 390: 844}
+LONGEST = 3600  # pixels of a page that are shown
 QUICK = ("train.batch_size=4", "train.micro_batch_size=4", "train.max_steps=8", "train.save_steps=1")
 READY = {  # tab -> (what to press there, what the page shows once it is done)
     "Compare": (
@@ -74,7 +75,7 @@ def shoot(url: str) -> None:
                     resize(driver, width, height)
                     time.sleep(0.7)  # colours fade in
                     whole = driver.execute_script("return document.documentElement.scrollHeight")
-                    resize(driver, width, min(2400, max(height, whole)))
+                    resize(driver, width, min(LONGEST, max(height, whole)))
                     time.sleep(0.3)
                     driver.save_screenshot(str(OUT / f"{tab.lower()}-{width}-{scheme}.png"))
             driver.execute_script("document.body.classList.remove('dark')")
