@@ -300,9 +300,8 @@ def verdicts() -> str:
 
 def real_claims() -> str:
     """For each real base: the claims with their contrasts, then the accuracy behind them."""
-    names = [
-        line["name"] for line in json.loads((RESULTS / "findings.json").read_text(encoding="utf-8"))["lines"]
-    ]
+    embedded = json.loads((RESULTS / "findings.json").read_text(encoding="utf-8"))
+    names = [line["name"] for line in embedded["lines"]]
     blocks = []
     for base, claims in claims_on_real_bases().items():
         parts = json.loads((RESULTS / "real.json").read_text(encoding="utf-8"))["bases"][base]
@@ -313,18 +312,19 @@ def real_claims() -> str:
             columns = list(next(iter(tables.values()))["accuracy"])
             head = ["", *columns, "ended", "other text, NLL"]
             lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-            for kind, found in tables.items():
+            for kind in sorted(tables, key=list(embedded["accuracy"]).index):
+                found = tables[kind]
                 cells = [shown(kind), *(f"{100 * found['accuracy'][c]:.1f}" for c in columns)]
                 cells.append(", ".join(f"{100 * share:.0f} %" for share in found["ended"].values()))
                 cells.append(f"{found['other_text_nll']:.2f}")
                 lines.append(f"| {' | '.join(cells)} |")
-        days = sorted(part["date"][:10] for part in claims.values())
+        days = sorted({part["date"][:10] for part in claims.values()})
         commits = ", ".join(sorted({part["commit"] for part in claims.values()}))
         some = next(iter(claims.values()))
         lines += [
             "",
-            f"{plural(len(some['seeds']), 'seed')}, {some['problems']} problems a set. Made from {days[0]} "
-            f"to {days[-1]}, commit {commits}, torch {some['versions']['torch']}.",
+            f"{plural(len(some['seeds']), 'seed')}, {some['problems']} problems a set. Made on "
+            f"{', '.join(days)}, commit {commits}, torch {some['versions']['torch']}.",
         ]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) or NOT_YET
