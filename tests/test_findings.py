@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from evidence_runs import answered
 
 from dft_lora.errors import RequestError
+from dft_lora.experiments import claims
 from dft_lora.experiments.claims import _all, sampled
 from dft_lora.experiments.claims import contrast as judge_contrast
 from dft_lora.experiments.findings import run
@@ -60,6 +62,21 @@ def test_the_difference_is_the_mean_of_the_seeds(better_and_worse):
     found = contrast("", worse, better)
     assert found["difference"] == pytest.approx(np.mean(found["seeds"]))
     assert found["difference"] == pytest.approx(found["b"] - found["a"])
+
+
+@pytest.mark.parametrize(("on_facts", "verdict"), [("sft", "confirmed"), ("either", "refuted")])
+def test_new_facts_need_the_advice_on_them_and_no_other(monkeypatch, on_facts, verdict):
+    folders = {
+        "main": [SimpleNamespace(recipe=lambda: "main")],
+        "facts": [SimpleNamespace(recipe=lambda: "facts")],
+    }
+    said = {"mean_probability": 0.1, "verdict": ""}
+    advice = {"main": said | {"favours": "sft"}, "facts": said | {"favours": on_facts}}
+    monkeypatch.setattr(claims, "diagnose", advice.__getitem__)
+    monkeypatch.setattr(claims, "contrast", lambda *_: {"verdict": "confirmed"})
+    study = SimpleNamespace(facts_task="codebook", tasks=TASKS)
+    runs = SimpleNamespace(study=study, best=lambda kind, group="main": folders[group])
+    assert claims.new_facts(runs)["verdict"] == verdict
 
 
 def test_a_line_needs_all_its_parts():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from dft_lora.errors import RequestError
 from dft_lora.experiments import lab, lab_report
 from dft_lora.experiments.advice import cases
 from dft_lora.loss import objective, objective_names
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 SMALL = {
     "train.batch_size": 2,
@@ -89,6 +92,28 @@ def test_ranks_are_shared_by_ties_and_the_gap_is_from_the_regimes_best():
     assert found["b"]["worst_gap"] == 0
     low, high = found["c"]["ci95"]
     assert (low, high) == (2, 3)
+
+
+def test_a_label_is_recommended_if_it_beats_sft_and_dft_by_rank_and_by_distance():
+    rows = {"sft": (8.0, 0.4), "dft": (5.0, 0.5), "a": (4.0, 0.3), "b": (3.0, 0.45), "c": (6.0, 0.1)}
+    ranked = {label: dict(zip(("mean_rank", "worst_gap"), row, strict=True)) for label, row in rows.items()}
+    assert lab_report.recommended(ranked) == ["a"]
+    assert lab_report.recommended({}) == []
+
+
+def test_the_page_shows_a_lab_whose_real_regime_is_incomplete(tmp_path, monkeypatch):
+    """Ranks leave the regime out; its cells are shown where they are there."""
+    from dft_lora.ui import lab as page
+
+    result = json.loads((RESULTS / "lab.json").read_text())
+    for label in ("asft", "sft"):
+        del result["bases"]["half-known"][f"test/{label}"]
+    found = lab_report.summary(result)
+    assert "half-known" not in found["objectives"]["asft"] and "half-known" in found["objectives"]["dft"]
+    assert found["advice"]["of"] == 9
+    (tmp_path / "lab.json").write_text(json.dumps(found))
+    monkeypatch.setattr(page, "FILE", tmp_path / "lab.json")
+    assert "On the real base (half-known) <b>power</b> is ahead" in page.lab_view.__wrapped__()
 
 
 def test_only_labels_of_all_regimes_are_ranked():

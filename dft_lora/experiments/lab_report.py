@@ -254,34 +254,26 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
     A difference is clear if its p, corrected by Holm's method, is below LEVEL.
     """
     lines = {regime: some for regime, some in lines_of(result).items() if some}
-    accuracy = {mode: scores_of(lines, mode) for mode in ("sampled", "greedy")}
-    shown: dict[str, dict[str, Any]] = {label: {} for label in CANDIDATES}
-    for regime, some in lines.items():
-        adjusted = {mode: corrected(some, "sft", mode) for mode in accuracy}
-        for label, line in some.items():
-            shown[label][regime] = {
-                mode: {"accuracy": shares[regime][label]}
-                | (
-                    {
-                        "minus_sft": line["against"]["sft"][mode]["difference"],
-                        "clear": adjusted[mode][label] < LEVEL,
-                    }
-                    if "sft" in line["against"]
-                    else {}
-                )
-                for mode, shares in accuracy.items()
-            }
-    ranked = complete(result)
-    found = ranks(scores_of(ranked)) if ranked else {}
+    objectives: dict[str, dict[str, Any]] = {}
+    for mode in ("sampled", "greedy"):
+        for regime, shares in scores_of(lines, mode).items():
+            adjusted = corrected(lines[regime], "sft", mode)
+            for label, share in shares.items():
+                cell: dict[str, Any] = {"accuracy": share}
+                if label in adjusted:
+                    difference = lines[regime][label]["against"]["sft"][mode]["difference"]
+                    cell |= {"minus_sft": difference, "clear": adjusted[label] < LEVEL}
+                objectives.setdefault(label, {}).setdefault(regime, {})[mode] = cell
+    full = complete(result)
+    ranked = ranks(scores_of(full)) if full else {}
     judged = advice(result)["regimes"].values()
     return {
         "regimes": {regime: REGIMES[regime].why for regime in lines},
-        "ranked": list(ranked),
-        "recommended": recommended(found),
-        "advice": {"right": sum(row["now"] == row["winner"] for row in judged), "of": len(judged)},
         "real": [regime for regime in lines if not REGIMES[regime].recipe.startswith("tiny_")],
-        "ranks": found,
-        "objectives": {label: cells for label, cells in shown.items() if cells},
+        "objectives": {label: objectives[label] for label in CANDIDATES if label in objectives},
+        "ranks": ranked,
+        "recommended": recommended(ranked),
+        "advice": {"right": sum(row["now"] == row["winner"] for row in judged), "of": len(judged)},
         "made": _days(part for parts in result["bases"].values() for part in parts.values()),
     }
 
