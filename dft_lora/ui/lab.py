@@ -97,7 +97,8 @@ def _limits(recorded: Mapping[str, Any]) -> str:
     return (
         '<p class="small">Bold: the difference is significant after Holm’s correction. All regimes but '
         f"{plain(', '.join(recorded['real']))} use an embedded base of 1.1 million parameters; all bases are "
-        "in 4 bits, with LoRA. Nothing here says what is best on a model of billions of parameters. "
+        "in 4 bits, with LoRA. Each objective had four settings; those with a number to choose tried only "
+        "the two middle rates. Nothing here says what is best on a model of billions of parameters. "
         f"Recorded from {' to '.join(recorded['made'])}. docs/lab.md has intervals, settings and cost, "
         "docs/lab-protocol.md which objectives were compared with a later run of SFT.</p>"
     )
