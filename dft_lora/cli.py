@@ -479,7 +479,7 @@ def list_recipes() -> None:
     click.echo(
         "\nWhich objective? `dft-lora diagnose RECIPE` estimates whether SFT or DFT suits your base and\n"
         "data. lora_power is a compromise between the two (docs/lab.md). On two small real bases nothing\n"
-        "was clearly better than SFT (docs/real.md)."
+        "was reliably better than SFT (docs/real.md)."
     )
 
 
