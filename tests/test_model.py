@@ -1,6 +1,9 @@
 """The 4-bit base with LoRA over it: what is quantised, what is trained, and the traps."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -260,3 +263,33 @@ def test_a_head_that_the_config_does_not_tell_is_refused():
     model.lm_head.register_forward_hook(lambda module, arguments, output: output * 2)
     with pytest.raises(ModelError, match="not supported"):
         check_head(model)
+
+
+def test_a_torchao_that_peft_refuses_is_ignored(tmp_path):
+    """Colab's image has torchao 0.10.0: peft raises for it at every layer that is not in 4 bits."""
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").touch()
+    (tmp_path / "torchao-0.10.0.dist-info").mkdir()
+    (tmp_path / "torchao-0.10.0.dist-info" / "METADATA").write_text("Name: torchao\nVersion: 0.10.0\n")
+    done = subprocess.run(
+        [sys.executable, "-c", OLD_TORCHAO],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["refused", "added"]
+
+
+OLD_TORCHAO = """
+from peft.import_utils import is_torchao_available
+from dft_lora.config import AdapterConfig, ModelConfig
+from dft_lora.model.load import add_lora, load_base
+base = load_base(ModelConfig(name="tiny", quantization="none"))[0]
+try:
+    is_torchao_available()
+except ImportError:
+    print("refused")
+add_lora(base, AdapterConfig(r=4))
+print("added")
+"""

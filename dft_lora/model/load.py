@@ -11,6 +11,7 @@ import copy
 import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -371,6 +372,7 @@ def add_lora(base: Any, config: AdapterConfig) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
+    _ignore_old_torchao()
     targets = config.target_modules
     alpha: Any = config.alpha  # peft's annotation says int, but it takes any number
     init: Any = config.init if config.init in CHANGES_BASE else True
@@ -412,6 +414,7 @@ def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
     """
     from peft import PeftModel
 
+    _ignore_old_torchao()
     model = base
     for name, path in adapters.items():
         check_adapter(path)
@@ -421,6 +424,18 @@ def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
             else:
                 model.load_adapter(path, adapter_name=name)
     return model.eval()
+
+
+def _ignore_old_torchao() -> None:
+    """peft raises for a torchao that is too old, such as Colab's, although layers of ours never use it."""
+    from peft.import_utils import is_torchao_available
+
+    try:
+        is_torchao_available()
+    except ImportError:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("peft.") and hasattr(module, "is_torchao_available"):
+                vars(module)["is_torchao_available"] = lambda: False
 
 
 def check_adapter(path: Path) -> None:
