@@ -62,7 +62,7 @@ def test_a_foreign_ending_is_foretold():
 @pytest.mark.parametrize(
     ("p_end", "name", "dft", "own", "said"),
     [
-        (0.9, "dft", True, True, "DFT will learn to end"),
+        (0.9, "dft", True, True, "enough for DFT to learn it"),
         (0.02, "threshold", True, False, "but threshold will not learn to stop here"),
         (1e-4, "sft", False, True, "This recipe's objective does learn it"),
         (1e-4, "power", False, False, "power will not learn to stop here"),

@@ -131,11 +131,11 @@ def ends(table: TokenTable, wanted: Objective) -> dict[str, Any]:
     name = "DFT" if wanted.name == "dft" else wanted.name
     stop = f"{name} will not learn to stop here. Remedies: {REMEDIES}."
     said = {
-        (True, True): ": DFT will learn to end its answers.",
-        (True, False): f": plain DFT will learn to end its answers, but {stop}",
+        (True, True): ": enough for DFT to learn it after the given solutions.",
+        (True, False): f": enough for plain DFT to learn it after the given solutions, but {stop}",
         (False, True): ", too improbable for plain DFT to learn it. This recipe's objective does learn it.",
         (False, False): f", too improbable for plain DFT to learn it. {stop}",
-        (True, None): f": plain DFT will learn to end its answers; whether {name} will is not known.",
+        (True, None): f": enough for plain DFT to learn it; whether {name} will is not known.",
         (False, None): f", too improbable for plain DFT to learn it; whether {name} will is not known before "
         "the run, which logs p_end.",
     }
