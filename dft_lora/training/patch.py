@@ -157,8 +157,8 @@ class Patch:
         )
         y_BL = labels[:, 1:] if shift_labels is None else shift_labels  # type: ignore[index]
         if not wants_logits:
-            # on the CPU: a split model has the hidden states on another device than the labels
-            given["logits_to_keep"] = torch.empty(0, dtype=torch.long)
+            # a list: accelerate moves a tensor to the first GPU of a split model, and the last one is indexed
+            given["logits_to_keep"] = []
         reference = None
         if self.wanted.needs & REFERENCE_NEEDS:
             with torch.no_grad(), self.model.disable_adapter():
