@@ -14,6 +14,7 @@ import torch
 from fault_runs import finish, run, start, write_data, write_recipe
 from patience import HANG, wait_for
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 
 from dft_lora.runs.folder import RunFolder, steps_in
 from dft_lora.training.checkpoints import Checkpoints
@@ -101,6 +102,28 @@ def test_two_processes_share_the_answers_of_a_rollout(tmp_path):
     for a, b in zip(*(RunFolder(tmp_path / name).metrics() for name in made), strict=True):
         assert a["reward"] == b["reward"] and a["generated_tokens"] == b["generated_tokens"]
         assert a["answers"] == b["answers"] == 12 and a["supervised_tokens"] == b["supervised_tokens"]
+
+
+def join_and_starve(rank: int, port: int) -> None:
+    """`join`; the first rank runs out of memory in its first pass, after DDP has prepared it."""
+    join(rank, port)
+    if rank == 0:
+        pass_once = DistributedDataParallel._run_ddp_forward
+
+        def starved(*_, **__):
+            DistributedDataParallel._run_ddp_forward = pass_once
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+        DistributedDataParallel._run_ddp_forward = starved
+
+
+def test_a_rank_out_of_memory_in_its_first_pass_leaves_none_waiting(tmp_path):
+    path, port = str(recipe(tmp_path, "two", max_steps=2, micro_batch_size=2)), free_port()
+    children = [start("train", path, setup=partial(join_and_starve, rank, port)) for rank in (0, 1)]
+    ends = [finish(child) for child in children]
+    assert [code for code, _ in ends] == [0, 0], ends
+    folder = RunFolder(tmp_path / "two")
+    assert len(folder.metrics()) == 2 and folder.run()["retreats"]
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -22,6 +22,7 @@ from dft_lora.bench.decode import random_adapters
 from dft_lora.config import ModelConfig
 from dft_lora.errors import ModelError, RequestError, RunError
 from dft_lora.model import attention
+from dft_lora.model.accelerator import Accelerator
 from dft_lora.model.adapters import adapter_layers, mixed
 from dft_lora.model.cache import RaggedCache
 from dft_lora.model.generate import Request, draw, generate, shared_prefix, stream
@@ -243,12 +244,21 @@ def test_attention_with_a_soft_cap_is_left_to_transformers():
         attention._packed_heads(torch.nn.Identity(), query, past, past, None, softcap=30.0)
 
 
+@pytest.mark.parametrize(
+    ("ampere", "dtype", "lacks"),
+    [(True, torch.bfloat16, False), (True, torch.float32, True), (False, torch.float16, True)],
+)
+def test_only_flash_attention_shares_heads_on_cuda(monkeypatch, ampere, dtype, lacks):
+    monkeypatch.setattr(Accelerator, "computes_bfloat16", ampere)
+    assert attention.lacks_shared_heads(torch.device("cuda", 0), dtype) is lacks
+
+
 def test_an_older_gpu_gets_keys_and_values_repeated(monkeypatch):
     query, past = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
     layer = torch.nn.Identity()
     layer.num_key_value_groups, layer.is_causal = 2, True
     shared, _ = attention._packed_heads(layer, query, past, past, None)
-    monkeypatch.setattr(attention, "lacks_shared_heads", lambda device: True)
+    monkeypatch.setattr(attention, "lacks_shared_heads", lambda device, dtype: True)
     heads = []
 
     def spy(query, key, value, **kwargs):

@@ -147,6 +147,14 @@ def test_the_probe_leaves_a_backends_own_checkpointing(trainer, monkeypatch):
     assert auto_micro_batch(learner, trainer.plan.groups) >= 1
 
 
+def test_memory_that_others_hold_is_not_counted_on(trainer, monkeypatch):
+    learner, groups = trainer.learner, trainer.plan.groups
+    monkeypatch.setattr(Cpu, "free_memory", property(lambda self: 64 * 2**30))
+    assert auto_micro_batch(learner, groups) > 1
+    monkeypatch.setattr(Cpu, "free_memory", property(lambda self: 2**20))
+    assert auto_micro_batch(learner, groups) == 1
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_a_proposal_keeps_a_backends_own_checkpointing(own):
     for gb in (1.17, 3, 24):

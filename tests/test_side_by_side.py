@@ -118,3 +118,12 @@ def test_online_objectives_are_refused(tmp_path):
     both = [load_recipe("tiny_grpo", (f"name={name}", f"output={tmp_path / name}")) for name in "ab"]
     with pytest.raises(RequestError, match=r"objective\.name: runs side by side learn from solutions"):
         SideBySide(both)
+
+
+def test_an_int8_base_is_shared(tmp_path):
+    """bitsandbytes moves the scales of an 8-bit layer into that layer alone in its first pass."""
+    int8 = ("model.quantization=int8", "train.max_steps=1")
+    (alone,) = (train(r) for r in recipes(tmp_path / "alone", ("dft",), int8))
+    runs = SideBySide(recipes(tmp_path / "both", changes=int8))
+    runs.step()
+    check_same({folder.name: folder for folder in runs.finish()}["dft"], alone)

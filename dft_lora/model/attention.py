@@ -28,17 +28,22 @@ PLAIN = {"llama", "mistral", "qwen2", "qwen3", "gemma3_text"}
 """Kinds of model that may use it. Others choose their masks by the name `sdpa`, sparse ones for example."""
 
 
-def lacks_shared_heads(device: torch.device) -> bool:
-    """Whether torch has no fused kernel there for heads that share keys: CUDA GPUs older than Ampere."""
-    return device.type == "cuda" and not accelerator(device).computes_bfloat16
+def lacks_shared_heads(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has no fused kernel there for heads that share keys: flash attention alone has.
+
+    It needs Ampere or newer, and 16 bits.
+    """
+    flash = dtype != torch.float32 and accelerator(device).computes_bfloat16
+    return device.type == "cuda" and not flash
 
 
 def use_packed_heads(model: Any) -> None:
-    """Let the heads that share keys and values read them together, on a CPU or on an older GPU.
+    """Let the heads that share keys and values read them together, where `load_base` asks for it.
 
     Where all rows of a batch are equally long, transformers leaves the sharing to torch. For one token its
     CPU kernel reads keys and values once per query head: 2.5 to 4 times as slow with 3 heads per key-value
-    head. On an older GPU (T4) only torch's math kernel shares heads, and it stores all attention scores.
+    head. On an older GPU (T4), or in float32,
+    only torch's math kernel shares heads, and it stores all attention scores.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -74,7 +79,9 @@ def _packed_heads(
             grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3])
             out = scaled_dot_product_attention(grouped, key, value, dropout_p=dropout, scale=scaling)
             return out.reshape(len(query), 1, query.shape[1], value.shape[3]), None
-        if lacks_shared_heads(query.device) and key.shape[3] <= 256:  # wider ones transformers repeats itself
+        if (
+            lacks_shared_heads(query.device, query.dtype) and key.shape[3] <= 256
+        ):  # wider ones transformers repeats itself
             key, value = repeat_kv(key, heads), repeat_kv(value, heads)
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
 

@@ -217,7 +217,7 @@ def load_base(
     except (OSError, ValueError) as error:
         raise _not_found(config, "no weights of", error) from None
     keep_differentiable(model)
-    if hardware.device.type == "cpu" or lacks_shared_heads(hardware.device):
+    if hardware.device.type == "cpu" or lacks_shared_heads(hardware.device, hardware.dtype):
         use_packed_heads(model)
     if for_answers and _wants_unpacked(model, config.unpack):
         _unpack_layers(model)
@@ -241,6 +241,11 @@ def twin(base: Any) -> Any:
     """A second tree of modules over the same weights: two adapters can then be in training over one base."""
     shared: list[Any] = [*base.parameters(), *base.buffers()]
     shared += [module.quant_state for _, module in _4bit_layers(base)]
+    for module in base.modules():
+        if hasattr(module, "init_8bit_state"):  # an 8-bit layer moves its scales there in its first pass
+            if module.weight.CB is not None:
+                module.init_8bit_state()
+            shared.append(module.state)
     return copy.deepcopy(base, {id(one): one for one in shared})
 
 
@@ -415,14 +420,14 @@ def load_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
     from peft import PeftModel
 
     _ignore_old_torchao()
-    model = base
+    model, device = base, str(base.device)  # otherwise peft reads them into a GPU, wherever the base is
     for name, path in adapters.items():
         check_adapter(path)
         with fitting(path):
             if not isinstance(model, PeftModel):
-                model = PeftModel.from_pretrained(base, path, adapter_name=name)
+                model = PeftModel.from_pretrained(base, path, adapter_name=name, torch_device=device)
             else:
-                model.load_adapter(path, adapter_name=name)
+                model.load_adapter(path, adapter_name=name, torch_device=device)
     return model.eval()
 
 

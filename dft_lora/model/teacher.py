@@ -24,7 +24,7 @@ def add_teacher(model: Any, path: Path) -> None:
     check_adapter(path)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     with fitting(path):
-        model.load_adapter(path, adapter_name=TEACHER)
+        model.load_adapter(path, adapter_name=TEACHER, torch_device=str(model.device))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
 

@@ -151,10 +151,11 @@ def auto_micro_batch(learner: Learner, groups: Sequence[Group]) -> int:
     except RunError:
         return 1  # the step itself retreats to smaller pieces, or says what may fit
     device = learner.ranks.device
-    limit = usable_bytes(accelerator(device).total_memory, device, None)
-    return (
-        largest_micro_batch(learner, groups).within(limit - sum(resident_bytes(learner).values()), fit) or 1
-    )
+    resident = resident_bytes(learner)
+    room = usable_bytes(accelerator(device).total_memory, device, None) - sum(resident.values())
+    # other processes, or another base in this one, may hold a part of it
+    free = accelerator(device).free_memory * USABLE - resident["gradients"] - resident["optimizer"]
+    return largest_micro_batch(learner, groups).within(min(room, free), fit) or 1
 
 
 def measure(learner: Learner, groups: Sequence[Group], checkpointing: bool) -> MemoryFit:

@@ -10,7 +10,7 @@ import torch
 
 from ..config import Recipe
 from ..errors import RequestError, RunError
-from ..model.accelerator import LONGEST_WAIT, accelerator
+from ..model.accelerator import LONGEST_WAIT, accelerator, default_device
 from ..model.load import hardware_of
 from ..model.memory import DeviceMemory, Memory
 from .faults import is_out_of_memory
@@ -28,14 +28,17 @@ class Ranks:
     """
 
     def __init__(self, recipe: Recipe):
-        from accelerate import Accelerator, InitProcessGroupKwargs
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-        hardware = hardware_of(recipe.model)
         # Without `cpu`, accelerate treats two CPU processes of torchrun as two separate runs.
         self.accelerator = Accelerator(
-            cpu=hardware.device.type == "cpu",
+            cpu=default_device().type == "cpu",
             mixed_precision="no",  # no autocast: LoRA stays in float32
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+                # A rank that runs out of memory in its first pass would repeat the broadcast, the others not.
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
             log_with=check_trackers(recipe.train.trackers),
             project_dir=str(recipe.output_dir),
         )
@@ -51,7 +54,8 @@ class Ranks:
             DeviceMemory(self.device) if accelerator(self.device).counts_memory else None
         )
         """The device's own count of its memory; None where it has none for tensors alone (CPU, MPS)."""
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=hardware.scales_loss)
+        scales_loss = hardware_of(recipe.model, self.device).scales_loss
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scales_loss)
         """The loss scaler for float16; otherwise disabled, and then it changes nothing."""
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
