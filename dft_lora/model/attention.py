@@ -42,8 +42,8 @@ def use_packed_heads(model: Any) -> None:
 
     Where all rows of a batch are equally long, transformers leaves the sharing to torch. For one token its
     CPU kernel reads keys and values once per query head: 2.5 to 4 times as slow with 3 heads per key-value
-    head. On an older GPU (T4), or in float32,
-    only torch's math kernel shares heads, and it stores all attention scores.
+    head. On an older GPU (T4), or in float32, only torch's math kernel shares heads on CUDA, and it stores
+    all attention scores.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -79,9 +79,8 @@ def _packed_heads(
             grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3])
             out = scaled_dot_product_attention(grouped, key, value, dropout_p=dropout, scale=scaling)
             return out.reshape(len(query), 1, query.shape[1], value.shape[3]), None
-        if (
-            lacks_shared_heads(query.device, query.dtype) and key.shape[3] <= 256
-        ):  # wider ones transformers repeats itself
+        # heads wider than 256 transformers repeats itself
+        if key.shape[3] <= 256 and lacks_shared_heads(query.device, query.dtype):
             key, value = repeat_kv(key, heads), repeat_kv(value, heads)
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
 
