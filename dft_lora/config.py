@@ -336,6 +336,12 @@ class Recipe(Part):
         """Plain values, as written to `run.json`."""
         return self.model_dump(mode="json")
 
+    def at_revision(self, revision: str | None) -> Recipe:
+        """This recipe with the base's revision, unless it names one."""
+        if self.model.revision is not None:
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"revision": revision})})
+
     def override(self, changes: Sequence[str]) -> Recipe:
         """A copy with `a.b=value` changes applied; values are parsed as YAML.
 
@@ -382,7 +388,17 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 
 
 def _unknown(path: str, key: str, known: Mapping[str, Any]):
-    raise RecipeError(f"recipe field {path!r} does not exist{did_you_mean(key, known)}")
+    raise RecipeError(f"recipe field {path!r} does not exist{_hint(key, known)}")
+
+
+def _hint(key: str, known: Mapping[str, Any]) -> str:
+    """` (did you mean 'x'?)`: the field of this name in another section, or the closest one here."""
+    elsewhere = [
+        repr(f"{name}.{key}")
+        for name, field in Recipe.model_fields.items()
+        if (section := _section(field.annotation)) and key in section.model_fields
+    ]
+    return f" (did you mean {' or '.join(elsewhere)}?)" if elsewhere else did_you_mean(key, known)
 
 
 def parse_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -404,7 +420,7 @@ def _explain(error: Mapping[str, Any]) -> str:
         part: Any = Recipe
         for key in path[:-1]:
             part = _section(part.model_fields[key].annotation)
-        return f"field {field!r} does not exist{did_you_mean(path[-1], part.model_fields)}"
+        return f"field {field!r} does not exist{_hint(path[-1], part.model_fields)}"
     message = PLAIN.get(error["type"], error["msg"]).removeprefix("Value error, ")
     if not field:
         return message

@@ -175,6 +175,10 @@ def test_an_accelerator_that_torch_finds_is_taken(monkeypatch, kind):
     for count, index in ((2, 1), (1, 0)):  # SLURM may show each process one device only
         monkeypatch.setattr(torch.accelerator, "device_count", lambda count=count: count)
         assert default_device() == torch.device(kind, index)
+    monkeypatch.delenv("LOCAL_RANK")  # without a launcher: the device that the caller chose
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 2)
+    assert default_device() == torch.device(kind, 2)
     monkeypatch.setenv("DFT_LORA_DEVICE", "cpu")
     assert default_device() == CPU
     monkeypatch.setenv("DFT_LORA_DEVICE", "gpu")

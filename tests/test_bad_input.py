@@ -188,7 +188,7 @@ EVALUATE = [
     ("evaluate run --task my.test.jsonl", 2, "--task my.test.jsonl: a test set is named after its file"),
     ("evaluate run --task taken", 2, "--task taken: is a folder"),
     ("evaluate run --set train.seed=1", 2, "an evaluation takes the fields of `evaluate` only"),
-    ("evaluate run --task no-column.jsonl", 2, "row 1: no column 'problem'; it has q, a"),
+    ("evaluate run --task no-column.jsonl", 2, "or problem, solution and answer"),
     ("evaluate run --task wrong-type.jsonl", 2, "row 1: column 'answer' is list, not text"),
     ("evaluate run --task broken.json", 2, "broken.json: broken JSON"),
     ("evaluate run --task rows.jsonl --task taken/rows.jsonl", 2, "two test sets are named 'rows'; rename"),

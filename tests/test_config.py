@@ -76,6 +76,8 @@ def test_a_pair_differs_in_the_objective_alone(pair):
         ('data.source="a\\0b"', "field 'data.source': must not contain a NUL character"),
         ('evaluate.tasks=["a\\ud800"]', "half of a surrogate pair"),
         ("train.=1", "field 'train.' does not exist"),
+        ("learning_rate=1", "(did you mean 'train.learning_rate'?)"),
+        ("train.samples=1", "(did you mean 'rollouts.samples' or 'evaluate.samples'?)"),
     ],
 )
 def test_a_wrong_change_is_refused_in_one_line(change, message):

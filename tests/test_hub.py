@@ -96,16 +96,47 @@ def test_a_name_on_the_hub_fails_in_one_line(tmp_path, closed_port, change, fiel
     assert line.startswith(f"error: {field}") and "in the local cache, and the Hub cannot be reached" in line
 
 
+def cached(tmp_path, commit):
+    """The embedded base as `me/model` in the local cache, whose newest commit is this one."""
+    repository = tmp_path / "cache/hub/models--me--model"
+    shutil.copytree(TINY_DIR, repository / "snapshots" / commit)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / "main").write_text(commit)
+    return repository / "snapshots" / commit
+
+
 @pytest.mark.slow
 def test_a_cached_model_still_serves(tmp_path, closed_port):
-    repository = tmp_path / "cache/hub/models--me--model"
-    commit = "0123456789" * 4
-    shutil.copytree(TINY_DIR, repository / "snapshots" / commit)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
+    cached(tmp_path, "0123456789" * 4)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"problem": "Tom has 9 eggs.", "solution": "The answer is 9."}) + "\n")
     changes = ("--set", "model.name=me/model", "--set", f"data.source={rows}")
     done = command(tmp_path, closed_port, "diagnose", "tiny_dft", "--json", *changes)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["examples"] == 1 and "Retry" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_stays_at_the_commit_of_its_base(tmp_path, closed_port):
+    """Whatever is committed later, even other weights."""
+    first, second = "0123456789" * 4, "abcdef0123" * 4
+    cached(tmp_path, first)
+    sets = ["model.name=me/model", "data.sample=16", "train.max_steps=1", "output=run"]
+    changes = [word for change in sets for word in ("--set", change)]
+    done = command(tmp_path, closed_port, "train", "tiny_dft", *changes)
+    assert done.returncode == 0, done.stderr
+    weights = cached(tmp_path, second) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\1\1\1\1")
+    more = [change.replace("steps=1", "steps=2") for change in changes]
+    done = command(tmp_path, closed_port, "train", "tiny_dft", *more, "--extend")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/run.json").read_text())["steps"] == 2
+    done = command(tmp_path, closed_port, "evaluate", "run", "--task", "arithmetic", "--limit", "1")
+    assert done.returncode == 0, done.stderr
+    other = [*changes[:-1], "output=other"]
+    assert command(tmp_path, closed_port, "train", "tiny_dft", *other).returncode == 0
+    done = command(tmp_path, closed_port, "evaluate", "run", "other", "--task", "arithmetic", "--limit", "1")
+    assert done.returncode == 2 and "other has another base than run (model.revision" in done.stderr
+    newest = [*more, "--set", f"model.revision={second}", "--extend"]
+    done = command(tmp_path, closed_port, "train", "tiny_dft", *newest)
+    assert done.returncode == 2 and "base was '0123456789" in done.stderr, done.stderr

@@ -16,7 +16,7 @@ from dft_lora.model.head import bare
 from dft_lora.model.memory import MIB, LiveTensors, give_back_large_blocks
 from dft_lora.training.learner import Learner
 from dft_lora.training.plan import make_plan
-from dft_lora.training.preflight import preflight, preflight_table, propose, read_size
+from dft_lora.training.preflight import measured, preflight, preflight_table, propose, read_size
 from dft_lora.training.probe import (
     LinearFit,
     MemoryFit,
@@ -153,6 +153,11 @@ def test_memory_that_others_hold_is_not_counted_on(trainer, monkeypatch):
     assert auto_micro_batch(learner, groups) > 1
     monkeypatch.setattr(Cpu, "free_memory", property(lambda self: 2**20))
     assert auto_micro_batch(learner, groups) == 1
+    found = measured(learner, trainer.plan, None)
+    assert found["headroom"] < 0 and "in use elsewhere" in preflight_table(found)
+    assert measured(learner, trainer.plan, 2**34)["in_use_elsewhere"] == 0, (
+        "another GPU's memory is asked about"
+    )
 
 
 @pytest.mark.parametrize("own", [False, True])

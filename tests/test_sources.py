@@ -281,6 +281,12 @@ def test_a_bad_row_is_refused_by_number_and_skipped_when_allowed(tmp_path, kind)
         load_problems(DataConfig(source=source, skip_bad_rows=0.09))
 
 
+def test_the_hint_for_a_missing_solution_is_not_the_prompts_own_column(tmp_path):
+    source = write(tmp_path / "a.jsonl", [{"question": "1 + 1?", "reply": "2"}])
+    with pytest.raises(DataError, match=r"no column 'solution'; it has question, reply"):
+        load_problems(DataConfig(source=source, prompt="question"))
+
+
 def test_missing_file_empty_file_and_unknown_task(tmp_path):
     with pytest.raises(DataError, match="no file"):
         load_problems(DataConfig(source=str(tmp_path / "nope.jsonl")))

@@ -113,7 +113,10 @@ def load_tests(path: str, data: DataConfig) -> list[Problem]:
     """
     good, bad = _read(data.model_copy(update={"source": path}), _test)
     if bad:
-        raise DataError(f"{path}: {_counted(bad, len(good) + len(bad))}; fix them")
+        columns = (
+            "" if good else "; the columns are those of the recipe's data, or problem, solution and answer"
+        )
+        raise DataError(f"{path}: {_counted(bad, len(good) + len(bad))}; fix them{columns}")
     if not good:
         raise DataError(f"{path}: has no rows")
     return [problem for row in good for problem in row]
@@ -334,7 +337,7 @@ def _problems(number: int, row: Any, data: DataConfig) -> list[Problem]:
             if turn["role"] == "assistant"
         ]
         return [*earlier, replace(final, id=identity, answer=answer)]
-    asked, solution = _prompt(row, data.prompt), _text(row, data.completion)
+    asked, solution = _prompt(row, data.prompt), _text(row, data.completion, taken=data.prompt)
     if answer is None and gsm8k_answer(solution):
         solution, answer = clean_gsm8k(solution)
     if answer is None and data.answer == data.completion:
@@ -390,9 +393,11 @@ def _filled(row: dict[str, Any], pattern: str) -> str:
     return _check_text(re.sub(r"\{([^{}]+)\}", content, pattern).strip(), f"the prompt {pattern!r}")
 
 
-def _text(row: dict[str, Any], column: str) -> str:
+def _text(row: dict[str, Any], column: str, taken: str | None = None) -> str:
+    """The text of a column; `taken`: a column in use, which a hint does not suggest."""
     if column not in row:
-        raise _Unusable(f"no column {column!r}{did_you_mean(column, row)}; it has {', '.join(map(str, row))}")
+        hint = did_you_mean(column, [name for name in row if name != taken])
+        raise _Unusable(f"no column {column!r}{hint}; it has {', '.join(map(str, row))}")
     return _check_text(row[column], f"column {column!r}")
 
 

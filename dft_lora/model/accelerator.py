@@ -220,7 +220,8 @@ def accelerator(device: torch.device) -> Accelerator:
 
 
 def default_device() -> torch.device:
-    """The process's own accelerator (LOCAL_RANK under a launcher, modulo those it sees), else the CPU.
+    """The process's own accelerator, else the CPU: under a launcher that of LOCAL_RANK, modulo those it
+    sees; without one torch's current device.
 
     The environment variable DFT_LORA_DEVICE=cpu leaves an accelerator alone. Raises RequestError for another.
     """
@@ -233,4 +234,6 @@ def default_device() -> torch.device:
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None:
         return torch.device("cpu")
-    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count())
+    rank = os.environ.get("LOCAL_RANK")
+    index = torch.accelerator.current_device_index() if rank is None else int(rank)
+    return torch.device(found.type, index % torch.accelerator.device_count())

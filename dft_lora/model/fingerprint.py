@@ -9,7 +9,7 @@ from ..errors import ModelError
 from ..runs.files_hash import files_hash
 from . import gguf
 from .known import KNOWN
-from .load import gguf_file, load_model_config, resolve
+from .load import gguf_file, hub_commit, resolve
 
 
 def base_fingerprint(config: ModelConfig) -> str:
@@ -19,10 +19,7 @@ def base_fingerprint(config: ModelConfig) -> str:
     Further training changes every block, and a 16 GB base takes no longer than a small one.
     """
     resolve(config)  # fetches a GGUF file that is not on this machine
-    local = local_fingerprint(config)
-    if local is not None:
-        return local
-    return getattr(load_model_config(config), "_commit_hash", None) or f"{config.name}@{config.revision}"
+    return local_fingerprint(config) or hub_commit(config)
 
 
 def local_fingerprint(config: ModelConfig) -> str | None:

@@ -162,6 +162,21 @@ def load_model_config(config: ModelConfig) -> Any:
     return found
 
 
+def hub_commit(config: ModelConfig) -> str:
+    """The commit of a base on the Hub that is loaded now. Raises ModelError if there is no such base."""
+    _origin(config)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        file = hf_hub_download(
+            config.name, "config.json", revision=config.revision, local_files_only=unreachable() is not None
+        )
+    except (OSError, HFValidationError) as error:
+        raise _not_found(config, "no model", error) from None
+    return Path(file).parent.name  # the cache has a folder for each commit
+
+
 def count_parameters(model_config: Any) -> int:
     """Parameters of a model, from its config alone (built on the meta device)."""
     from transformers import AutoModelForCausalLM

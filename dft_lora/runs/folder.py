@@ -33,6 +33,8 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 ALWAYS = ("recipe", "template", "template_hash")
 """The keys of `run.json` that are there from the first time it is written."""
+COMMIT = "[0-9a-f]{40}"
+"""A commit on the Hub, the fingerprint of a base from there."""
 
 
 class RunFolder:
@@ -213,8 +215,10 @@ class RunFolder:
         return metadata
 
     def recipe(self) -> Recipe:
-        """The recipe this run was made with."""
-        return parse_recipe(self.run()["recipe"], where=str(self.path / "run.json"))
+        """The recipe of this run. Without a revision, a base from the Hub is the one at the run's commit."""
+        recipe = parse_recipe(self.run()["recipe"], where=str(self.path / "run.json"))
+        base = self.base_fingerprint or ""
+        return recipe.at_revision(base) if re.fullmatch(COMMIT, base) else recipe
 
     def log(self, line: dict[str, Any]) -> None:
         """Append the line of one step to `metrics.jsonl`."""

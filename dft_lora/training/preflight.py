@@ -34,6 +34,7 @@ from .probe import (
     measure,
     probe,
     resident_bytes,
+    room_for_a_pass,
     set_checkpointing,
     usable_bytes,
 )
@@ -93,6 +94,7 @@ def measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any]
     answers = answering(learner, plan)
     most = max(real.peak, answers["bytes"]) if answers else real.peak
     limit = usable_bytes(available, device, budget)
+    left = limit if budget is not None else sum(resident.values()) + room_for_a_pass(learner)
     allocator = "PyTorch's allocator" if learner.ranks.gauge is not None else "live tensors"
     counted = "traced tensors" if device.type == "meta" else allocator
     return {
@@ -111,12 +113,13 @@ def measured(learner: Learner, plan: Plan, budget: int | None) -> dict[str, Any]
         "peak": sum(resident.values()) + most,
         "predicted_peak": sum(resident.values()) + int(fit.peak(real.N, real.M)),
         "available": available,
-        "headroom": int(limit) - sum(resident.values()) - most,
+        "in_use_elsewhere": int(limit - left),
+        "headroom": int(left) - sum(resident.values()) - most,
         "seconds_a_step": seconds,
         "steps": plan.steps,
         "seconds_in_all": None if seconds is None else seconds * plan.steps,
-        "proposal": propose(fits, sum(resident.values()), limit, largest_micro_batch(learner, plan.groups)),
-        "rollout_rows": answers and most_rows(learner, plan, limit - sum(resident.values())),
+        "proposal": propose(fits, sum(resident.values()), left, largest_micro_batch(learner, plan.groups)),
+        "rollout_rows": answers and most_rows(learner, plan, left - sum(resident.values())),
         "fit": {"checkpointing" if on else "plain": asdict(fits[on]) for on in fits},
     }
 
@@ -211,9 +214,12 @@ def preflight_table(found: dict[str, Any]) -> str:
     if answers := found["answers"]:
         what = f"{answers['rows']} answers of {answers['tokens']} tokens"
         lines.append(f"{'decoding, at most':24} {answers['bytes'] / MIB:10,.0f} MB   ({what})")
+    of = f"{found['available'] / MIB:,.0f} MB"
+    if elsewhere := found["in_use_elsewhere"]:
+        of += f", {elsewhere / MIB:,.0f} MB of it in use elsewhere"
     lines += [
         f"{'peak':24} {found['peak'] / MIB:10,.0f} MB   (fit: {found['predicted_peak'] / MIB:,.0f} MB)",
-        f"{'headroom':24} {found['headroom'] / MIB:10,.0f} MB   of {found['available'] / MIB:,.0f} MB",
+        f"{'headroom':24} {found['headroom'] / MIB:10,.0f} MB   of {of}",
     ]
     if found["seconds_a_step"] is not None:
         lines += [

@@ -150,12 +150,14 @@ def auto_micro_batch(learner: Learner, groups: Sequence[Group]) -> int:
         fit = measure(learner, groups, learner.checkpointing)
     except RunError:
         return 1  # the step itself retreats to smaller pieces, or says what may fit
-    device = learner.ranks.device
-    resident = resident_bytes(learner)
-    room = usable_bytes(accelerator(device).total_memory, device, None) - sum(resident.values())
-    # other processes, or another base in this one, may hold a part of it
+    return largest_micro_batch(learner, groups).within(room_for_a_pass(learner), fit) or 1
+
+
+def room_for_a_pass(learner: Learner) -> float:
+    """Bytes that a pass may take on this device besides what is resident, now that others may hold a part."""
+    device, resident = learner.ranks.device, resident_bytes(learner)
     free = accelerator(device).free_memory * USABLE - resident["gradients"] - resident["optimizer"]
-    return largest_micro_batch(learner, groups).within(min(room, free), fit) or 1
+    return min(usable_bytes(accelerator(device).total_memory, device, None) - sum(resident.values()), free)
 
 
 def measure(learner: Learner, groups: Sequence[Group], checkpointing: bool) -> MemoryFit:

@@ -19,6 +19,7 @@ FREE = (
     "name",
     "output",
     "evaluate.",
+    "model.revision",  # the base's fingerprint is compared
     "model.unpack",
     "train.save_steps",
     "train.keep_checkpoints",
@@ -34,6 +35,13 @@ ROUND = "steps per rollout"
 
 ANSWERS = "reference answers"
 """Compared where a run samples its own answers, which are judged by them."""
+
+
+def at_its_revision(recipe: Recipe) -> Recipe:
+    """The recipe of a run to resume: if it names no revision of its base, that of the run in its folder."""
+    folder = RunFolder(recipe.output_dir)
+    before = folder.recipe().model if folder.begun else recipe.model
+    return recipe.at_revision(before.revision) if before.name == recipe.model.name else recipe
 
 
 def guarded_fields(plan: Plan, device: torch.device, processes: int) -> dict[str, Any]:
