@@ -291,8 +291,10 @@ def vllm_command(run: RunFolder, base: str | None = None, adapter: str | None = 
     refuse_unfinished(run)
     recipe, rank = run.recipe(), lora_rank([vllm_rank(run.adapter)])
     served, module = base or recipe.model.name, f"{run.full_name}={adapter or run.adapter}"
+    at = recipe.model.revision if served == recipe.model.name else None
     return (
-        f"vllm serve {shlex.quote(served)} --enable-lora --max-lora-rank {rank} "
+        f"vllm serve {shlex.quote(served)} {f'--revision {shlex.quote(at)} ' if at else ''}"
+        f"--enable-lora --max-lora-rank {rank} "
         f"--lora-modules {shlex.quote(module)}"
     )
 

@@ -1,19 +1,26 @@
-"""A stand-in for the Hub's API: it makes repositories, and takes commits of small and of large files."""
+"""A stand-in for the Hub: it serves a model, makes repositories, takes commits of small and large files."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 
 class Hub:
-    """What was asked of it. `files` are those of the last commit by path; `refuses` answers 403 to a path."""
+    """What was asked of it. `files` are those of the last commit by path; `refuses` answers 403 to a path.
+
+    `commits` are folders with the files of a model, by commit; the last one is `main`.
+    """
 
     def __init__(self):
+        self.commits: dict[str, Path] = {}
         self.asked: list[str] = []
         self.created: dict = {}
         self.tokens: set[str | None] = set()
@@ -21,6 +28,17 @@ class Hub:
         self.large: dict[str, bytes] = {}
         self.refuses = "nothing"
         self.address = ""
+
+    def file(self, path: str) -> tuple[int, dict[str, str], bytes] | None:
+        """Status, headers and content of a model's file; None for another path."""
+        if not (asked := re.fullmatch(r"/[\w-]+/[\w-]+/resolve/(\w+)/([\w.]+)", path)):
+            return None
+        commit = list(self.commits)[-1] if asked[1] == "main" else asked[1]
+        file = self.commits.get(commit, Path("nowhere")) / asked[2]
+        if not file.is_file():
+            return 404, {"X-Repo-Commit": commit, "X-Error-Code": "EntryNotFound"}, b""
+        content = file.read_bytes()
+        return 200, {"X-Repo-Commit": commit, "ETag": hashlib.sha256(content).hexdigest()}, content
 
     def reply(self, path: str, body: bytes) -> tuple[int, dict]:
         if self.refuses in path:
@@ -70,13 +88,17 @@ def hub() -> Iterator[Hub]:
             path = self.path.partition("?")[0]
             it.asked.append(f"{self.command} {path}")
             it.tokens.add(self.headers.get("Authorization"))
-            status, value = it.reply(path, body)
-            said = json.dumps(value).encode()
+            if (found := it.file(path)) is not None:
+                status, headers, said = found
+            else:
+                status, value = it.reply(path, body)
+                headers, said = {"Content-Type": "application/json"}, json.dumps(value).encode()
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(said)))
+            for name, text in (headers | {"Content-Length": str(len(said))}).items():
+                self.send_header(name, text)
             self.end_headers()
-            self.wfile.write(said)
+            if self.command != "HEAD":
+                self.wfile.write(said)
 
         def chunk(self) -> bytes:
             size = int(self.rfile.readline(), 16)

@@ -6,10 +6,12 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
+import hub_stand_in
 import pytest
 
-from dft_lora import hub
+from dft_lora import RunFolder, hub
 from dft_lora.model.tiny import TINY_DIR
 
 
@@ -70,10 +72,10 @@ def test_the_way_through_a_proxy_is_what_counts(fresh, monkeypatch, closed_port)
     assert "Connection refused" in hub.unreachable()
 
 
-def command(tmp_path, port, *arguments):
-    """A command in a process of its own that believes in a Hub behind a closed port."""
+def command(tmp_path, address, *arguments):
+    """A command in a process of its own that believes in a Hub at `address`."""
     environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+        "HF_ENDPOINT": address,
         "HF_HUB_OFFLINE": "",
         "HF_HOME": str(tmp_path / "cache"),
         "no_proxy": "*",
@@ -90,53 +92,56 @@ def command(tmp_path, port, *arguments):
     ],
 )
 def test_a_name_on_the_hub_fails_in_one_line(tmp_path, closed_port, change, field):
-    done = command(tmp_path, closed_port, "train", "tiny_dft", "--set", change)
+    done = command(tmp_path, f"http://127.0.0.1:{closed_port}", "train", "tiny_dft", "--set", change)
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(f"error: {field}") and "in the local cache, and the Hub cannot be reached" in line
 
 
-def cached(tmp_path, commit):
-    """The embedded base as `me/model` in the local cache, whose newest commit is this one."""
-    repository = tmp_path / "cache/hub/models--me--model"
-    shutil.copytree(TINY_DIR, repository / "snapshots" / commit)
-    (repository / "refs").mkdir(exist_ok=True)
-    (repository / "refs" / "main").write_text(commit)
-    return repository / "snapshots" / commit
-
-
-@pytest.mark.slow
 def test_a_cached_model_still_serves(tmp_path, closed_port):
-    cached(tmp_path, "0123456789" * 4)
+    repository = tmp_path / "cache/hub/models--me--model"
+    commit = "0123456789" * 4
+    shutil.copytree(TINY_DIR, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"problem": "Tom has 9 eggs.", "solution": "The answer is 9."}) + "\n")
     changes = ("--set", "model.name=me/model", "--set", f"data.source={rows}")
-    done = command(tmp_path, closed_port, "diagnose", "tiny_dft", "--json", *changes)
+    done = command(tmp_path, f"http://127.0.0.1:{closed_port}", "diagnose", "tiny_dft", "--json", *changes)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["examples"] == 1 and "Retry" not in done.stderr
 
 
 @pytest.mark.slow
-def test_a_run_stays_at_the_commit_of_its_base(tmp_path, closed_port):
+def test_a_run_stays_at_the_commit_of_its_base(tmp_path):
     """Whatever is committed later, even other weights."""
     first, second = "0123456789" * 4, "abcdef0123" * 4
-    cached(tmp_path, first)
-    sets = ["model.name=me/model", "data.sample=16", "train.max_steps=1", "output=run"]
-    changes = [word for change in sets for word in ("--set", change)]
-    done = command(tmp_path, closed_port, "train", "tiny_dft", *changes)
-    assert done.returncode == 0, done.stderr
-    weights = cached(tmp_path, second) / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-4] + b"\1\1\1\1")
-    more = [change.replace("steps=1", "steps=2") for change in changes]
-    done = command(tmp_path, closed_port, "train", "tiny_dft", *more, "--extend")
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run/run.json").read_text())["steps"] == 2
-    done = command(tmp_path, closed_port, "evaluate", "run", "--task", "arithmetic", "--limit", "1")
-    assert done.returncode == 0, done.stderr
-    other = [*changes[:-1], "output=other"]
-    assert command(tmp_path, closed_port, "train", "tiny_dft", *other).returncode == 0
-    done = command(tmp_path, closed_port, "evaluate", "run", "other", "--task", "arithmetic", "--limit", "1")
-    assert done.returncode == 2 and "other has another base than run (model.revision" in done.stderr
-    newest = [*more, "--set", f"model.revision={second}", "--extend"]
-    done = command(tmp_path, closed_port, "train", "tiny_dft", *newest)
-    assert done.returncode == 2 and "base was '0123456789" in done.stderr, done.stderr
+    other_weights = shutil.copytree(TINY_DIR, tmp_path / "model") / "model.safetensors"
+    other_weights.write_bytes(other_weights.read_bytes()[:-4] + bytes(4))
+
+    def train(it, steps, output, *more):
+        sets = ["model.name=me/model", "data.sample=16", f"train.max_steps={steps}", f"output={output}"]
+        changes = [word for change in sets for word in ("--set", change)]
+        return command(tmp_path, it.address, "train", "tiny_dft", *changes, *more)
+
+    def evaluate(it, *runs):
+        return command(tmp_path, it.address, "evaluate", *runs, "--task", "arithmetic", "--limit", "1")
+
+    with hub_stand_in.hub() as it:
+        it.commits = {first: Path(TINY_DIR)}
+        done = train(it, 1, "run")
+        assert done.returncode == 0, done.stderr
+        it.commits[second] = other_weights.parent
+        done = train(it, 2, "run", "--extend")
+        assert done.returncode == 0, done.stderr
+        run = RunFolder(tmp_path / "run")
+        assert run.run()["steps"] == 2 and run.recipe().model.revision == first
+        done = evaluate(it, "run")
+        assert done.returncode == 0, done.stderr
+        done = command(tmp_path, it.address, "export", "run", "--to", "vllm")
+        assert f"vllm serve me/model --revision {first} " in done.stdout, done.stderr
+        assert train(it, 1, "other").returncode == 0
+        done = evaluate(it, "run", "other")
+        assert done.returncode == 2 and "other has another base than run (model.revision" in done.stderr
+        done = train(it, 3, "run", "--set", f"model.revision={second}", "--extend")
+        assert done.returncode == 2 and "base was '0123456789" in done.stderr, done.stderr
