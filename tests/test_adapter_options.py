@@ -2,6 +2,7 @@
 everywhere that a plain LoRA over nf4 goes, or is refused by name."""
 
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -314,20 +315,27 @@ def test_an_8_bit_layer_with_a_bias_is_trained(tmp_path):
 
 
 def test_several_adapters_in_one_batch(trained):
-    """rsLoRA, DoRA, LoftQ, EVA and the base, mixed by row: each row as on its own."""
+    """rsLoRA, DoRA, LoftQ, EVA and the base, mixed by row: each row as on its own.
+
+    Also at a single position, as in a decoding step, where all but DoRA are stacked.
+    """
     names = ("plain", "rslora", "dora", "loftq", "eva")
     base = load_base(trained("plain").recipe.model, CPU)[0]
     model = load_adapters(base, {name: trained(name).path for name in names})
     rows = ["plain", "dora", None, "rslora", "loftq", "eva"]
-    ids_BL = torch.arange(5, 5 + 6 * 20).view(6, 20)
+    whole_BL = torch.arange(5, 5 + 6 * 20).view(6, 20)
+    no_dora = ["plain" if name == "dora" else name for name in rows]
 
     def alone(i):
         with torch.no_grad():
             return model(input_ids=ids_BL[i : i + 1]).logits[0]
 
-    for asked in (rows, ["dora"] * 6):
-        with torch.no_grad(), mixed(adapter_layers(model, asked), asked):
+    for asked, ids_BL in product((rows, ["dora"] * 6, no_dora), (whole_BL, whole_BL[:, :1])):
+        layers = adapter_layers(model, asked)
+        with torch.no_grad(), mixed(layers, asked):
             together = model(input_ids=ids_BL).logits
+        stacked = [layer.stacks for layer in layers if any(layer.stacks.values())]
+        assert bool(stacked) == (asked is no_dora and ids_BL.shape[1] == 1)
         for i, name in enumerate(asked):
             with model.disable_adapter():
                 untouched = alone(i)

@@ -23,7 +23,7 @@ from dft_lora.config import ModelConfig
 from dft_lora.errors import ModelError, RequestError, RunError
 from dft_lora.model import attention
 from dft_lora.model.accelerator import Accelerator
-from dft_lora.model.adapters import adapter_layers, mixed
+from dft_lora.model.adapters import BASE, AdaptedLayer, Places, adapter_layers, mixed
 from dft_lora.model.cache import RaggedCache
 from dft_lora.model.generate import Request, draw, generate, shared_prefix, stream
 from dft_lora.model.generation_memory import PREFILL_TOKENS, Bound
@@ -740,6 +740,26 @@ def test_requests_that_cannot_be_answered_are_refused(model):
         layers[0].module(flat)
     with model.disable_adapter(), pytest.raises(ModelError, match="are disabled"):
         run(model, [good])
+
+
+def test_a_layer_that_one_of_the_adapters_lacks():
+    """In a decoding step the adapters of a layer are stacked; rows of others keep the base's output."""
+    torch.manual_seed(0)
+    base = torch.nn.Linear(6, 5, bias=False)
+    loras = {name: (torch.randn(r, 6), torch.randn(5, r), None, r / 3) for name, r in (("a", 2), ("c", 4))}
+    layer = AdaptedLayer(base, {}, base, loras, {})
+    names = ["c", "b", BASE, "a", "c"]
+    x = torch.randn(5, 1, 6)
+    with torch.no_grad():
+        found, bare = layer.forward(Places(names, x.device), x), base(x)
+    assert [ranks for _, _, ranks in layer.stacks.values()] == [(("a", 2), ("c", 4))]
+    assert torch.equal(found[1:3], bare[1:3])
+    for i in (0, 3, 4):
+        down_RD, up_OR, _, scaling = loras[names[i]]
+        assert torch.allclose(found[i], bare[i] + scaling * x[i] @ down_RD.T @ up_OR.T, atol=1e-5)
+    with torch.no_grad():
+        layer.forward(Places(["a", "b"], x.device), x[:2])
+    assert list(layer.stacks) == [("a", "b")], "one copy of the adapters at a time"
 
 
 def test_logits_that_are_not_finite_are_an_error(model):

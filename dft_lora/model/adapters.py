@@ -7,14 +7,19 @@ on every call, so at every token (0.9 ms on a model of 28 LoRA layers, 0.05 ms h
 
 A LoRA layer over a linear one gets a forward pass of its own meanwhile: the same sums as peft's, without its
 checks, which take longer than the products of a decoding step, and with each adapter's rows looked up once
-per forward pass, not once per layer. DoRA, which peft refuses in a mixed batch, is applied to its rows.
+per forward pass, not once per layer. In a decoding step of several adapters the layer's adapters are one
+stacked pair of matrices, and a mask leaves each row its own part: the products of the others' parts take less
+time than picking rows and putting them back (2.4 times less for 8 rows of three adapters, SmolLM2-135M on one
+core; the same for 256). DoRA, which peft refuses in a mixed batch, is applied to its rows.
+
+Shapes (docs/shapes.md): N rows, D in, O out, R rank, S the sum of the ranks of a batch's adapters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,9 +32,41 @@ from .lora_inputs import NarrowLora
 
 BASE = "__base__"  # peft's name for a row without an adapter
 
+STACKED = 2**14
+"""N * S up to which the adapters of a decoding step are stacked: 256 rows, four adapters of rank 16."""
 
 Rows = Tensor | slice | None
 """Rows of a batch: their numbers, a range of them, or all."""
+Stack = tuple[Tensor, Tensor, tuple[tuple[str, int], ...]]
+"""A of several adapters [S, D], B times its scale [O, S], and each adapter's name and rank."""
+
+
+class Places:
+    """Which rows of a batch belong to which adapter, in one forward pass."""
+
+    def __init__(self, names: Sequence[str], device: torch.device):
+        self.count, self.device = len(names), device
+        self.names = names
+        self.adapters = tuple(sorted(set(names) - {BASE}))
+        self.rows = {name: self._rows(name) for name in self.adapters}
+        self.mixed = any(rows is not None for rows in self.rows.values())
+        self._masks: dict[Any, Tensor] = {}
+
+    def _rows(self, name: str) -> Rows:
+        rows = [row for row, its in enumerate(self.names) if its == name]
+        if len(rows) == self.count:
+            return None
+        if rows[-1] - rows[0] == len(rows) - 1:
+            return slice(rows[0], rows[-1] + 1)
+        return torch.tensor(rows, device=self.device)
+
+    def mask(self, ranks: tuple[tuple[str, int], ...]) -> Tensor:
+        """1 where a row meets its own adapter's part of a stack, else 0: [N, 1, S]."""
+        if ranks not in self._masks:
+            own = {name: torch.tensor([[float(its == name)] for its in self.names]) for name, _ in ranks}
+            mask_NS = torch.cat([own[name].expand(-1, rank) for name, rank in ranks], 1)
+            self._masks[ranks] = mask_NS[:, None].to(self.device)
+        return self._masks[ranks]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +81,7 @@ class AdaptedLayer:
     loras: Mapping[str, tuple[Tensor, Tensor, Tensor | None, float]]
     """Adapter -> weight of A, weight and bias of B, and the scale of their product."""
     doras: Mapping[str, Any]
+    stacks: dict[tuple[str, ...], Stack | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, module: Any) -> AdaptedLayer:
@@ -58,21 +96,25 @@ class AdaptedLayer:
                     loras[name] = down.weight, up.weight, up.bias, module.scaling[name]
         return cls(module, vars(module), base, loras, doras)
 
-    def forward(
-        self, rows_in_all: int, places: Mapping[str, Rows], x: Tensor, *args: Any, **keywords: Any
-    ) -> Tensor:
+    def forward(self, places: Places, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
         """The base's output plus scaling * B(A(x)) in the rows of each adapter.
 
         Computed in LoRA's dtype and rounded to the output's. Raises ModelError where the model has merged
         rows and positions before this layer, and the rows of an adapter cannot be told.
         """
-        if len(x) != rows_in_all and any(rows is not None for rows in places.values()):
+        if places.mixed and len(x) != places.count:
             raise ModelError(
-                f"this model hands an adapted layer {len(x)} rows of a batch of {rows_in_all}, so adapters "
+                f"this model hands an adapted layer {len(x)} rows of a batch of {places.count}, so adapters "
                 "cannot be mixed in one batch; ask them one after the other"
             )
         output = self.base(x, *args, **keywords)
-        for name, rows in places.items():
+        if places.mixed and x.dim() == 3 and x.shape[1] == 1 and (stack := self.stack(places.adapters)):
+            down_SD, up_OS, ranks = stack
+            if places.count * len(down_SD) <= STACKED:
+                z_N1S = linear(x.to(down_SD.dtype), down_SD).mul_(places.mask(ranks))
+                output += linear(z_N1S, up_OS).to(output.dtype)
+                return output
+        for name, rows in places.rows.items():
             if name not in self.loras:
                 continue
             down_RD, up_OR, bias_O, scaling = self.loras[name]
@@ -85,6 +127,19 @@ class AdaptedLayer:
             if isinstance(rows, Tensor):  # `mine` is a copy
                 output[rows] = mine
         return output
+
+    def stack(self, adapters: tuple[str, ...]) -> Stack | None:
+        """Those of the adapters that this layer has, as one; None if it has none, or one is more than B A."""
+        if adapters not in self.stacks:
+            self.stacks.clear()  # one at a time: it is a copy of the adapters
+            mine = {name: self.loras[name] for name in adapters if name in self.loras}
+            self.stacks[adapters] = None
+            if mine and not any(n in self.doras or lora[2] is not None for n, lora in mine.items()):
+                down_SD = torch.cat([down_RD for down_RD, _, _, _ in mine.values()])
+                up_OS = torch.cat([up_OR * scaling for _, up_OR, _, scaling in mine.values()], 1)
+                ranks = tuple((name, len(down_RD)) for name, (down_RD, _, _, _) in mine.items())
+                self.stacks[adapters] = down_SD, up_OS, ranks
+        return self.stacks[adapters]
 
 
 def adapter_layers(model: nn.Module, names: Iterable[str | None] = ()) -> list[AdaptedLayer]:
@@ -120,17 +175,8 @@ def mixed(layers: Sequence[AdaptedLayer], adapter_names: Sequence[str | None]) -
     `layers` come from `adapter_layers`. Nothing outlives the `with` block, even if it raises.
     """
     names = [BASE if name is None else name for name in adapter_names]
-    places: dict[str, Rows] = {}
     if layers:
-        device = next(layers[0].module.parameters()).device
-        for wanted in dict.fromkeys(name for name in names if name != BASE):
-            rows = [row for row, name in enumerate(names) if name == wanted]
-            if len(rows) == len(names):
-                places[wanted] = None
-            elif rows[-1] - rows[0] == len(rows) - 1:
-                places[wanted] = slice(rows[0], rows[-1] + 1)
-            else:
-                places[wanted] = torch.tensor(rows, device=device)
+        places = Places(names, next(layers[0].module.parameters()).device)
 
     def inject(layer, args, kwargs):
         return args, {**kwargs, "adapter_names": names}
@@ -142,7 +188,7 @@ def mixed(layers: Sequence[AdaptedLayer], adapter_names: Sequence[str | None]) -
                 hooks.append(layer.module.register_forward_pre_hook(inject, with_kwargs=True))
             else:
                 before.append((layer.own, layer.own.get("forward")))
-                layer.own["forward"] = partial(layer.forward, len(names), places)
+                layer.own["forward"] = partial(layer.forward, places)
         yield
     finally:
         for hook in hooks:

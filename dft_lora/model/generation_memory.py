@@ -4,8 +4,8 @@
 
 `row` is a row's part of the key-value cache, with the room that the cache reserves (cache.py). `shared` does
 not grow with the batch, because the loop works in chunks: a prefill of so many tokens, the logits of so many
-rows, the sampler's work arrays, and the largest 4-bit matrix unpacked. `kept` are the tokens of a prefix that
-prompts share, once per adapter.
+rows, the sampler's work arrays, the largest 4-bit matrix unpacked, and a copy of the adapters (adapters.py).
+`kept` are the tokens of a prefix that prompts share, once per adapter.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class Bound:
         layers = self.config.num_hidden_layers + 1  # a layer that grows exists twice for a moment
         self.cached_token = layers * 2 * kv_heads * head_width * self.size  # keys and values
         self.attended = 2 * self.query_width * self.size  # those of a layer, repeated for every query head
+        adapters = [p for name, p in model.named_parameters() if "lora_" in name]
+        self.stacked = sum(p.numel() * p.element_size() for p in adapters)
         matrices = [m for m in model.modules() if hasattr(m, "quant_state")]
         self.unpacked = max((m.in_features * m.out_features * self.size for m in matrices), default=0)
 
@@ -58,7 +60,7 @@ class Bound:
     def shared(self, tokens: int) -> int:
         prefill = max(PREFILL_TOKENS, tokens) * self.prefilled_token(tokens)
         logits = max(LOGITS_BYTES, self.head.row_bytes)
-        return prefill + max(logits + self.sampler(), 2 * self.unpacked)
+        return prefill + self.stacked + max(logits + self.sampler(), 2 * self.unpacked)
 
     def prefilled_token(self, tokens: int) -> int:
         """A token's part of a prefill: its cache, the widest layer's activations, its row of the mask.
