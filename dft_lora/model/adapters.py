@@ -7,12 +7,14 @@ on every call, so at every token (0.9 ms on a model of 28 LoRA layers, 0.05 ms h
 
 A LoRA layer over a linear one gets a forward pass of its own meanwhile: the same sums as peft's, without its
 checks, which take longer than the products of a decoding step, and with each adapter's rows looked up once
-per forward pass, not once per layer. In a decoding step of several adapters the layer's adapters are one
-stacked pair of matrices, and a mask leaves each row its own part: the products of the others' parts take less
-time than picking rows and putting them back (2.4 times less for 8 rows of three adapters, SmolLM2-135M on one
-core; the same for 256). DoRA, which peft refuses in a mixed batch, is applied to its rows.
+per forward pass, not once per layer. DoRA, which peft refuses in a mixed batch, is applied to its rows.
 
-Shapes (docs/shapes.md): N rows, D in, O out, R rank, S the sum of the ranks of a batch's adapters.
+In a decoding step of several adapters, a layer's adapters are stacked into one pair of matrices, and a mask
+leaves each row its own part. This multiplies by zeros, but takes no more operations than one adapter: a
+layer of 576 x 576 takes 0.32 in place of 0.74 ms for 8 rows of three adapters, and 1.04 in place of 1.38 ms
+for 64 (one core, bfloat16). Prefills, and batches beyond STACKED, pick the rows of each adapter.
+
+Shapes (docs/shapes.md): N rows, D in, O out, R rank, S the adapters' ranks together.
 """
 
 from __future__ import annotations
