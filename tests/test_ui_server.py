@@ -286,6 +286,13 @@ def canary(i: int) -> Question:
     )
 
 
+def columns_for(client, i: int) -> list[str]:
+    """The columns that `client` gets for the problem of client i."""
+    q = canary(i)
+    result = client.predict(q.problem, "", q.temperature, q.max_new_tokens, q.seed, api_name="/compare")
+    return [column["text"] for column in result]
+
+
 def crowd(url: str, clients: int) -> tuple[dict[int, list[str]], dict[int, str]]:
     """`clients` clients that ask at the same moment: (columns by client, errors by client)."""
     with ThreadPoolExecutor(clients) as threads:
@@ -293,13 +300,9 @@ def crowd(url: str, clients: int) -> tuple[dict[int, list[str]], dict[int, str]]
         barrier, answers, errors = threading.Barrier(clients), {}, {}
 
         def one(i: int) -> None:
-            q = canary(i)
             barrier.wait()
             try:
-                result = connected[i].predict(
-                    q.problem, "", q.temperature, q.max_new_tokens, q.seed, api_name="/compare"
-                )
-                answers[i] = [column["text"] for column in result]
+                answers[i] = columns_for(connected[i], i)
             except Exception as error:
                 errors[i] = str(error)
 
@@ -308,7 +311,8 @@ def crowd(url: str, clients: int) -> tuple[dict[int, list[str]], dict[int, str]]
 
 
 def check_crowd(url: str, clients: int) -> None:
-    expected = {i: alone_texts(canary(i)) for i in range(clients)}
+    client = connect(url)
+    expected = {i: columns_for(client, i) for i in range(clients)}  # one after the other
     assert len({tuple(texts) for texts in expected.values()}) == clients, "canaries must differ"
     answers, errors = crowd(url, clients)
     assert not errors and answers == expected
