@@ -5,7 +5,8 @@ A decoding loop of our own rather than `model.generate`, because
 - n samples of a prompt cost one prefill: its cache rows are repeated;
 - what all prompts begin with (a system text, worked examples) is prefilled once;
 - a row that has ended leaves the batch, and waiting requests take its place;
-- every row has its own random stream, so a draw depends on its request and never on its neighbours;
+- every row has its own random stream, so a draw depends on its request and, but for rounding, never on its
+  neighbours;
 - rows of different adapters, greedy and sampled, share a batch;
 - closing the generator is the stop button; no hook lives between two forwards.
 
