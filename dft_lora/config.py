@@ -337,9 +337,7 @@ class Recipe(Part):
         return self.model_dump(mode="json")
 
     def at_revision(self, revision: str | None) -> Recipe:
-        """This recipe with the base's revision, unless it names one."""
-        if self.model.revision is not None:
-            return self
+        """This recipe with this revision of its base."""
         return self.model_copy(update={"model": self.model.model_copy(update={"revision": revision})})
 
     def override(self, changes: Sequence[str]) -> Recipe:
@@ -392,13 +390,16 @@ def _unknown(path: str, key: str, known: Mapping[str, Any]):
 
 
 def _hint(key: str, known: Mapping[str, Any]) -> str:
-    """` (did you mean 'x'?)`: the field of this name in another section, or the closest one here."""
+    """` (did you mean 'x'?)`: a field here of nearly this name, this name elsewhere, or a near one."""
     elsewhere = [
         repr(f"{name}.{key}")
         for name, field in Recipe.model_fields.items()
         if (section := _section(field.annotation)) and key in section.model_fields
     ]
-    return f" (did you mean {' or '.join(elsewhere)}?)" if elsewhere else did_you_mean(key, known)
+    if key in Recipe.model_fields:
+        elsewhere.insert(0, repr(key))
+    named = f" (did you mean {' or '.join(elsewhere)}?)" if elsewhere else ""
+    return did_you_mean(key, known, cutoff=0.8) or named or did_you_mean(key, known)
 
 
 def parse_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:

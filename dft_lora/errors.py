@@ -64,9 +64,9 @@ class Interrupted(RunError):
         return self if self.hinted else Interrupted(f"{self}; {hint}", self.signal_number, hinted=True)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """` (did you mean 'x'?)`, or the empty string if no known name is close."""
-    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    near = get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

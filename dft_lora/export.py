@@ -229,11 +229,14 @@ def _usage(run: RunFolder, merged: bool, repository: str | None) -> list[str]:
         )
     bos = "" if template.text is not None else ", add_special_tokens=False"
     kind = "AutoModelForCausalLM" if merged else "AutoPeftModelForCausalLM"
+    model = recipe.model
+    at = f', revision="{model.revision}"' if model.revision and model.gguf is None else ""
+    tokenizer = f'"{name}"' if merged else f'"{model.name}"{at}'
     python = (
         (f"from transformers import {kind}, AutoTokenizer\n" if merged else f"from peft import {kind}\n")
         + ("" if merged else "from transformers import AutoTokenizer\n")
         + f'\nmodel = {kind}.from_pretrained("{name}")  # this repository or folder\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{name if merged else recipe.model.name}")\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})\n"
         f'question = "What is 2 + 3?"\n{prompt}\n'
         f'ids = tokenizer(prompt, return_tensors="pt"{bos})\n'
         "answer = model.generate(**ids, max_new_tokens=256)[0, ids.input_ids.shape[1] :]\n"

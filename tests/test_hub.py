@@ -129,13 +129,14 @@ def test_a_run_stays_at_the_commit_of_its_base(tmp_path):
 
     with hub_stand_in.hub() as it:
         it.commits = {first: Path(TINY_DIR)}
-        done = train(it, 1, "run")
+        done = train(it, 1, "run", "--set", "model.revision=main")
         assert done.returncode == 0, done.stderr
         it.commits[second] = other_weights.parent
         done = train(it, 2, "run", "--extend")
         assert done.returncode == 0, done.stderr
         run = RunFolder(tmp_path / "run")
         assert run.run()["steps"] == 2 and run.recipe().model.revision == first
+        assert json.loads((run.adapter / "adapter_config.json").read_text())["revision"] == first
         done = evaluate(it, "run")
         assert done.returncode == 0, done.stderr
         done = command(tmp_path, it.address, "export", "run", "--to", "vllm")

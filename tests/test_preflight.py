@@ -154,7 +154,7 @@ def test_memory_that_others_hold_is_not_counted_on(trainer, monkeypatch):
     monkeypatch.setattr(Cpu, "free_memory", property(lambda self: 2**20))
     assert auto_micro_batch(learner, groups) == 1
     found = measured(learner, trainer.plan, None)
-    assert found["headroom"] < 0 and "in use elsewhere" in preflight_table(found)
+    assert found["headroom"] < 0 and "already in use" in preflight_table(found)
     assert measured(learner, trainer.plan, 2**34)["in_use_elsewhere"] == 0, (
         "another GPU's memory is asked about"
     )

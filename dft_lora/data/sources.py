@@ -113,10 +113,10 @@ def load_tests(path: str, data: DataConfig) -> list[Problem]:
     """
     good, bad = _read(data.model_copy(update={"source": path}), _test)
     if bad:
-        columns = (
-            "" if good else "; the columns are those of the recipe's data, or problem, solution and answer"
-        )
-        raise DataError(f"{path}: {_counted(bad, len(good) + len(bad))}; fix them{columns}")
+        remedy = "fix them"
+        if not good and all("no column" in row.reason for row in bad):
+            remedy += "; the columns are those of the recipe's data, or problem, solution and answer"
+        raise DataError(f"{path}: {_counted(bad, len(good) + len(bad))}; {remedy}")
     if not good:
         raise DataError(f"{path}: has no rows")
     return [problem for row in good for problem in row]

@@ -221,7 +221,7 @@ def accelerator(device: torch.device) -> Accelerator:
 
 def default_device() -> torch.device:
     """The process's own accelerator, else the CPU: under a launcher that of LOCAL_RANK, modulo those it
-    sees; without one torch's current device.
+    sees; without one, torch's current device.
 
     The environment variable DFT_LORA_DEVICE=cpu leaves an accelerator alone. Raises RequestError for another.
     """

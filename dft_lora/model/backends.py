@@ -65,7 +65,7 @@ def _plain(
     base, hardware = loaded or load_base(recipe.model, device, shardable=recipe.train.shard)
     head = check_head(base)
     torch.manual_seed(recipe.train.seed)  # the same initial adapter for every objective
-    model = add_lora(base, recipe.adapter)
+    model = add_lora(base, recipe.adapter, recipe.model.revision)
     if recipe.adapter.init == "loftq":
         plain = recipe.model.model_copy(update={"quantization": "none"})
         correct_quantization(model, load_base(plain, torch.device("cpu"))[0])

@@ -19,7 +19,7 @@ def base_fingerprint(config: ModelConfig) -> str:
     Further training changes every block, and a 16 GB base takes no longer than a small one.
     """
     resolve(config)  # fetches a GGUF file that is not on this machine
-    return local_fingerprint(config) or hub_commit(config)
+    return local_fingerprint(config) or hub_commit(config) or config.name
 
 
 def local_fingerprint(config: ModelConfig) -> str | None:

@@ -67,14 +67,20 @@ def resolve(config: ModelConfig) -> str:
 
 def _refuse_ignored(config: ModelConfig) -> None:
     """Raises ModelError for `gguf` or `revision` where it would change nothing."""
-    embedded = config.name == "tiny" or config.name in KNOWN
-    local = config.name.endswith(".gguf") or os.path.exists(os.path.expanduser(config.name))
     for field, value, ignored in (
-        ("gguf", config.gguf, embedded),
-        ("revision", config.revision, embedded or local),
+        ("gguf", config.gguf, _embedded(config)),
+        ("revision", config.revision, _embedded(config) or _local(config)),
     ):
         if value is not None and ignored:
             raise ModelError(f"model.{field}: not with model.name {config.name!r}; leave it out")
+
+
+def _embedded(config: ModelConfig) -> bool:
+    return config.name == "tiny" or config.name in KNOWN
+
+
+def _local(config: ModelConfig) -> bool:
+    return config.name.endswith(".gguf") or os.path.exists(os.path.expanduser(config.name))
 
 
 def _origin(config: ModelConfig) -> dict[str, Any]:
@@ -162,19 +168,23 @@ def load_model_config(config: ModelConfig) -> Any:
     return found
 
 
-def hub_commit(config: ModelConfig) -> str:
-    """The commit of a base on the Hub that is loaded now. Raises ModelError if there is no such base."""
-    _origin(config)
+def hub_commit(config: ModelConfig) -> str | None:
+    """The commit that a base's revision has on the Hub now; None for a base from elsewhere.
+
+    Raises ModelError if there is no such base.
+    """
+    resolve(config)  # fetches a GGUF file, and raises for a wrong name
+    if _embedded(config) or _local(config):
+        return None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
+    name, offline = config.gguf or "config.json", unreachable() is not None
     try:
-        file = hf_hub_download(
-            config.name, "config.json", revision=config.revision, local_files_only=unreachable() is not None
-        )
+        file = hf_hub_download(config.name, name, revision=config.revision, local_files_only=offline)
     except (OSError, HFValidationError) as error:
         raise _not_found(config, "no model", error) from None
-    return Path(file).parent.name  # the cache has a folder for each commit
+    return Path(file).parents[name.count("/")].name  # the cache has a folder for each commit
 
 
 def count_parameters(model_config: Any) -> int:
@@ -385,10 +395,11 @@ def keep_differentiable(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def add_lora(base: Any, config: AdapterConfig) -> Any:
+def add_lora(base: Any, config: AdapterConfig, revision: str | None = None) -> Any:
     """A peft model with one new trainable adapter (named `default`, float32) over a frozen base.
 
-    Raises ModelError if target_modules match nothing.
+    `revision`: that of the base, for those who load the adapter with peft alone. Raises ModelError if
+    target_modules match nothing.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -405,6 +416,7 @@ def add_lora(base: Any, config: AdapterConfig) -> Any:
         use_rslora=config.rslora,
         use_dora=config.dora,
         init_lora_weights=init,
+        revision=revision,
     )
     try:
         model = get_peft_model(base, lora)

@@ -33,8 +33,6 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 ALWAYS = ("recipe", "template", "template_hash")
 """The keys of `run.json` that are there from the first time it is written."""
-COMMIT = "[0-9a-f]{40}"
-"""A commit on the Hub, the fingerprint of a base from there."""
 
 
 class RunFolder:
@@ -94,7 +92,8 @@ class RunFolder:
     def base_fingerprint(self) -> str | None:
         """The fingerprint of the base when the run was made; None if an earlier version did not record it."""
         metadata = self.run()
-        return metadata.get("identity", metadata).get("base")
+        base = metadata.get("identity", metadata).get("base")
+        return None if base is None or "@" in base else base  # name@None was recorded for a base from the Hub
 
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
@@ -215,10 +214,8 @@ class RunFolder:
         return metadata
 
     def recipe(self) -> Recipe:
-        """The recipe of this run. Without a revision, a base from the Hub is the one at the run's commit."""
-        recipe = parse_recipe(self.run()["recipe"], where=str(self.path / "run.json"))
-        base = self.base_fingerprint or ""
-        return recipe.at_revision(base) if re.fullmatch(COMMIT, base) else recipe
+        """The recipe this run was made with. A base from the Hub has its commit as revision."""
+        return parse_recipe(self.run()["recipe"], where=str(self.path / "run.json"))
 
     def log(self, line: dict[str, Any]) -> None:
         """Append the line of one step to `metrics.jsonl`."""

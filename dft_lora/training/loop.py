@@ -27,7 +27,7 @@ from .faults import SaveClock, StopSignals
 from .plan import Plan, make_plan
 from .probe import auto_micro_batch
 from .ranks import Ranks
-from .resume_guard import at_its_revision, guarded_fields, refuse_differences
+from .resume_guard import at_commit, guarded_fields, refuse_differences
 from .trackers import begin, finish, track
 from .trainer import Trainer
 
@@ -45,7 +45,7 @@ def train(recipe: Recipe, *, resume: bool = False, extend: bool = False) -> RunF
     once a checkpoint is saved, and RunError if the run cannot continue.
     """
     prepare(recipe)
-    plan = make_plan(at_its_revision(recipe) if resume or extend else recipe)
+    plan = make_plan(at_commit(recipe, resume or extend))
     with StopSignals() as stop, RunFolder(recipe.output_dir).held():
         run = Run(plan, resume=resume, extend=extend)
         with run.trainer.progress_bar() as bar:

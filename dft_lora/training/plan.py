@@ -169,7 +169,8 @@ def _check_teacher(recipe: Recipe, chosen: Any) -> None:
         raise RecipeError(f"objective.teacher: {teacher} has no adapter of a finished run")
     if run.base_fingerprint != base_fingerprint(recipe.model):
         raise RecipeError(
-            f"objective.teacher: {teacher} has another base ({run.recipe().model.name}) than this recipe"
+            f"objective.teacher: {teacher} has another base ({run.recipe().model.name}, revision "
+            f"{run.recipe().model.revision}) than this recipe"
         )
 
 

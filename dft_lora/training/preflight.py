@@ -216,7 +216,7 @@ def preflight_table(found: dict[str, Any]) -> str:
         lines.append(f"{'decoding, at most':24} {answers['bytes'] / MIB:10,.0f} MB   ({what})")
     of = f"{found['available'] / MIB:,.0f} MB"
     if elsewhere := found["in_use_elsewhere"]:
-        of += f", {elsewhere / MIB:,.0f} MB of it in use elsewhere"
+        of += f", {elsewhere / MIB:,.0f} MB of it already in use"
     lines += [
         f"{'peak':24} {found['peak'] / MIB:10,.0f} MB   (fit: {found['predicted_peak'] / MIB:,.0f} MB)",
         f"{'headroom':24} {found['headroom'] / MIB:10,.0f} MB   of {of}",

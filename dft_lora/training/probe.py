@@ -154,9 +154,11 @@ def auto_micro_batch(learner: Learner, groups: Sequence[Group]) -> int:
 
 
 def room_for_a_pass(learner: Learner) -> float:
-    """Bytes that a pass may take on this device besides what is resident, now that others may hold a part."""
+    """Bytes that a pass may take on this device besides what is resident, less what is in use elsewhere."""
     device, resident = learner.ranks.device, resident_bytes(learner)
-    free = accelerator(device).free_memory * USABLE - resident["gradients"] - resident["optimizer"]
+    later = 0 if any(p.grad is not None for p in learner.trainable) else resident["gradients"]
+    later += 0 if learner.optimizer.state else resident["optimizer"]
+    free = (accelerator(device).free_memory - later) * USABLE
     return min(usable_bytes(accelerator(device).total_memory, device, None) - sum(resident.values()), free)
 
 

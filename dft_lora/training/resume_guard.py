@@ -11,7 +11,7 @@ from ..config import Recipe, RolloutConfig, digest
 from ..errors import RequestError
 from ..model.fingerprint import base_fingerprint
 from ..model.hardware import dtype_name
-from ..model.load import hardware_of
+from ..model.load import hardware_of, hub_commit
 from ..runs.folder import RunFolder
 from .plan import Plan
 
@@ -37,11 +37,17 @@ ANSWERS = "reference answers"
 """Compared where a run samples its own answers, which are judged by them."""
 
 
-def at_its_revision(recipe: Recipe) -> Recipe:
-    """The recipe of a run to resume: if it names no revision of its base, that of the run in its folder."""
-    folder = RunFolder(recipe.output_dir)
-    before = folder.recipe().model if folder.begun else recipe.model
-    return recipe.at_revision(before.revision) if before.name == recipe.model.name else recipe
+def at_commit(recipe: Recipe, resume: bool) -> Recipe:
+    """The recipe with its base's commit as revision, where the base is on the Hub.
+
+    A run to resume stays at its commit, unless the recipe names a revision.
+    """
+    folder, model = RunFolder(recipe.output_dir), recipe.model
+    if resume and folder.begun and model.revision is None:
+        before = folder.recipe().model
+        if (before.name, before.gguf) == (model.name, model.gguf) and before.revision is not None:
+            return recipe.at_revision(before.revision)
+    return recipe.at_revision(hub_commit(model))
 
 
 def guarded_fields(plan: Plan, device: torch.device, processes: int) -> dict[str, Any]:
@@ -103,4 +109,4 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 40 else f"{text[:17]}…"
+    return text if len(text) <= 42 else f"{text[:17]}…"

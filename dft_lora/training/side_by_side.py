@@ -27,7 +27,7 @@ from .checkpoints import random_state, set_random_state
 from .loop import Run
 from .plan import make_plan
 from .ranks import Ranks
-from .resume_guard import at_its_revision
+from .resume_guard import at_commit
 from .rollouts import ADAPTER
 
 MAY_DIFFER = ("name", "output", "objective")
@@ -46,7 +46,7 @@ class SideBySide:
                 raise RequestError(f"{name}: runs side by side differ only in their objective; make it equal")
         if recipes[0].model.backend != "plain" or recipes[0].train.shard:
             raise RequestError("model.backend, train.shard: runs side by side need plain, unsharded")
-        recipes = [at_its_revision(recipe) if resume else recipe for recipe in recipes]
+        recipes = [at_commit(recipe, resume) for recipe in recipes]
         plans = [make_plan(recipe) for recipe in recipes]
         if plans[0].problems:
             raise RequestError("objective.name: runs side by side learn from solutions; choose sft or dft")
