@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import select
+import signal
 import sys
 import time
 from contextlib import closing
@@ -148,6 +149,7 @@ def test_ctrl_c_and_ctrl_d_at_a_terminal_end_with_exit_code_0(key):
     arguments = ["-m", "dft_lora", "chat", str(shipped_runs()[1].path), "--max-new-tokens", "8"]
     child, ours = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
         os.execv(sys.executable, [sys.executable, *arguments])
     seen, until = b"", time.monotonic() + HANG
 
