@@ -98,6 +98,7 @@ def test_a_name_on_the_hub_fails_in_one_line(tmp_path, closed_port, change, fiel
     assert line.startswith(f"error: {field}") and "in the local cache, and the Hub cannot be reached" in line
 
 
+@pytest.mark.slow
 def test_a_cached_model_still_serves(tmp_path, closed_port):
     repository = tmp_path / "cache/hub/models--me--model"
     commit = "0123456789" * 4
